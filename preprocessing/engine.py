@@ -1,0 +1,119 @@
+"""Runs shard tasks on all cores, with progress, a clean Ctrl-C, and an early stop when too much is bad."""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import cv2
+
+from preprocessing.plan import ShardTask
+from preprocessing.resize import Resizer
+from preprocessing.shard_task import ShardResult, Stopped, write_shard
+from shards.console import JobError
+
+_POLL_SECONDS = 0.2
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every task of a build shares."""
+
+    source: Path
+    out: Path
+    resizer: Resizer
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Photos seen so far by all workers: all, those set aside, and bytes read."""
+
+    photos: int
+    bad: int
+    source_bytes: int
+
+
+def run_tasks(
+    job: Job, tasks: Iterator[ShardTask], workers: int, progress: Callable[[Counts], bool]
+) -> Iterator[ShardResult]:
+    """Yield the results of `tasks` as they finish.
+
+    `progress` is called several times a second and returns whether to go on. Where it does not, and on Ctrl-C, the
+    workers drop the shards they are at; `Stopped` is raised with what those had set aside. Raises `JobError` where
+    a worker failed or was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    counters = [context.Value("q", 0) for _ in range(3)]
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, stop, counters, os.getpid()))
+    running: set[Future[ShardResult]] = set()
+    try:
+        for task in tasks:
+            running.add(pool.submit(_work, task))
+            while len(running) >= 2 * workers:
+                yield from _finished(running, counters, progress)
+        while running:
+            yield from _finished(running, counters, progress)
+    except Stopped:
+        stop.set()
+        stopped = [f.exception() for f in running if not f.cancel()]
+        raise Stopped([bad for s in stopped if isinstance(s, Stopped) for bad in s.bad]) from None
+    except BrokenProcessPool:
+        raise JobError(
+            "a worker process was killed (out of memory?); the same command goes on where it was, "
+            "fewer --workers need less memory"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _finished(
+    running: set[Future[ShardResult]], counters: list["Synchronized[int]"], progress: Callable[[Counts], bool]
+) -> Iterator[ShardResult]:
+    done, _ = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
+    if not progress(Counts(*(counter.value for counter in counters))):
+        raise Stopped([])
+    running -= done
+    for future in done:
+        yield future.result()
+
+
+@dataclass
+class _Worker:
+    job: Job
+    stop: Event
+    counters: list["Synchronized[int]"]
+
+    def monitor(self, photos: int, source_bytes: int, bad: int) -> bool:
+        for counter, value in zip(self.counters, (photos, bad, source_bytes), strict=True):
+            if value:
+                with counter.get_lock():
+                    counter.value += value
+        return not self.stop.is_set()
+
+
+_worker: _Worker
+
+
+def _start_worker(job: Job, stop: Event, counters: list["Synchronized[int]"], parent: int) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    cv2.setNumThreads(1)
+    _worker = _Worker(job, stop, counters)
+
+
+def _work(task: ShardTask) -> ShardResult:
+    job = _worker.job
+    return write_shard(task, job.source, job.out, job.resizer, _worker.monitor)

@@ -1,0 +1,100 @@
+"""One rank's share of one step, from draws to pixels."""
+
+import logging
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from shards.console import JobError
+from shards.index import GroupIndex
+from shards.reader import ShardReader
+from shards.sampler import CropRange, crops, draw
+
+_LOG = logging.getLogger(__name__)
+_MAX_ATTEMPTS = 20
+_TOLERATED_FAILURES = 20
+
+
+@dataclass
+class Batch:
+    """What the trainer sees. `images` uint8 [b, S, S, 3] RGB on the loader's device (else in pinned memory where
+    there is a GPU); `labels` int64 [b] within each photo's group; `groups` int64 [b] (NumPy); `wait_seconds`: how
+    long the trainer waited for this batch."""
+
+    step: int
+    images: torch.Tensor
+    labels: torch.Tensor
+    groups: np.ndarray
+    wait_seconds: float
+
+
+@dataclass
+class Source:
+    """Where batches come from: a data set's index and photos, and what is drawn from them.
+
+    `failed` of `read` photos could not be read or decoded; each was replaced by the next draw of its slot. More
+    than `max_bad_share` of them stop the job.
+    """
+
+    index: dict[int, GroupIndex]
+    reader: ShardReader
+    photo_size: int
+    seed: int
+    crop: CropRange
+    max_bad_share: float = 0.01
+    read: int = 0
+    failed: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def count(self, photos: int) -> None:
+        """Count photos that were read."""
+        with self._lock:
+            self.read += photos
+
+    def fail(self, place: str, reason: Exception) -> None:
+        """Count and log a photo that could not be used; raises `JobError` where there are too many."""
+        with self._lock:
+            self.failed += 1
+            failed, read = self.failed, self.read
+        _LOG.warning("%s: %s; replaced by the next draw", place, reason)
+        if failed > _TOLERATED_FAILURES and failed > self.max_bad_share * max(read, 1):
+            raise JobError(
+                f"{place}: {reason}; {failed} of {read} photos read so far could not be used, more than "
+                f"{self.max_bad_share:.1%}; run shards/verify.py --repair on the data set"
+            )
+
+
+class BatchPlan:
+    """The samples of one rank's slots in one step: `labels`, `groups` int64 [b], and each sample's bytes and box.
+
+    `replace` moves a slot on to its next draw (law 1 of the design).
+    """
+
+    def __init__(self, source: Source, step: int, slots: np.ndarray, groups: np.ndarray) -> None:
+        self.step, self.slots = step, slots
+        self._source = source
+        drawn = draw(source.index, groups, source.seed, step, slots)
+        self.groups, self.labels, self._rows = drawn.group, drawn.label, drawn.row
+        self.boxes = crops(drawn.uniform, source.photo_size, source.photo_size, source.crop)
+        self._attempts = np.zeros(len(slots), np.int64)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    def encoded(self, i: int) -> bytes:
+        """The JPEG of sample `i`; raises `OSError`."""
+        return self._source.reader.read(int(self.groups[i]), int(self._rows[i]))
+
+    def replace(self, i: int, reason: Exception) -> None:
+        """Draw slot `i` anew because its photo could not be used."""
+        source = self._source
+        source.fail(source.reader.place(int(self.groups[i]), int(self._rows[i])), reason)
+        self._attempts[i] += 1
+        if self._attempts[i] > _MAX_ATTEMPTS:
+            raise JobError(f"step {self.step}: {_MAX_ATTEMPTS} draws in a row could not be read; last: {reason}")
+        one = slice(i, i + 1)
+        drawn = draw(source.index, self.groups[one], source.seed, self.step, self.slots[one], int(self._attempts[i]))
+        self.labels[i], self._rows[i] = drawn.label[0], drawn.row[0]
+        self.boxes[one] = crops(drawn.uniform, source.photo_size, source.photo_size, source.crop)

@@ -1,0 +1,118 @@
+"""The class table: which cell of the map each label of each group stands for."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.console import JobError
+from shards.files import atomic_path
+
+_COLUMNS = {
+    "group": np.int32,
+    "label": np.int32,
+    "cell_east": np.int64,
+    "cell_north": np.int64,
+    "images": np.int64,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class ClassTable:
+    """All classes of a city, sorted by (group, label).
+
+    A class is a square cell of `M` metres in UTM `zone`, named by its lower-left corner (`cell_east`, `cell_north`,
+    metres); its group is `east_index * N + north_index` of the cell's position within a block of N x N cells.
+    All columns have shape [C]. `images` counts the photos planned for a class (0 is never drawn).
+    """
+
+    M: int
+    N: int
+    zone: int
+    group: np.ndarray
+    label: np.ndarray
+    cell_east: np.ndarray
+    cell_north: np.ndarray
+    images: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @cached_property
+    def groups(self) -> list[int]:
+        """Numbers of the groups that have classes, ascending."""
+        return [int(g) for g in np.unique(self.group)]
+
+    @property
+    def center_east(self) -> np.ndarray:
+        """Easting that each class predicts, float64 [C]: the cell's middle (`M // 2`, as the reference has it)."""
+        return (self.cell_east + self.M // 2).astype(np.float64)
+
+    @property
+    def center_north(self) -> np.ndarray:
+        """Northing that each class predicts, float64 [C]."""
+        return (self.cell_north + self.M // 2).astype(np.float64)
+
+    def centers(self, group: int | None = None) -> np.ndarray:
+        """Easting and northing of the classes' predictions in metres, float64 [C, 2], of one group or of all."""
+        table = self if group is None else self.of_group(group)
+        return np.stack([table.center_east, table.center_north], axis=1)
+
+    def of_group(self, group: int) -> "ClassTable":
+        """The classes of one group; row i has label i."""
+        return self.take(np.flatnonzero(self.group == group))
+
+    def count(self, group: int) -> int:
+        """How many classes a group has."""
+        return int(np.count_nonzero(self.group == group))
+
+    def take(self, rows: np.ndarray) -> "ClassTable":
+        """The classes in `rows` (int [K]), in that order."""
+        return ClassTable(self.M, self.N, self.zone, *(getattr(self, name)[rows] for name in _COLUMNS))
+
+    def find(self, east: np.ndarray, north: np.ndarray) -> np.ndarray:
+        """The row of the class whose cell holds each point (metres, [Q]), int64 [Q]; -1 outside every class."""
+        cells = np.stack([np.floor(np.asarray(xy, np.float64) / self.M) * self.M for xy in (east, north)], axis=1)
+        rows = {
+            cell: row for row, cell in enumerate(zip(self.cell_east.tolist(), self.cell_north.tolist(), strict=True))
+        }
+        return np.array([rows.get((int(e), int(n)), -1) for e, n in cells], np.int64)
+
+    def fingerprint(self) -> str:
+        """A hash of which cell has which label (not of the image counts): equal for interchangeable class maps."""
+        digest = hashlib.sha256(f"{self.M} {self.N} {self.zone}".encode())
+        for name in ("group", "label", "cell_east", "cell_north"):
+            digest.update(np.ascontiguousarray(getattr(self, name), "<i8").tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, path: Path | str) -> None:
+        """Write the table as Parquet, whole or not at all."""
+        columns = {name: getattr(self, name).astype(kind) for name, kind in _COLUMNS.items()}
+        columns["center_east"], columns["center_north"] = self.center_east, self.center_north
+        table = pa.table(columns).replace_schema_metadata(
+            {"M": str(self.M), "N": str(self.N), "zone": str(self.zone), "crs": self.crs}
+        )
+        with atomic_path(path) as partial:
+            pq.write_table(table, partial)
+
+    @property
+    def crs(self) -> str:
+        """The coordinate system in words."""
+        return f"UTM zone {self.zone}, metres" if self.zone else "metres in one plane (no UTM zone in the names)"
+
+    @staticmethod
+    def load(path: Path | str) -> "ClassTable":
+        """Read a table that `save` wrote; raises `JobError` where it is missing or something else."""
+        try:
+            table = pq.read_table(path)
+            facts = {name: int(table.schema.metadata[name.encode()]) for name in ("M", "N", "zone")}
+            columns = {name: table[name].to_numpy().astype(kind) for name, kind in _COLUMNS.items()}
+        except FileNotFoundError:
+            raise JobError(f"{path}: no such class table") from None
+        except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
+            raise JobError(f"{path}: not a class table ({error})") from None
+        return ClassTable(**facts, **columns)

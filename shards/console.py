@@ -1,0 +1,84 @@
+"""What a person sees: one-line errors, exit codes, and numbers with units."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class JobError(Exception):
+    """A job cannot go on. The message is one line that names the file or field and the way out."""
+
+
+def entry(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry point and exit: 0 on success, 1 on a failed job, 130 on Ctrl-C.
+
+    Wrong arguments exit with 2 before this is reached (the argument parser does that).
+    Errors of the operating system that no caller turned into a `JobError` (a full disk, a folder
+    without permission) are printed as one line that names the file.
+    """
+    try:
+        code = main() or 0
+    except JobError as error:
+        code = _fail(str(error))
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except OSError as error:
+        if error.errno is None:
+            raise
+        code = _fail(describe_os_error(error))
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def describe_os_error(error: OSError) -> str:
+    """One line for an `OSError`: the file, what happened, and the way out where there is one."""
+    where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+    what = error.strerror or str(error)
+    advice = {
+        errno.ENOSPC: "; free some space and run the same command again",
+        errno.EDQUOT: "; free some space and run the same command again",
+        errno.EACCES: "; check the permissions",
+        errno.EROFS: "; choose a folder that can be written to",
+    }.get(error.errno or 0, "")
+    return f"{where}{what}{advice}"
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def printable(text: str) -> str:
+    """`text` on one line with control characters and undecodable bytes escaped (names come from outside)."""
+    escaped = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)
+
+
+def format_bytes(count: float) -> str:
+    """Bytes with a decimal unit: `1.2 GB`."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def format_duration(seconds: float) -> str:
+    """Seconds as `42 s`, `3 min 5 s` or `7 h 12 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def format_count(count: int) -> str:
+    """An integer with thousands separators: `41,200,000`."""
+    return f"{count:,}"

@@ -1,0 +1,138 @@
+"""Decodes batches with NVIDIA DALI: on a GPU `mixed` JPEG decoding and the rest on the GPU, or its CPU backend.
+
+Draws come from outside: DALI gets bytes and boxes through external sources and only carries them out, so both
+decoders train on the same samples. The import is here and nowhere else, since DALI is an optional extra.
+"""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+from shards.batch import BatchPlan, Source
+from shards.console import JobError
+from shards.decode_cpu import CpuDecoder
+
+_DEPTH = 2
+_Reading = tuple[BatchPlan, Future[list[np.ndarray]]]
+
+
+class DaliDecoder:
+    """Submit plans, take their images in the same order; see `shards.loader`.
+
+    `device`: a CUDA device for decoding there, a CPU device for DALI's CPU backend. A batch that DALI refuses
+    (a damaged photo) is decoded by the CPU decoder, which replaces the photo; DALI then starts afresh.
+    """
+
+    def __init__(self, source: Source, image_size: int, threads: int, device: torch.device) -> None:
+        try:
+            import nvidia.dali  # noqa: F401
+        except ImportError:
+            raise JobError(
+                "--decoder dali needs NVIDIA DALI: pip install 'divide-and-classify[dali-cuda13]' "
+                "(or dali-cuda12), or use --decoder cpu"
+            ) from None
+        self._source, self._size, self._threads, self._device = source, image_size, threads, device
+        self._readers = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._waiting: deque[_Reading] = deque()
+        self._running: deque[_Reading] = deque()
+        self._pipeline = None
+
+    def submit(self, plan: BatchPlan) -> None:
+        """Start reading a plan's photos."""
+        self._waiting.append((plan, self._readers.submit(self._read, plan)))
+
+    def take(self) -> torch.Tensor:
+        """Images of the oldest submitted plan, uint8 [b, S, S, 3] on the decoder's device."""
+        try:
+            if self._pipeline is None:
+                self._pipeline = self._build(len(self._waiting[0][0]))
+                self._pipeline.schedule_run()
+            (images,) = self._pipeline.share_outputs()
+        except RuntimeError as error:
+            return self._recover(error)
+        if self._device.type == "cuda":
+            out = torch.from_dlpack(images.as_tensor()).clone()
+            torch.cuda.current_stream(self._device).synchronize()
+        else:
+            out = torch.from_numpy(images.as_array().copy())
+        self._pipeline.release_outputs()
+        plan, _ = self._running.popleft()
+        self._source.count(len(plan))
+        self._pipeline.schedule_run()
+        return out
+
+    def close(self) -> None:
+        """Stop reading and free the pipeline."""
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self._waiting.clear()
+        self._running.clear()
+        self._pipeline = None
+
+    def _read(self, plan: BatchPlan) -> list[np.ndarray]:
+        photos = []
+        for i in range(len(plan)):
+            while True:
+                try:
+                    photos.append(np.frombuffer(plan.encoded(i), np.uint8))
+                    break
+                except OSError as error:
+                    plan.replace(i, error)
+        return photos
+
+    def _feed(self) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
+        """DALI's source: bytes, corners and sizes of the next plan; the end where none was submitted."""
+        if not self._waiting:
+            raise StopIteration
+        plan, photos = self._waiting.popleft()
+        self._running.append((plan, photos))
+        left, top, width, height = plan.boxes.astype(np.int32).T
+        jpegs = photos.result()
+        return jpegs, list(np.stack([top, left], axis=1)), list(np.stack([height, width], axis=1))
+
+    def _recover(self, error: RuntimeError) -> torch.Tensor:
+        """Decode the oldest batch on the CPU after DALI failed on it, and run those after it again."""
+        plan, _ = self._running.popleft()
+        self._waiting.extendleft(reversed(self._running))
+        self._running.clear()
+        self._pipeline = None
+        failed = self._source.failed
+        cpu = CpuDecoder(self._source, self._size, self._threads, pin=False)
+        cpu.submit(plan)
+        images = cpu.take()
+        cpu.close()
+        if self._source.failed == failed:
+            raise JobError(f"step {plan.step}: DALI failed on photos that are sound: {error}") from error
+        return images.to(self._device)
+
+    def _build(self, batch_size: int):  # type: ignore[no-untyped-def]  # DALI has no type hints
+        from nvidia.dali import fn, pipeline_def, types
+
+        on_gpu = self._device.type == "cuda"
+
+        @pipeline_def(
+            batch_size=batch_size,
+            num_threads=self._threads,
+            device_id=(self._device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=_DEPTH,
+        )
+        def graph():  # type: ignore[no-untyped-def]
+            jpegs, anchor, shape = fn.external_source(
+                self._feed, num_outputs=3, dtype=[types.UINT8, types.INT32, types.INT32], ndim=1
+            )
+            photos = fn.decoders.image_slice(
+                jpegs,
+                anchor,
+                shape,
+                axes=(0, 1),
+                normalized_anchor=False,
+                normalized_shape=False,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+            )
+            return fn.resize(photos, size=(self._size, self._size), interp_type=types.INTERP_LINEAR, antialias=True)
+
+        pipeline = graph()
+        pipeline.build()
+        return pipeline

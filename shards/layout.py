@@ -1,0 +1,61 @@
+"""Where things lie in a data set, and the tables' columns: shard format version 1.
+
+<dataset>/dataset.json                      manifest, written last: it says "complete"
+<dataset>/classes.parquet                   `shards.classes.ClassTable`
+<dataset>/group-GG/group-GG-NNNNNN.tar      WebDataset tar: KEY.jpg, KEY.cls
+<dataset>/group-GG/group-GG-NNNNNN.idx      DALI index of the tar
+<dataset>/group-GG/group-GG-NNNNNN.parquet  sample table, normative, and the marker that the shard is done
+<dataset>/index/                            flat arrays derived from the sample tables
+<dataset>/skipped.parquet                   photos of cells with too few photos
+<dataset>/quarantine.jsonl                  photos that are bad, and why
+"""
+
+from pathlib import Path
+
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+SHARD_SAMPLES = 8192
+
+MANIFEST = "dataset.json"
+PLAN = "plan.json"
+CLASSES = "classes.parquet"
+SKIPPED = "skipped.parquet"
+QUARANTINE = "quarantine.jsonl"
+PROVENANCE = "provenance.json"
+INDEX = "index"
+
+SAMPLE_COLUMNS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.int32()),
+        ("east", pa.float64()),
+        ("north", pa.float64()),
+        ("heading", pa.float32()),
+        ("timestamp", pa.string()),
+        ("source", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int32()),
+        ("crc32", pa.uint32()),
+    ]
+)
+
+
+def group_name(group: int) -> str:
+    """Name of a group's folder."""
+    return f"group-{group:02d}"
+
+
+def shard_stem(group: int, number: int) -> str:
+    """A shard's path below the data set, without an extension."""
+    return f"{group_name(group)}/{group_name(group)}-{number:06d}"
+
+
+def sample_key(index: int) -> str:
+    """Key of the planned sample `index` of a group; no dots, since WebDataset cuts a key at the first."""
+    return f"{index:09d}"
+
+
+def shard_tables(dataset: Path) -> list[Path]:
+    """The sample tables of all finished shards, in order of group and shard number."""
+    return sorted(dataset.glob("group-*/group-*.parquet"))

@@ -1,0 +1,125 @@
+"""The input path: batches of a data set in the order that (seed, step, slot) decides.
+
+Three parts, each replaceable without the others: `shards.sampler` (slots to samples and crop boxes),
+`shards.reader` (bytes of a sample), and a decoder (bytes and boxes to uint8 images on the device).
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from shards.batch import Batch, BatchPlan, Source
+from shards.console import JobError
+from shards.dataset import Dataset
+from shards.decode_cpu import CpuDecoder
+from shards.decode_dali import DaliDecoder
+from shards.index import open_index
+from shards.reader import ShardReader
+from shards.sampler import CropRange
+
+Schedule = Callable[[int], np.ndarray]
+DecoderName = Literal["auto", "cpu", "dali"]
+
+
+class Decoder(Protocol):
+    """Turns plans into images, in the order of submission; several plans may be under way."""
+
+    def submit(self, plan: BatchPlan) -> None: ...
+    def take(self) -> torch.Tensor: ...
+    def close(self) -> None: ...
+
+
+class Loader:
+    """Reads, decodes and augments the photos that training asks for, ahead of it.
+
+    `schedule(step)` gives the group of every slot of the global batch, int [batch_size]; rank r of R owns the
+    slots r, r + R, r + 2R, ... What a slot holds depends on seed, step and slot alone, so any number of threads
+    and ranks trains on the same global batch, and a resumed run goes on with the same draws.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        schedule: Schedule,
+        *,
+        batch_size: int,
+        image_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        decoder: DecoderName = "auto",
+        threads: int | None = None,
+        device: torch.device | str = "cpu",
+        scale: tuple[float, float] = (0.66, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        prefetch: int = 3,
+    ) -> None:
+        if batch_size < world_size:
+            raise JobError(f"--batch-size {batch_size} is less than the number of processes ({world_size})")
+        index = open_index(dataset.path, dataset.classes.groups)
+        empty = [g for g, of_group in index.items() if not len(of_group.labels)]
+        if empty:
+            raise JobError(f"{dataset.path}: group {empty[0]} has no photos; run shards/verify.py")
+        self._reader = ShardReader(index)
+        self._source = Source(index, self._reader, dataset.manifest.image_size, seed, CropRange(scale, ratio))
+        self._schedule = schedule
+        self._slots = np.arange(rank, batch_size, world_size)
+        self._prefetch = prefetch
+        self._device = torch.device(device)
+        self._image_size = image_size
+        self._threads = threads or default_threads()
+        self.decoder_name = choose_decoder(decoder, self._device)
+
+    @property
+    def failures(self) -> int:
+        """How many photos could not be read or decoded and were replaced by the next draw of their slot."""
+        return self._source.failed
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """This rank's share of the steps from `first_step` up to, not including, `last_step`."""
+        plans: list[BatchPlan] = []
+        decoder = self._make_decoder()
+        try:
+            ahead = first_step
+            for step in range(first_step, last_step):
+                while ahead < min(step + 1 + self._prefetch, last_step):
+                    plans.append(self._plan(ahead))
+                    decoder.submit(plans[-1])
+                    ahead += 1
+                start = time.perf_counter()
+                images = decoder.take()
+                waited = time.perf_counter() - start
+                plan = plans.pop(0)
+                yield Batch(step, images, torch.from_numpy(plan.labels), plan.groups, waited)
+        finally:
+            decoder.close()
+
+    def close(self) -> None:
+        """Close the shards."""
+        self._reader.close()
+
+    def _plan(self, step: int) -> BatchPlan:
+        return BatchPlan(self._source, step, self._slots, np.asarray(self._schedule(step))[self._slots])
+
+    def _make_decoder(self) -> Decoder:
+        if self.decoder_name == "dali":
+            return DaliDecoder(self._source, self._image_size, self._threads, self._device)
+        return CpuDecoder(self._source, self._image_size, self._threads, pin=self._device.type == "cuda")
+
+
+def choose_decoder(name: DecoderName, device: torch.device) -> Literal["cpu", "dali"]:
+    """The decoder that `auto` stands for: DALI on a GPU where it is installed, else CPU threads."""
+    if name != "auto":
+        return name
+    return "dali" if device.type == "cuda" and find_spec("nvidia.dali") else "cpu"
+
+
+def default_threads() -> int:
+    """Decoding threads of this process: the processors it may use, shared among the host's ranks."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // ranks)

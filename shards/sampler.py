@@ -1,0 +1,98 @@
+"""What a step trains on: a pure function of (seed, step, slot, attempt). The sampler keeps no state.
+
+A class is drawn uniformly among the group's classes that have photos, then a photo uniformly within it, with
+replacement; the crop comes from the same draw and has the distribution of torchvision's RandomResizedCrop
+(ten tries of area and aspect ratio, then the whole photo).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from shards.index import GroupIndex
+
+_TRIES = 10
+_DRAWS = 24  # class, photo, crop x, crop y, ten pairs of area and ratio
+assert _DRAWS == 4 + 2 * _TRIES
+
+
+@dataclass(frozen=True)
+class CropRange:
+    """Bounds of the random crop: share of the photo's area and aspect ratio (width to height)."""
+
+    scale: tuple[float, float] = (0.66, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The samples of some slots: group, label, row of the group's index (int64 [K]) and uniforms for the crop.
+
+    `crops` turns the uniforms into boxes once a photo's size is known.
+    """
+
+    group: np.ndarray
+    label: np.ndarray
+    row: np.ndarray
+    uniform: np.ndarray
+
+
+def uniforms(seed: int, step: int, slots: np.ndarray, attempt: int = 0) -> np.ndarray:
+    """Uniform numbers in [0, 1) for some slots of a step's global batch, float64 [K, 24].
+
+    Philox counters make a slot's numbers independent of how many slots or ranks there are; `random_raw` is a
+    stream that NumPy never changes.
+    """
+    count = int(slots.max(initial=-1)) + 1
+    bits = np.random.Philox(key=[seed, attempt], counter=[0, step, 0, 0])
+    raw = bits.random_raw(count * _DRAWS).reshape(count, _DRAWS)[slots]
+    return (raw >> np.uint64(11)) * 2.0**-53
+
+
+def draw(
+    index: dict[int, GroupIndex],
+    groups: np.ndarray,
+    seed: int,
+    step: int,
+    slots: np.ndarray,
+    attempt: int = 0,
+) -> Draws:
+    """Draw the samples of some slots of a step's global batch.
+
+    `groups` int [K] is the group of each slot of `slots` int [K]; `attempt` counts replacements of a slot whose
+    earlier sample could not be read.
+    """
+    u = uniforms(seed, step, slots, attempt)
+    label = np.empty(len(slots), np.int64)
+    row = np.empty(len(slots), np.int64)
+    for group in np.unique(groups):
+        chosen = np.flatnonzero(groups == group)
+        of_group = index[int(group)]
+        label[chosen] = of_group.labels[(u[chosen, 0] * len(of_group.labels)).astype(np.int64)]
+        first = of_group.starts[label[chosen]]
+        count = of_group.starts[label[chosen] + 1] - first
+        row[chosen] = first + (u[chosen, 1] * count).astype(np.int64)
+    return Draws(np.asarray(groups, np.int64), label, row, u[:, 2:])
+
+
+def crops(uniform: np.ndarray, width: int, height: int, bounds: CropRange) -> np.ndarray:
+    """Crop boxes in pixels of a `width` x `height` photo, int64 [K, 4]: left, top, width, height."""
+    area = uniform[:, 2::2] * (bounds.scale[1] - bounds.scale[0]) + bounds.scale[0]
+    low, high = math.log(bounds.ratio[0]), math.log(bounds.ratio[1])
+    ratio = np.exp(uniform[:, 3::2] * (high - low) + low)
+    w = np.rint(np.sqrt(area * (width * height) * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(area * (width * height) / ratio)).astype(np.int64)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = np.argmax(fits, axis=1)
+    some = np.arange(len(first))
+    w, h = w[some, first], h[some, first]
+    none = ~fits[some, first]
+    if none.any():
+        whole = width / height
+        w[none] = width if whole < bounds.ratio[1] else round(height * bounds.ratio[1])
+        h[none] = height if whole > bounds.ratio[0] else round(width / bounds.ratio[0])
+    left = (uniform[:, 0] * (width - w + 1)).astype(np.int64)
+    top = (uniform[:, 1] * (height - h + 1)).astype(np.int64)
+    left[none], top[none] = (width - w[none]) // 2, (height - h[none]) // 2
+    return np.stack([left, top, w, h], axis=1)

@@ -1,0 +1,94 @@
+"""Writes one shard: the tar, its DALI index and its sample table, each whole or not at all."""
+
+import json
+import os
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from shards.files import atomic_path
+from shards.layout import SAMPLE_COLUMNS
+
+_BLOCK = 512
+_RECORD = 20 * _BLOCK
+_PADDING = bytes(_BLOCK)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """A plain ustar header of 512 bytes with fixed metadata: mode 0444, owner 0, time 0 (POSIX.1-1988)."""
+    header = bytearray(_BLOCK)
+    encoded = name.encode("ascii")
+    header[: len(encoded)] = encoded
+    octal = {100: (7, 0o444), 108: (7, 0), 116: (7, 0), 124: (11, size), 136: (11, 0), 329: (7, 0), 337: (7, 0)}
+    for position, (digits, value) in octal.items():  # mode, owner, group, size, time, device numbers
+        header[position : position + digits] = f"{value:0{digits}o}".encode()
+    header[156:157] = b"0"
+    header[257:262] = b"ustar"
+    header[263:265] = b"00"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\x00 " % sum(header)
+    return bytes(header)
+
+
+@dataclass
+class ShardWriter:
+    """Appends samples to an open binary file as a WebDataset tar and remembers where each one lies.
+
+    `columns` are those of the shard's sample table; `index` the lines of the DALI index.
+    """
+
+    file: BinaryIO
+    position: int = 0
+    columns: dict[str, list[Any]] = field(default_factory=lambda: {name: [] for name in SAMPLE_COLUMNS.names})
+    index: list[str] = field(default_factory=list)
+
+    def add(self, key: str, label: int, jpeg: bytes, **facts: Any) -> None:
+        """Append KEY.jpg (`jpeg`) and KEY.cls (`label` in ASCII); `facts` fill the table's other columns."""
+        image_at = self._member(f"{key}.jpg", jpeg)
+        text = str(label).encode()
+        label_at = self._member(f"{key}.cls", text)
+        self.index.append(f"jpg {image_at} {len(jpeg)} {key}.jpg cls {label_at} {len(text)} {key}.cls")
+        row = dict(key=key, label=label, offset=image_at, size=len(jpeg), crc32=zlib.crc32(jpeg), **facts)
+        for name, values in self.columns.items():
+            values.append(row[name])
+
+    def finish(self) -> None:
+        """Write the end of the archive, padded to a record as `tar` does."""
+        self.file.write(bytes(2 * _BLOCK))
+        self.position += 2 * _BLOCK
+        rest = -self.position % _RECORD
+        self.file.write(bytes(rest))
+        self.position += rest
+
+    def _member(self, name: str, data: bytes) -> int:
+        """Write one member; return the offset of its data."""
+        self.file.write(tar_header(name, len(data)))
+        self.file.write(data)
+        self.file.write(_PADDING[: -len(data) % _BLOCK])
+        start = self.position + _BLOCK
+        self.position = start + len(data) + -len(data) % _BLOCK
+        return start
+
+
+def publish_shard(stem: Path, partial_tar: Path, writer: ShardWriter, facts: dict[str, Any]) -> None:
+    """Give a finished tar its final name, write its index, and last its sample table, which marks it as done.
+
+    `facts` are kept as JSON in the table's metadata (what was set aside, counts).
+    """
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(stem.with_suffix(".tar")) as place:
+        os.rename(partial_tar, place)
+    with atomic_path(stem.with_suffix(".idx")) as place:
+        place.write_text("\n".join([f"v1.2 {len(writer.index)}", *writer.index]) + "\n", encoding="ascii")
+    table = pa.table(writer.columns, SAMPLE_COLUMNS.with_metadata({"shard": json.dumps(facts, sort_keys=True)}))
+    with atomic_path(stem.with_suffix(".parquet")) as place:
+        pq.write_table(table, place)
+
+
+def shard_facts(table: Path) -> dict[str, Any]:
+    """The facts that `publish_shard` kept with a sample table."""
+    return json.loads(pq.read_schema(table).metadata[b"shard"])
