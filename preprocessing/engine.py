@@ -14,6 +14,7 @@ from pathlib import Path
 
 import cv2
 
+from preprocessing.photos import Bad
 from preprocessing.plan import ShardTask
 from preprocessing.resize import Resizer
 from preprocessing.shard_task import ShardResult, Stopped, write_shard
@@ -57,15 +58,14 @@ def run_tasks(
     running: set[Future[ShardResult]] = set()
     try:
         for task in tasks:
-            running.add(pool.submit(_work, task))
+            running.add(_submit(pool, task))
             while len(running) >= 2 * workers:
                 yield from _finished(running, counters, progress)
         while running:
             yield from _finished(running, counters, progress)
     except Stopped:
         stop.set()
-        stopped = [f.exception() for f in running if not f.cancel()]
-        raise Stopped([bad for s in stopped if isinstance(s, Stopped) for bad in s.bad]) from None
+        raise Stopped([bad for future in running if not future.cancel() for bad in _set_aside(future)]) from None
     except BrokenProcessPool:
         raise JobError(
             "a worker process was killed (out of memory?); the same command goes on where it was, "
@@ -74,6 +74,22 @@ def run_tasks(
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _submit(pool: ProcessPoolExecutor, task: ShardTask) -> Future[ShardResult]:
+    """Submit with Ctrl-C held back: workers started here inherit that, and leave it to this process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return pool.submit(_work, task)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def _set_aside(future: Future[ShardResult]) -> list[Bad]:
+    error = future.exception()
+    if isinstance(error, Stopped):
+        return error.bad
+    return [] if error else future.result().bad
 
 
 def _finished(

@@ -24,6 +24,7 @@ from shards.sampler import CropRange
 
 Schedule = Callable[[int], np.ndarray]
 DecoderName = Literal["auto", "cpu", "dali"]
+_AHEAD = 3  # batches under way beside the one that is waited for; DALI takes an empty queue for the end
 
 
 class Decoder(Protocol):
@@ -57,7 +58,6 @@ class Loader:
         device: torch.device | str = "cpu",
         scale: tuple[float, float] = (0.66, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        prefetch: int = 3,
     ) -> None:
         if batch_size < world_size:
             raise JobError(f"--batch-size {batch_size} is less than the number of processes ({world_size})")
@@ -69,7 +69,6 @@ class Loader:
         self._source = Source(index, self._reader, dataset.manifest.image_size, seed, CropRange(scale, ratio))
         self._schedule = schedule
         self._slots = np.arange(rank, batch_size, world_size)
-        self._prefetch = prefetch
         self._device = torch.device(device)
         self._image_size = image_size
         self._threads = threads or default_threads()
@@ -87,7 +86,7 @@ class Loader:
         try:
             ahead = first_step
             for step in range(first_step, last_step):
-                while ahead < min(step + 1 + self._prefetch, last_step):
+                while ahead < min(step + 1 + _AHEAD, last_step):
                     plans.append(self._plan(ahead))
                     decoder.submit(plans[-1])
                     ahead += 1
@@ -116,7 +115,11 @@ def choose_decoder(name: DecoderName, device: torch.device) -> Literal["cpu", "d
     """The decoder that `auto` stands for: DALI on a GPU where it is installed, else CPU threads."""
     if name != "auto":
         return name
-    return "dali" if device.type == "cuda" and find_spec("nvidia.dali") else "cpu"
+    return "dali" if device.type == "cuda" and _has_dali() else "cpu"
+
+
+def _has_dali() -> bool:
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 
 def default_threads() -> int:

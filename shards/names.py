@@ -171,7 +171,7 @@ def _decimals(
     text: np.ndarray, dots: np.ndarray, begins: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The numbers in text[begins:ends] as float64, and whether each was plain: 1-8 digits, a point, 0-7 digits."""
-    dot = np.minimum(dots[np.searchsorted(dots, begins)], ends)
+    dot = np.minimum(dots[np.searchsorted(dots, np.minimum(begins, len(text)))], ends)
     whole_digits = dot - begins
     decimals = np.maximum(ends - dot - 1, 0)
     plain = (whole_digits >= 1) & (whole_digits <= 8) & (decimals <= 7) & (ends < len(text) - 8)

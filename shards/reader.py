@@ -2,6 +2,7 @@
 
 import os
 import threading
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -19,13 +20,15 @@ class ShardReader:
         self._lock = threading.Lock()
 
     def read(self, group: int, row: int) -> bytes:
-        """The JPEG in `row` of a group's index; raises `OSError` where the shard cannot be read or has shrunk."""
+        """The JPEG in `row` of a group's index; raises `OSError` where it cannot be read or fails its checksum."""
         index = self._index[group]
         path = index.shards[index.shard[row]]
         size = int(index.size[row])
         data = os.pread(self._open(path).descriptor, size, int(index.offset[row]))
         if len(data) != size:
-            raise OSError(f"{path}: ends before byte {int(index.offset[row]) + size}; run shards/verify.py")
+            raise OSError(f"{path}: ends before byte {int(index.offset[row]) + size}")
+        if zlib.crc32(data) != index.crc32[row]:
+            raise OSError(f"{path}: the photo at byte {int(index.offset[row])} fails its checksum")
         return data
 
     def place(self, group: int, row: int) -> str:

@@ -1,0 +1,35 @@
+"""Fixtures: a rendered city and a data set built from it, made once for all tests."""
+
+from pathlib import Path
+
+import pytest
+
+from preprocessing.build import Summary, build
+from preprocessing.city.plan import CitySettings
+from preprocessing.city.writer import render_city
+from preprocessing.plan import Settings
+from shards.dataset import Dataset
+
+SETTINGS = Settings(M=20, N=2, min_images=10, image_size=64, quality=90, resize_filter="fast", seed=0)
+
+
+@pytest.fixture(scope="session")
+def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small rendered city: train/database, val/queries, test/queries."""
+    out = tmp_path_factory.mktemp("city") / "city"
+    render_city(out, CitySettings(blocks=1, size=128, years=1), workers=1)
+    return out
+
+
+@pytest.fixture(scope="session")
+def built(city: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Summary]:
+    """The data set of the city's training photos, and what the build said of it."""
+    out = tmp_path_factory.mktemp("shards") / "city"
+    summary = build(city / "train" / "database", out, SETTINGS, workers=2, max_bad_share=None, rescan=False)
+    return Dataset.open(out), summary
+
+
+@pytest.fixture(scope="session")
+def dataset(built: tuple[Dataset, Summary]) -> Dataset:
+    """The data set of the city's training photos. Tests must not change it."""
+    return built[0]

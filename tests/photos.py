@@ -1,0 +1,37 @@
+"""Photos for tests: smooth random pictures under names that carry coordinates."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+
+from shards.names import PhotoName, format_name
+
+
+def picture(size: int, seed: int) -> np.ndarray:
+    """A smooth random picture, uint8 [size, size, 3]."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), np.uint8)
+    return cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+
+
+def jpeg(size: int, seed: int) -> bytes:
+    """A picture as a JPEG."""
+    return simplejpeg.encode_jpeg(picture(size, seed), quality=90)
+
+
+def name_at(east: float, north: float, number: int, zone: int = 10) -> str:
+    """A photo's name at a place, `number` making it unique."""
+    return format_name(PhotoName(east, north, zone, "S", pano=f"pano{number:05d}", heading=number % 360))
+
+
+def write_photos(folder: Path, cells: int = 4, per_cell: int = 12, size: int = 96) -> list[Path]:
+    """`cells` cells in a row, 20 m each, with `per_cell` photos; returns their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for cell in range(cells):
+        for i in range(per_cell):
+            path = folder / name_at(500000 + 20 * cell + i, 4180003, cell * 1000 + i)
+            path.write_bytes(jpeg(size, cell * 1000 + i))
+            paths.append(path)
+    return paths

@@ -1,0 +1,322 @@
+"""Building a data set: what is kept, what is set aside, and that nothing is lost whatever happens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import SETTINGS
+from photos import jpeg, name_at, write_photos
+
+from preprocessing.build import Summary, build
+from preprocessing.photos import list_photos
+from preprocessing.plan import make_plan
+from shards.console import JobError
+from shards.dataset import Dataset
+from shards.layout import shard_tables
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_BYTES = {"provenance.json"}
+
+
+def run(source: Path, out: Path, *, settings=SETTINGS, workers=1, max_bad_share=None, rescan=False) -> Summary:
+    return build(source, out, settings, workers=workers, max_bad_share=max_bad_share, rescan=rescan)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a data set but the record of the command that made it."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in NOT_BYTES)
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def quarantine(out: Path) -> dict[str, str]:
+    lines = (out / "quarantine.jsonl").read_text().splitlines()
+    return {json.loads(line)["source"]: json.loads(line)["reason"] for line in lines}
+
+
+def test_a_built_city_has_the_classes_and_counts_of_its_names(built, city):
+    dataset, summary = built
+    photos = list((city / "train" / "database").rglob("*.jpg"))
+    made = dataset.manifest
+    assert made.images + made.skipped == len(photos)
+    assert made.quarantined == 0
+    assert dataset.classes.images.sum() == made.images
+    assert dataset.classes.images.min() >= 10
+    assert summary.images_per_group == {
+        g: int(dataset.classes.of_group(g).images.sum()) for g in dataset.classes.groups
+    }
+    assert summary.source_bytes == sum(p.stat().st_size for p in photos) - sum(
+        (city / "train" / "database" / p).stat().st_size
+        for p in pq.read_table(dataset.path / "skipped.parquet")["source"].to_pylist()
+    )
+
+
+def test_the_same_photos_give_the_same_bytes_for_any_number_of_workers(built, city, tmp_path):
+    run(city / "train" / "database", tmp_path / "again", workers=1)
+    assert contents(tmp_path / "again") == contents(built[0].path)
+
+
+def test_neighbours_in_a_shard_are_a_shuffled_sample_of_their_class(dataset):
+    table = pq.read_table(shard_tables(dataset.path)[0])
+    first = [s for s, label in zip(table["source"].to_pylist(), table["label"].to_pylist(), strict=True) if label == 0]
+    assert first != sorted(first)
+
+
+def test_bad_photos_are_set_aside_with_their_reason_and_the_rest_goes_on(tmp_path):
+    source = tmp_path / "photos"
+    good = write_photos(source / "37.70")
+    bad = {
+        "37.70/" + name_at(500001, 4180003, 90001): (b"", "empty file"),
+        "37.70/" + name_at(500001, 4180003, 90002): (jpeg(96, 1)[:700], "truncated"),
+        "37.70/" + name_at(500001, 4180003, 90003): (b"<html>not found</html>", "not an image"),
+        "37.70/" + name_at(500001, 4180003, 90004): (jpeg(8, 1), "too small"),
+        "37.70/no-coordinates.jpg": (jpeg(96, 2), "no coordinates"),
+        "37.70/@x@y@.jpg": (jpeg(96, 2), "no coordinates"),
+        "37.71/" + good[0].name: (jpeg(96, 3), "duplicate name"),
+        "37.70/" + name_at(500001, 4180003, 90005, zone=33): (jpeg(96, 2), "zone mismatch"),
+    }
+    for name, (data, _) in bad.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(data)
+    (source / "README.txt").write_text("hello")
+    summary = run(source, tmp_path / "out")
+    assert quarantine(tmp_path / "out") == {name: reason for name, (_, reason) in bad.items()}
+    assert summary.manifest.quarantined == len(bad)
+    assert summary.manifest.images == len(good)
+    assert summary.other_files == 1
+
+
+def test_hostile_names_and_files_neither_hang_nor_escape(tmp_path):
+    source = tmp_path / "photos"
+    write_photos(source)
+    hostile = ["new\nline", 'quo"te', "..", "a'b", "tab\t", "\u202eright", "semi;colon"]
+    for i, text in enumerate(hostile):
+        (source / f"@0500001.00@4180003.00@10@S@@@{text}{i}@@@@@@@@.jpg").write_bytes(jpeg(96, i))
+    os.mkfifo(source / name_at(500001, 4180003, 70000))
+    os.symlink(source, source / "loop")
+    os.symlink(tmp_path / "nowhere", source / name_at(500001, 4180003, 70001))
+    (source / os.fsdecode(b"@0500001.00@4180003.00@10@S@\xff\xfe@.jpg")).write_bytes(jpeg(96, 1))
+    summary = run(source, tmp_path / "out")
+    assert summary.manifest.images == 48 + len(hostile)
+    assert sorted(quarantine(tmp_path / "out").values()) == [
+        "name is not UTF-8", "not a regular file", "not a regular file",
+    ]  # fmt: skip
+    assert {p.name for p in tmp_path.iterdir()} == {"photos", "out"}
+    sources = [s for t in shard_tables(tmp_path / "out") for s in pq.read_table(t)["source"].to_pylist()]
+    assert sum("new\nline" in s for s in sources) == 1
+
+
+def test_too_many_bad_photos_stop_the_job_with_the_reasons_and_a_higher_limit_goes_on(tmp_path):
+    source = tmp_path / "photos"
+    photos = write_photos(source)
+    for photo in photos[:20]:
+        photo.write_bytes(jpeg(96, 1)[:300])
+    with pytest.raises(JobError, match=r"of 48 photos are bad \(\d+ truncated.*--max-bad-share"):
+        run(source, tmp_path / "out", max_bad_share=0.1)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    assert run(source, tmp_path / "out", max_bad_share=0.5).manifest.quarantined == 20
+
+
+def test_a_class_whose_photos_are_all_bad_keeps_its_label(tmp_path):
+    source = tmp_path / "photos"
+    photos = write_photos(source, cells=6)
+    whole = run(source, tmp_path / "whole")
+    for photo in photos[:12]:
+        photo.write_bytes(b"")
+    run(source, tmp_path / "out", max_bad_share=1)
+    classes = Dataset.open(tmp_path / "out").classes
+    assert classes.fingerprint() == Dataset.open(tmp_path / "whole").classes.fingerprint()
+    assert sorted(classes.images.tolist()) == [0, 12, 12, 12, 12, 12]
+    assert whole.manifest.classes == 6
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda s: None, "no such folder"),
+        (lambda s: s.mkdir(), "no photos found"),
+        (lambda s: write_photos(s, cells=3, per_cell=4), "no cell of 20 m has 10 photos"),
+        (lambda s: (s.mkdir(), (s / "photo.jpg").write_bytes(b"x")), "usable coordinates"),
+    ],
+)
+def test_a_source_that_gives_nothing_is_named_in_one_line(tmp_path, prepare, message):
+    prepare(tmp_path / "photos")
+    with pytest.raises(JobError, match=message) as error:
+        run(tmp_path / "photos", tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_an_output_folder_of_something_else_is_left_alone(tmp_path):
+    write_photos(tmp_path / "photos")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(JobError, match="not empty"):
+        run(tmp_path / "photos", tmp_path / "out")
+    with pytest.raises(JobError, match="lies inside the source"):
+        run(tmp_path / "photos", tmp_path / "photos" / "out")
+    run(tmp_path / "photos", tmp_path / "ours")
+    before = contents(tmp_path / "ours")
+    with pytest.raises(JobError, match="another data set.*quality was 90, is 80"):
+        run(tmp_path / "photos", tmp_path / "ours", settings=replace(SETTINGS, quality=80))
+    assert contents(tmp_path / "ours") == before
+
+
+def test_a_second_run_over_a_finished_data_set_changes_nothing(tmp_path):
+    write_photos(tmp_path / "photos")
+    run(tmp_path / "photos", tmp_path / "out")
+    times = {p: p.stat().st_mtime_ns for p in shard_tables(tmp_path / "out")}
+    before = contents(tmp_path / "out")
+    run(tmp_path / "photos", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+def test_photos_of_the_neighbouring_zone_are_carried_into_the_common_plane(tmp_path):
+    import utm
+
+    source = tmp_path / "photos"
+    source.mkdir()
+    for i in range(30):  # a city on the border of zones 10 and 11, at 120 degrees west
+        longitude = -120 + (i - 20.5) * 1e-6
+        east, north, zone, _ = utm.from_latlon(37.7, longitude)
+        (source / name_at(east, north, i, zone)).write_bytes(jpeg(96, i))
+    run(source, tmp_path / "out")
+    classes = Dataset.open(tmp_path / "out").classes
+    assert (len(classes), classes.zone, classes.images.sum()) == (1, 10, 30)
+
+
+def test_a_listing_is_read_from_its_cache_until_a_folder_changes(tmp_path):
+    source, cache = tmp_path / "photos", tmp_path / "listing.parquet"
+    write_photos(source / "a", cells=1)
+    first = list_photos(source, cache, lambda n: None)
+    before = cache.stat().st_mtime_ns
+    assert list_photos(source, cache, lambda n: None).paths == first.paths
+    assert cache.stat().st_mtime_ns == before
+    (source / "a" / name_at(500001, 4180003, 5)).write_bytes(b"x")
+    assert len(list_photos(source, cache, lambda n: None)) == 13
+
+
+def test_a_plan_depends_on_names_alone_and_the_seed_shuffles_within_classes(tmp_path):
+    source = tmp_path / "photos"
+    paths = write_photos(source)
+    listing = list_photos(source, None, lambda n: None)
+    plan = make_plan(listing, SETTINGS)
+    for path in paths:
+        path.write_bytes(b"")
+    assert (make_plan(list_photos(source, None, lambda n: None), SETTINGS).order == plan.order).all()
+    other = make_plan(listing, replace(SETTINGS, seed=1))
+    assert (other.order != plan.order).any()
+    assert (other.label[other.order] == plan.label[plan.order]).all()
+    assert other.fingerprint != plan.fingerprint
+
+
+COMMAND = [sys.executable, str(ROOT / "preprocessing" / "build_shards.py"), "--image-size", "64", "--workers", "2"]
+
+
+def start(source: Path, out: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*COMMAND, "--source", str(source), "--out", str(out)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
+    """Photos that take a second or so to build, and the bytes of an undisturbed build."""
+    source = tmp_path_factory.mktemp("big") / "photos"
+    write_photos(source, cells=64, per_cell=12, size=512)
+    done = start(source, source.parent / "out")
+    printed, _ = done.communicate()
+    assert done.returncode == 0, printed
+    return source, contents(source.parent / "out")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_same_command_ends_with_the_bytes_of_an_undisturbed_run(big, tmp_path):
+    source, expected = big
+    rng = np.random.default_rng(0)
+    out = tmp_path / "out"
+    kills = 0
+    for _ in range(20):
+        process = start(source, out)
+        time.sleep(rng.uniform(0.2, 2.5))
+        if process.poll() is None:
+            os.kill(process.pid, signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        finished = {t: t.stat().st_mtime_ns for t in shard_tables(out)}
+        for table in finished:
+            pq.read_table(table)
+    last = start(source, out)
+    printed, _ = last.communicate()
+    assert last.returncode == 0, printed
+    assert contents(out) == expected
+    assert {t: t.stat().st_mtime_ns for t in finished} == finished
+    assert kills >= 5
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_within_two_seconds_with_a_summary_and_the_command_goes_on(big, tmp_path):
+    source, expected = big
+    process = start(source, tmp_path / "out")
+    while not list((tmp_path / "out").glob("group-*/.*.partial")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    begin = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=20)
+    assert time.monotonic() - begin < 4  # two seconds on a machine that is not busy
+    assert process.returncode == 130
+    assert "goes on from there" in printed
+    assert "Traceback" not in printed
+    assert not list((tmp_path / "out").glob("group-*/.*.partial"))
+    again = start(source, tmp_path / "out")
+    again.communicate()
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(big, tmp_path):
+    source, _ = big
+    limit = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
+    limit += f"sys.argv = {[str(c) for c in COMMAND[1:]]} + sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    script = tmp_path / "limited.py"
+    script.write_text(f"if __name__ == '__main__':\n    {limit}\n")
+    done = subprocess.run(
+        [sys.executable, script, "--source", source, "--out", tmp_path / "out"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not shard_tables(tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+def test_wrong_arguments_exit_with_2_and_failed_jobs_with_1(tmp_path):
+    def code(*arguments: str) -> int:
+        return subprocess.run([*COMMAND, *arguments], capture_output=True).returncode
+
+    assert code("--nonsense") == 2
+    assert code("--source", str(tmp_path / "none"), "--out", str(tmp_path / "out")) == 1
+    assert code("--help") == 0
+
+
+def test_pictures_of_the_city_survive_the_way_into_a_shard(dataset, city):
+    import cv2
+    import simplejpeg
+
+    from shards.index import open_index
+    from shards.reader import ShardReader
+
+    index = open_index(dataset.path, [0])
+    table = pq.read_table(shard_tables(dataset.path)[0])
+    kept = simplejpeg.decode_jpeg(ShardReader(index).read(0, 0)).astype(float)
+    photo = cv2.imread(str(city / "train" / "database" / table["source"][0].as_py()))[:, :, ::-1]
+    assert np.abs(cv2.resize(photo, (64, 64), interpolation=cv2.INTER_AREA).astype(float) - kept).mean() < 4

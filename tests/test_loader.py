@@ -1,0 +1,155 @@
+"""Batches: the same draws whatever reads, decodes and shares them, and no bad photo ever among them."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import simplejpeg
+import torch
+from scipy.stats import ks_2samp
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resized_crop
+
+from shards.batch import BatchPlan, Source
+from shards.console import JobError
+from shards.dataset import Dataset
+from shards.index import open_index
+from shards.loader import Loader
+from shards.reader import ShardReader
+from shards.sampler import CropRange
+
+DECODERS = ["cpu", "dali"]
+
+
+def make_loader(dataset, *, decoder="cpu", batch_size=16, image_size=48, seed=4, **options) -> Loader:
+    groups = dataset.classes.groups
+
+    def schedule(step: int) -> np.ndarray:
+        return np.full(batch_size, groups[step % len(groups)])
+
+    return Loader(
+        dataset, schedule, batch_size=batch_size, image_size=image_size, seed=seed, decoder=decoder, **options
+    )
+
+
+def take(loader, first, last):
+    return [(b.images.clone(), b.labels.clone(), b.groups.copy()) for b in loader.batches(first, last)]
+
+
+def same(a, b) -> bool:
+    return all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) and (x[2] == y[2]).all() for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_batch_depends_on_its_step_alone_not_on_threads_or_where_the_run_began(dataset, decoder):
+    whole = take(make_loader(dataset, decoder=decoder, threads=1), 0, 7)
+    assert same(whole[3:], take(make_loader(dataset, decoder=decoder, threads=3), 3, 7))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_out_the_global_batch_of_one(dataset, ranks):
+    whole = take(make_loader(dataset), 5, 8)
+    parts = [take(make_loader(dataset, rank=r, world_size=ranks), 5, 8) for r in range(ranks)]
+    for step in range(3):
+        for rank in range(ranks):
+            assert torch.equal(parts[rank][step][0], whole[step][0][rank::ranks])
+            assert torch.equal(parts[rank][step][1], whole[step][1][rank::ranks])
+
+
+def test_both_decoders_carry_out_the_same_draws(dataset):
+    for image_size, tolerance in [(64, 0.5), (32, 4.0)]:
+        cpu, dali = (take(make_loader(dataset, decoder=d, image_size=image_size), 0, 4) for d in DECODERS)
+        for a, b in zip(cpu, dali, strict=True):
+            assert torch.equal(a[1], b[1])
+            assert (a[0].float() - b[0].float()).abs().mean() < tolerance
+
+
+def test_pixels_have_one_distribution_whatever_the_decoder(dataset):
+    cpu, dali = (torch.cat([b[0] for b in take(make_loader(dataset, decoder=d, image_size=64), 0, 20)]) for d in DECODERS)
+    for statistic in (lambda x: x.float().mean((1, 2, 3)), lambda x: x.float().std((1, 2, 3))):
+        assert ks_2samp(statistic(cpu).numpy(), statistic(dali).numpy()).pvalue > 0.9
+
+
+def test_an_image_is_the_drawn_crop_of_the_drawn_photo(dataset):
+    index = open_index(dataset.path, dataset.classes.groups)
+    source = Source(index, ShardReader(index), 64, 4, CropRange())
+    (images, labels, groups), = take(make_loader(dataset, image_size=64), 1, 2)
+    plan = BatchPlan(source, 1, np.arange(16), groups)
+    assert labels.tolist() == plan.labels.tolist()
+    for i in range(16):
+        photo = torch.from_numpy(simplejpeg.decode_jpeg(plan.encoded(i))).permute(2, 0, 1)
+        left, top, width, height = plan.boxes[i].tolist()
+        expected = resized_crop(photo, top, left, height, width, [64, 64], InterpolationMode.BILINEAR)
+        assert (images[i].permute(2, 0, 1).float() - expected.float()).abs().max() <= 1
+
+
+def damage(dataset: Dataset, folder: Path, spoil) -> Dataset:
+    copy = folder / "damaged"
+    shutil.copytree(dataset.path, copy)
+    for tar in copy.glob("group-*/*.tar"):
+        os.chmod(tar, 0o644)
+        spoil(tar)
+    return Dataset.open(copy)
+
+
+def spoil_some_photos(tar: Path) -> None:
+    """Overwrite the pixels of every 40th photo with a JPEG's end."""
+    lines = tar.with_suffix(".idx").read_text().split("\n")[1:-1]
+    with open(tar, "r+b") as file:
+        for line in lines[::40]:
+            offset, size = map(int, line.split()[1:3])
+            file.seek(offset + size // 2)
+            file.write(b"\xff\xd9" * (size // 4))
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_a_photo_that_cannot_be_decoded_is_replaced_by_the_next_draw_and_named(dataset, tmp_path, decoder, caplog):
+    spoiled = damage(dataset, tmp_path, spoil_some_photos)
+    clean = take(make_loader(dataset, decoder=decoder), 0, 12)
+    loader = make_loader(spoiled, decoder=decoder)
+    loader._source.max_bad_share = 1.0
+    mended = take(loader, 0, 12)
+    assert loader.failures > 0
+    assert "replaced by the next draw" in caplog.text
+    assert ".tar at byte" in caplog.text
+    replaced = sum(not torch.equal(a[0][i], b[0][i]) for a, b in zip(clean, mended, strict=True) for i in range(16))
+    assert 0 < replaced <= loader.failures
+    assert min(float(b[0].float().std((1, 2, 3)).min()) for b in mended) > 1
+    assert same(mended, take(make_loader(spoiled, decoder="cpu"), 0, 12)) or decoder == "dali"
+
+
+def test_replacements_are_the_same_for_any_number_of_ranks(dataset, tmp_path):
+    spoiled = damage(dataset, tmp_path, spoil_some_photos)
+    whole = take(make_loader(spoiled), 0, 6)
+    halves = [take(make_loader(spoiled, rank=r, world_size=2), 0, 6) for r in range(2)]
+    for step in range(6):
+        for rank in range(2):
+            assert torch.equal(halves[rank][step][0], whole[step][0][rank::2])
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_too_many_bad_photos_stop_training_with_a_clear_error(dataset, tmp_path, decoder):
+    emptied = damage(dataset, tmp_path, lambda tar: os.truncate(tar, 4096))
+    with pytest.raises(JobError, match=r"verify\.py"):
+        take(make_loader(emptied, decoder=decoder), 0, 50)
+
+
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(dataset):
+    with pytest.raises(JobError, match="batch-size"):
+        make_loader(dataset, batch_size=2, world_size=3)
+
+
+@pytest.mark.slow
+def test_memory_and_open_files_stay_flat_over_200_group_switches(dataset):
+    loader = make_loader(dataset)
+    process = psutil.Process()
+    take(loader, 0, 20)
+    memory, files = process.memory_info().rss, process.num_fds()
+    for start in range(0, 200, 2):
+        for _ in loader.batches(start, start + 2):
+            pass
+    assert process.num_fds() <= files
+    assert process.memory_info().rss - memory < 64 << 20

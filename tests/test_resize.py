@@ -1,0 +1,127 @@
+"""From a photo's bytes to a small JPEG: what is converted, what is refused, and how good it looks."""
+
+import io
+
+import numpy as np
+import pytest
+import simplejpeg
+from photos import jpeg, picture
+from PIL import Image
+
+from preprocessing.resize import BadPhoto, Resizer
+
+RESIZER = Resizer(size=64, quality=95)
+
+
+def saved(image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, **options)
+    return file.getvalue()
+
+
+def small(data: bytes, resizer: Resizer = RESIZER) -> np.ndarray:
+    return simplejpeg.decode_jpeg(resizer(data)).astype(float)
+
+
+def expected(photo: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(photo).resize((64, 64), Image.Resampling.LANCZOS)).astype(float)
+
+
+@pytest.mark.parametrize("resize_filter", ["fast", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [64, 96, 128, 150, 512])
+def test_any_filter_and_size_gives_the_same_picture(resize_filter, size):
+    photo = picture(size, 1)
+    data = saved(Image.fromarray(photo), format="JPEG", quality=97)
+    assert np.abs(small(data, Resizer(64, 95, resize_filter)) - expected(photo)).mean() < 3
+
+
+def test_a_png_called_jpg_is_read_for_what_it_is():
+    photo = picture(128, 2)
+    assert np.abs(small(saved(Image.fromarray(photo), format="PNG")) - expected(photo)).mean() < 3
+
+
+def test_greyscale_cmyk_and_palette_photos_are_converted():
+    photo = picture(128, 3)
+    grey = Image.fromarray(photo).convert("L")
+    for data in (saved(grey, format="JPEG", quality=97), saved(grey, format="PNG"), saved(grey.convert("I;16"), format="PNG")):
+        result = small(data)
+        assert np.ptp(result, axis=2).max() <= 4
+    assert np.abs(small(saved(grey, format="JPEG", quality=97)).mean(2) - expected(np.asarray(grey))).mean() < 3
+    cmyk = saved(Image.fromarray(photo).convert("CMYK"), format="JPEG", quality=97)
+    assert np.abs(small(cmyk) - expected(photo)).mean() < 4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_upright_as_exif_says(orientation):
+    undo = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }
+    photo = picture(128, 4)
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    stored = np.ascontiguousarray(undo[orientation](photo))
+    for kind in ("JPEG", "PNG"):
+        data = saved(Image.fromarray(stored), format=kind, exif=tags, quality=97)
+        assert np.abs(small(data) - expected(photo)).mean() < 3
+
+
+def test_progressive_photos_come_out_as_baseline():
+    data = RESIZER(saved(Image.fromarray(picture(128, 5)), format="JPEG", progressive=True))
+    assert b"\xff\xc2" not in data
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"hello", "not an image"),
+        (b"\xff\xd8\xff" + b"\0" * 500 + b"\xff\xd9", "unreadable"),
+        (jpeg(512, 1)[:9000], "truncated"),
+        (jpeg(512, 1)[:-2], "truncated"),
+        (jpeg(512, 1)[:300], "truncated"),
+        (jpeg(512, 1)[:9000] + bytes(5000), "truncated"),
+        (saved(Image.fromarray(picture(128, 1)), format="PNG")[:-3000], "truncated"),
+        (jpeg(20, 1), "too small"),
+    ],
+)
+def test_a_bad_photo_is_refused_with_its_reason(data, reason):
+    with pytest.raises(BadPhoto) as refused:
+        RESIZER(data)
+    assert refused.value.reason == reason
+
+
+def test_a_picture_of_a_thousand_megapixels_is_refused_before_it_is_decoded():
+    header = bytearray(jpeg(64, 1))
+    frame = header.index(b"\xff\xc0")
+    header[frame + 5 : frame + 9] = (30000).to_bytes(2, "big") * 2
+    png = saved(Image.new("1", (30000, 30000)), format="PNG")
+    for data in (bytes(header), png):
+        with pytest.raises(BadPhoto, match="too large"):
+            RESIZER(data)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused():
+    data = jpeg(128, 1)
+    scan = data.index(b"\xff\xda")
+    with pytest.raises(BadPhoto, match="scans"):
+        RESIZER(data[:scan] + data[scan:-2] * 100 + data[-2:])
+
+
+def test_flipped_bytes_never_crash_and_never_pass_as_another_size():
+    rng = np.random.default_rng(0)
+    good = jpeg(128, 1)
+    for _ in range(300):
+        data = bytearray(good)
+        for position in rng.integers(0, len(data), 3):
+            data[position] = rng.integers(0, 256)
+        try:
+            assert simplejpeg.decode_jpeg_header(RESIZER(bytes(data)))[:2] == (64, 64)
+        except BadPhoto as bad:
+            assert bad.reason in {"unreadable", "truncated", "not an image", "too large", "too small"}
