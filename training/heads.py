@@ -1,0 +1,304 @@
+"""Margin heads: AAMC, LMCC and FC_CE, with a backward written by hand.
+
+A head costs little more than its three matrix products (logits, gradient of the weight, gradient of the
+descriptors). The weight is walked in blocks of classes that stay in cache: a block's norms are taken, its
+product made and its gradient written while it is there, and no normalised copy of the weight ever exists. One
+copy of the logits is kept for the backward; everything that depends on the label is a vector of one number a
+sample.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+HeadKind = Literal["AAMC", "LMCC", "FC_CE"]
+ScoreForm = Literal["raw", "cosine"]
+
+CPU_BLOCK = 512  # classes; 512 rows of 1280 floats are 2.5 MB
+DEVICE_BLOCK = 8192  # on a GPU a block only bounds the temporary memory
+NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
+
+
+@dataclass(frozen=True)
+class Margin:
+    """What a head does to the cosines: all times `s`, and a penalty `m` on the label's own.
+
+    `kind` "AAMC": radians added to the angle; "LMCC": subtracted from the cosine; "FC_CE": nothing (`s` is 1,
+    `m` is 0).
+    """
+
+    kind: HeadKind
+    s: float = 1.0
+    m: float = 0.0
+
+    @property
+    def normalises(self) -> bool:
+        """Whether the head works on cosines, not on raw dot products."""
+        return self.kind != "FC_CE"
+
+    def own_logit(self, cosine: Tensor) -> tuple[Tensor, Tensor]:
+        """The logit of the label's own class and its derivative by the cosine; all [B]."""
+        if self.kind != "AAMC":
+            return self.s * (cosine - self.m), torch.full_like(cosine, self.s)
+        cos_m, sin_m = math.cos(self.m), math.sin(self.m)
+        sine_squared = 1.0 - cosine.square()
+        sine = sine_squared.clamp_min(0.0).sqrt()
+        # At cosine 1 the true slope is infinite; the floor keeps it finite and is far below any sine in
+        # training.
+        slope = cos_m + sin_m * cosine / sine_squared.clamp_min(torch.finfo(cosine.dtype).eps).sqrt()
+        penalised = cosine > 0
+        logit = torch.where(penalised, cosine * cos_m - sine * sin_m, cosine)
+        return self.s * logit, self.s * torch.where(penalised, slope, torch.ones_like(slope))
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Plain float32 arithmetic: autocast off, and no TF32 in matrix products on a GPU."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        setting, plain = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+        before = getattr(matmul, setting)
+        setattr(matmul, setting, plain)
+        try:
+            yield
+        finally:
+            setattr(matmul, setting, before)
+
+
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    size = CPU_BLOCK if weight.device.type == "cpu" else DEVICE_BLOCK
+    for start in range(0, len(weight), size):
+        yield slice(start, min(start + size, len(weight)))
+
+
+class MarginSoftmax(torch.autograd.Function):
+    """Cross-entropy over the classes of a head, with its margin; gradients by hand.
+
+    With a process `group` the weight holds this rank's classes only, the descriptors and labels are the same
+    on all its ranks, and `mine` marks the samples whose class is here (the labels of the others are any valid
+    index). The losses, and the descriptors' gradient once summed over the ranks, are those of one rank
+    holding all classes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        descriptors: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        margin: Margin,
+        mine: Tensor | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Losses [B] and hits [B] (bool: no other class scores higher, margin aside).
+
+        `descriptors` [B, D] (unit length for a margin of cosines), `weight` [C, D], `bias` [C] or None,
+        `labels` int64 [B]; one floating dtype, in which all is computed.
+        """
+        with full_precision(weight.device):
+            logits = descriptors.new_empty(len(descriptors), len(weight))
+            inverse_norms = weight.new_empty(len(weight)) if margin.normalises else None
+            for block in _blocks(weight):
+                part = logits[:, block]
+                torch.mm(descriptors, weight[block].T, out=part)
+                if inverse_norms is not None:
+                    norms = torch.linalg.vector_norm(weight[block], dim=1).clamp_min_(NORM_FLOOR)
+                    part.mul_(torch.reciprocal(norms, out=inverse_norms[block]) * margin.s)
+                if bias is not None:
+                    part.add_(bias[block])
+
+            own = logits.gather(1, labels[:, None])
+            # The label's own class leaves the logits and is treated apart, where its margin costs nothing and
+            # its loss loses no digits: log(1 + exp(rest - own)) stays exact where the probability is nearly
+            # 1.
+            absent = torch.full_like(own, torch.finfo(own.dtype).min)
+            logits.scatter_(1, labels[:, None], absent if mine is None else torch.where(mine[:, None], absent, own))
+            plain = own.squeeze(1) if mine is None else own.squeeze(1) * mine
+            best, rest = _log_sum_exp(logits, list(_blocks(weight)))
+            if group is not None:
+                plain, best, rest = _over_ranks(plain, best, rest, group)
+            cosine = plain / margin.s
+            logit, slope = margin.own_logit(cosine)
+            gap = rest - logit
+            losses = torch.logaddexp(gap, torch.zeros_like(gap))
+            log_total = torch.logaddexp(rest, logit)
+
+        ctx.save_for_backward(
+            descriptors, weight, bias, labels, mine, logits, inverse_norms, log_total, gap, cosine, slope
+        )
+        ctx.margin, ctx.group = margin, group
+        hits = plain >= best
+        ctx.mark_non_differentiable(hits)
+        return losses, hits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        descriptors, weight, bias, labels, mine, logits, inverse_norms, log_total, gap, cosine, slope = (
+            ctx.saved_tensors
+        )
+        margin: Margin = ctx.margin
+        with full_precision(weight.device):
+            grad_losses = grad_losses.to(weight.dtype)
+            if ctx.group is not None:
+                grad_losses = grad_losses.clone()
+                dist.all_reduce(grad_losses, group=ctx.group)
+            grad_descriptors = torch.zeros_like(descriptors)
+            grad_weight = torch.empty_like(weight)
+            grad_bias = None if bias is None else torch.empty_like(bias)
+            for block in _blocks(weight):
+                grad = (logits[:, block] - log_total[:, None]).exp_().mul_(grad_losses[:, None])
+                if grad_bias is not None:
+                    torch.sum(grad, dim=0, out=grad_bias[block])
+                if inverse_norms is not None:
+                    inverse = inverse_norms[block]
+                    # The weight's normalisation takes away what points along the weight.
+                    radial = (grad * logits[:, block]).sum(0).mul_(inverse.square())
+                    torch.mul(weight[block], radial.neg_()[:, None], out=grad_weight[block])
+                    grad.mul_(inverse * margin.s)
+                    grad_weight[block].addmm_(grad.T, descriptors)
+                else:
+                    torch.mm(grad.T, descriptors, out=grad_weight[block])
+                grad_descriptors.addmm_(grad, weight[block])
+
+            # The label's own class: its probability less one is minus sigmoid(gap).
+            own = -grad_losses * torch.sigmoid(gap) * slope
+            if mine is not None:
+                own = own * mine
+            own_weight = weight[labels]
+            if inverse_norms is not None:
+                own_inverse = inverse_norms[labels][:, None]
+                own_weight = own_weight * own_inverse
+                tangent = (descriptors - cosine[:, None] * own_weight) * own_inverse
+            else:
+                tangent = descriptors
+            grad_weight.index_add_(0, labels, own[:, None] * tangent)
+            if grad_bias is not None:
+                grad_bias.index_add_(0, labels, own)
+            grad_descriptors.add_(own[:, None] * own_weight)
+        return grad_descriptors, grad_weight, grad_bias, None, None, None, None
+
+
+def _log_sum_exp(logits: Tensor, blocks: list[slice]) -> tuple[Tensor, Tensor]:
+    parts = [logits[:, block] for block in blocks]
+    best = torch.stack([part.amax(1) for part in parts]).amax(0)
+    total = torch.stack([(part - best[:, None]).exp_().sum(1) for part in parts]).sum(0)
+    return best, best + total.log()
+
+
+def _over_ranks(plain: Tensor, best: Tensor, rest: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    highest = best.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    sums = torch.stack([plain, (rest - highest).exp()])
+    dist.all_reduce(sums, group=group)
+    return sums[0], highest, highest + sums[1].log()
+
+
+class Head(nn.Module):
+    """A classifier over the cells of one group: `weight` [classes, dim], and `bias` [classes] for FC_CE.
+
+    Divide&Classify, section 3; `s` and `m` as its reference sets them. With a `part` (a range of the classes)
+    the parameters are those rows of the whole head's, initial values included. Raises ValueError for an
+    unknown kind, no classes, or a scale or margin that is out of range.
+    """
+
+    own_scores: ScoreForm = "raw"  # what the reference ranks by, for every kind
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        kind: HeadKind,
+        dim: int,
+        classes: int,
+        s: float = 100.0,
+        m: float = 0.2,
+        part: range | None = None,
+    ) -> None:
+        super().__init__()
+        if kind not in ("AAMC", "LMCC", "FC_CE"):
+            raise ValueError(f"head {kind!r} is none of AAMC, LMCC, FC_CE")
+        if dim < 1 or classes < 1:
+            raise ValueError(f"a head needs at least one dimension and one class, not {dim} and {classes}")
+        if not s > 0 or not 0 <= m < math.pi / 2:
+            raise ValueError(f"a head needs a scale s > 0 and a margin 0 <= m < pi/2, not s={s} and m={m}")
+        self.margin = Margin(kind) if kind == "FC_CE" else Margin(kind, s, m)
+        self.dim, self.classes = dim, classes
+        self.part = range(classes) if part is None else part
+        self.weight = nn.Parameter(torch.empty(len(self.part), dim))
+        self.register_parameter("bias", nn.Parameter(torch.empty(len(self.part))) if kind == "FC_CE" else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier-uniform for AAMC and LMCC, the initial values of `nn.Linear` for FC_CE."""
+        bound = math.sqrt(6 / (self.dim + self.classes)) if self.bias is None else 1 / math.sqrt(self.dim)
+        self._draw(self.weight, bound)
+        if self.bias is not None:
+            self._draw(self.bias, bound)
+
+    def _draw(self, parameter: Tensor, bound: float) -> None:
+        """Uniform rows; other parts' are drawn and dropped, so that a split changes no initial value."""
+        for start in range(0, self.classes, DEVICE_BLOCK):
+            stop = min(start + DEVICE_BLOCK, self.classes)
+            rows = parameter.new_empty(stop - start, *parameter.shape[1:]).uniform_(-bound, bound)
+            first, last = max(start, self.part.start), min(stop, self.part.stop)
+            if first < last:
+                parameter[first - self.part.start : last - self.part.start] = rows[first - start : last - start]
+
+    def forward(self, descriptors: Tensor, labels: Tensor) -> Tensor:
+        """The loss of every sample, [B] in the weight's dtype (float32), under any autocast.
+
+        `descriptors` [B, dim] of any floating dtype (its gradient comes back in it), `labels` int64 [B].
+        """
+        return self.losses_and_hits(descriptors, labels)[0]
+
+    def losses_and_hits(self, descriptors: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The losses of `forward` and, for free, which samples score best on their own class (bool [B])."""
+        prepared = self.prepare(descriptors)
+        losses, hits = MarginSoftmax.apply(prepared, self.weight, self.bias, labels, self.margin)
+        return losses, hits
+
+    def prepare(self, descriptors: Tensor) -> Tensor:
+        """Descriptors [B, dim] in the weight's dtype, of unit length where the head works on cosines."""
+        with full_precision(self.weight.device):
+            descriptors = descriptors.to(self.weight.dtype)
+            return F.normalize(descriptors, dim=1, eps=NORM_FLOOR) if self.margin.normalises else descriptors
+
+    @torch.no_grad()
+    def scores(self, descriptors: Tensor, form: ScoreForm = "raw") -> Tensor:
+        """Scores [B, classes] to rank cells by, in the weight's dtype; `descriptors` [B, dim].
+
+        "raw": dot product with the weight as it is (for FC_CE the logits, bias included); "cosine": cosine of
+        the descriptor and the weight. `own_scores` is the form that the reference ranks by. ValueError for
+        another form.
+        """
+        if form not in ("raw", "cosine"):
+            raise ValueError(f"scores {form!r} are neither raw nor cosine")
+        with full_precision(self.weight.device):
+            descriptors = descriptors.to(self.weight.dtype)
+            if form == "raw":
+                return F.linear(descriptors, self.weight, self.bias)
+            norms = torch.linalg.vector_norm(self.weight, dim=1).clamp_min(NORM_FLOOR)
+            return F.linear(F.normalize(descriptors, dim=1, eps=NORM_FLOOR), self.weight).div_(norms)
+
+    def extra_repr(self) -> str:
+        """Kind, size and margin, as `print(head)` shows them."""
+        margin = self.margin
+        return f"{margin.kind}, dim={self.dim}, classes={self.classes}, s={margin.s}, m={margin.m}"
+
+
+def make_head(kind: HeadKind, dim: int, classes: int, s: float = 100.0, m: float = 0.2) -> Head:
+    """A head of `kind` over `classes` cells for descriptors of `dim` numbers; FC_CE ignores `s` and `m`."""
+    return Head(kind, dim, classes, s, m)

@@ -1,0 +1,60 @@
+"""The model: backbone, global average pool, linear layer, descriptor of unit length."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from training.backbones import BackboneName, make_backbone
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class GeoModel(nn.Module):
+    """Images to descriptors of unit length; Divide&Classify, section 3.
+
+    `weights` and `freeze_until` as `make_backbone` takes them. `descriptor_dim` None is the reference's: as
+    many numbers as the backbone has channels. Raises what `make_backbone` raises.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneName = "efficientnet_b0",
+        weights: str = "imagenet",
+        freeze_until: int = 0,
+        descriptor_dim: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = make_backbone(backbone, weights, freeze_until)
+        channels = self.backbone.out_channels
+        self.descriptor_dim = descriptor_dim or channels
+        self.projection = nn.Linear(channels, self.descriptor_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Descriptors [B, descriptor_dim] of unit length in float32 (float64 for a float64 model), under any
+        autocast.
+
+        `images` [B, 3, H, W] as `to_input` makes them.
+        """
+        pooled = self.backbone(images).mean(dim=(2, 3))
+        descriptors = self.projection(pooled)
+        if descriptors.dtype in (torch.float16, torch.bfloat16):
+            descriptors = descriptors.float()
+        return F.normalize(descriptors, dim=1)
+
+
+def to_input(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [B, H, W, 3] RGB to [B, 3, H, W] in `dtype`, ImageNet-normalised, channels-last in memory, same
+    device.
+
+    Raises ValueError for another dtype or shape.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"images must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}")
+    batch, height, width, _ = images.shape
+    deviation = torch.tensor(IMAGENET_STD, dtype=dtype)
+    scale = (1 / (255 * deviation)).to(images.device).repeat(width)
+    shift = (-torch.tensor(IMAGENET_MEAN, dtype=dtype) / deviation).to(images.device).repeat(width)
+    # Whole rows of pixels at once: three channels alone are too short a last dimension to be fast on a CPU.
+    rows = images.reshape(batch, height, width * 3).to(dtype).mul_(scale).add_(shift)
+    return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
