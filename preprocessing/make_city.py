@@ -1,0 +1,51 @@
+"""Render a procedural city as street-level photos, named and laid out as SF-XL.
+
+Example: python preprocessing/make_city.py --out city --seed 0 --blocks 3 --size 512 --years 3
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from preprocessing.city.plan import CitySettings
+from preprocessing.city.writer import render_city
+from shards.console import entry
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Render a procedural city as street-level photos, named and laid out as SF-XL.
+
+    Writes train/database/LATITUDE/, val/queries/ and test/queries/, and city.json with settings and counts.
+    The same settings give the same bytes, whatever the number of workers; an interrupted run goes on.
+    """
+
+    out: Path
+    """Folder to write; new or empty, or holding this very city."""
+    city: Annotated[CitySettings, tyro.conf.arg(name="")] = field(default_factory=CitySettings)
+    workers: int = len(os.sched_getaffinity(0))
+    """Processes that render; the default is one for each core."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"workers is {self.workers}; it must be 1 or more")
+
+
+def main() -> int:
+    try:
+        arguments = tyro.cli(Arguments, description=Arguments.__doc__)
+    except ValueError as error:  # of the right type, but out of range
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    render_city(arguments.out, arguments.city, arguments.workers)
+    return 0
+
+
+if __name__ == "__main__":
+    entry(main)
