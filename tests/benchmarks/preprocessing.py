@@ -1,0 +1,239 @@
+"""Preprocessing beside what a user would do otherwise, one core, in turn, medians.
+
+    python tests/benchmarks/preprocessing.py [--quick] [--json FILE] [--photos DIR] [--img2dataset PYTHON]
+
+Resizing: photos of 512 pixels on disk (in the page cache) to 224-pixel JPEGs in tar shards on disk.
+`ours` writes a shard as build_shards.py does; `pillow` decodes in full, reduces with the bicubic filter and uses
+tarfile; `img2dataset` runs where --img2dataset names a Python that has it (give it an environment of its own).
+PSNR and SSIM are against a Lanczos reduction of the full-size photo, without JPEG.
+
+Partition: names that are already listed to a label for each, in a process of its own; peak bytes beside the names.
+"""
+
+import argparse
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.pop(0)  # this folder: a benchmark named like a package would shadow it
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import simplejpeg
+from PIL import Image
+
+from preprocessing.city.plan import CitySettings
+from preprocessing.city.writer import render_city
+from preprocessing.partition import make_partition
+from preprocessing.plan import ShardTask
+from preprocessing.resize import Resizer
+from preprocessing.shard_task import write_shard
+from shards.names import parse_utm
+
+SIZE, QUALITY = 224, 90
+
+
+def make_task(photos: list[str]) -> ShardTask:
+    places = [0.0] * len(photos)
+    return ShardTask(0, 0, 0, photos, [0] * len(photos), places, places)
+
+
+def ours(source: Path, photos: list[str], out: Path) -> None:
+    write_shard(make_task(photos), source, out, Resizer(SIZE, QUALITY), lambda *_: True)
+
+
+def pillow(source: Path, photos: list[str], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(out / "shard.tar", "w") as tar:
+        for i, photo in enumerate(photos):
+            jpeg = pillow_jpeg(source / photo)
+            for name, data in ((f"{i:09d}.jpg", jpeg), (f"{i:09d}.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def pillow_jpeg(path: Path) -> bytes:
+    with Image.open(path) as image:
+        small = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    small.save(file, "JPEG", quality=QUALITY)
+    return file.getvalue()
+
+
+def img2dataset(python: str, source: Path, photos: list[str], out: Path) -> float:
+    """Steady images a second of img2dataset on one core: the rate between a short and a long run."""
+    script = (
+        "import sys, time\nfrom img2dataset import download\n"
+        "if __name__ == '__main__':\n"
+        "    urls, out = sys.argv[1:]\n"
+        f"    download(url_list=urls, output_folder=out, output_format='webdataset', image_size={SIZE},\n"
+        "             resize_mode='no', processes_count=1, thread_count=2, encode_quality=90,\n"
+        "             resize_only_if_bigger=False, number_sample_per_shard=100000)\n"
+    ).replace("resize_mode='no'", "resize_mode='center_crop'")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "run.py").write_text(script)
+    seconds = []
+    counts = [len(photos) // 4, len(photos) * 2]
+    for count in counts:
+        urls = out / f"urls-{count}.txt"
+        chosen = (photos * 2)[:count]
+        urls.write_text("".join(f"file://{(source / p).resolve()}\n" for p in chosen))
+        begin = time.perf_counter()
+        subprocess.run([python, out / "run.py", urls, out / f"out-{count}"], check=True, capture_output=True)
+        seconds.append(time.perf_counter() - begin)
+    return (counts[1] - counts[0]) / (seconds[1] - seconds[0])
+
+
+def rate(run: Callable[[Path, list[str], Path], None], source: Path, photos: list[str], scratch: Path) -> float:
+    out = scratch / f"{run.__name__}-{time.monotonic_ns()}"
+    begin = time.perf_counter()
+    run(source, photos, out)
+    return len(photos) / (time.perf_counter() - begin)
+
+
+def quality(encode: Callable[[bytes, Path], bytes], source: Path, photos: list[str]) -> tuple[float, float, float]:
+    """Mean PSNR (dB), mean SSIM and mean bytes of the small JPEGs."""
+    psnrs, ssims, sizes = [], [], []
+    for photo in photos:
+        data = (source / photo).read_bytes()
+        small = encode(data, source / photo)
+        exact = np.asarray(
+            Image.open(io.BytesIO(data)).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS), np.float32
+        )
+        result = simplejpeg.decode_jpeg(small).astype(np.float32)
+        psnrs.append(10 * np.log10(255**2 / max(float(((result - exact) ** 2).mean()), 1e-9)))
+        ssims.append(ssim(result, exact))
+        sizes.append(len(small))
+    return statistics.mean(psnrs), statistics.mean(ssims), statistics.mean(sizes)
+
+
+def ssim(a: np.ndarray, b: np.ndarray) -> float:
+    """Structural similarity of two float32 [h, w, 3] images (Wang et al., 2004: Gaussian window, sigma 1.5)."""
+
+    def blur(x: np.ndarray) -> np.ndarray:
+        return cv2.GaussianBlur(x, (11, 11), 1.5)
+
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_a, mean_b = blur(a), blur(b)
+    var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    top = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    return float((top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
+
+
+def resizing_rows(source: Path, photos: list[str], rounds: int, python: str | None) -> list[dict[str, object]]:
+    compared = photos[:: max(1, len(photos) // 150)]
+    qualities = {
+        "ours": quality(lambda data, _: Resizer(SIZE, QUALITY)(data), source, compared),
+        "pillow": quality(lambda _, path: pillow_jpeg(path), source, compared),
+    }
+    rates: dict[str, list[float]] = {"ours": [], "pillow": []}
+    with tempfile.TemporaryDirectory(dir=source) as scratch:
+        for run in (ours, pillow):
+            rate(run, source, photos[:100], Path(scratch))
+        for _ in range(rounds):
+            for run in (ours, pillow):
+                rates[run.__name__].append(rate(run, source, photos, Path(scratch)))
+        if python:
+            rates["img2dataset"] = [img2dataset(python, source, photos, Path(scratch) / "peer")]
+    return [
+        {
+            "name": name,
+            "images_per_second_per_core": statistics.median(values),
+            "psnr": qualities[name][0] if name in qualities else None,
+            "ssim": qualities[name][1] if name in qualities else None,
+            "bytes_per_image": qualities[name][2] if name in qualities else None,
+        }
+        for name, values in rates.items()
+    ]
+
+
+def make_names(count: int) -> pa.Array:
+    """`count` SF-XL names spread over a city of 30 km, as an Arrow array, made without Python strings."""
+    rng = np.random.default_rng(0)
+    template = b"37.70/@0544388.51@4172758.25@10@S@037.70098@-122.49646@kPnABhWJ1kA61eMNPLs1vQ@@210@@@@201606@@.jpg"
+    names = np.tile(np.frombuffer(template, np.uint8), (count, 1))
+    for first, low in ((7, 540000_00), (18, 4170000_00)):
+        value = rng.integers(low, low + 30000_00, count)
+        for digit, column in enumerate([*range(first + 9, first + 7, -1), *range(first + 6, first - 1, -1)]):
+            names[:, column] = 48 + value // 10**digit % 10
+    data = pa.py_buffer(names)
+    offsets = np.arange(count + 1, dtype=np.int64) * len(template)
+    return pa.LargeStringArray.from_buffers(count, pa.py_buffer(offsets), data)
+
+
+def measure_partition(count: int) -> dict[str, object]:
+    """Seconds and peak bytes from names to labels; run in a process of its own."""
+    names = make_names(count)
+    seconds, peak = [], 0
+    for _ in range(3):
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+        before = resource_bytes("VmRSS")
+        begin = time.perf_counter()
+        east, north, _ = parse_utm(names)
+        made = make_partition(east, north, M=20, N=2, min_images=2, zone=10)
+        seconds.append(time.perf_counter() - begin)
+        peak = max(peak, resource_bytes("VmHWM") - before)
+        assert len(made.row) == count
+        del east, north, made
+    return {"name": "partition", "names": count, "seconds": statistics.median(seconds), "peak_bytes": peak}
+
+
+def resource_bytes(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer photos and rounds; ends within 50 seconds")
+    parser.add_argument("--json", type=Path, help="write the rows as JSON to this file")
+    parser.add_argument("--photos", type=Path, help="folder of 512-pixel JPEGs (default: a rendered city)")
+    parser.add_argument("--img2dataset", metavar="PYTHON", help="a Python interpreter that has img2dataset")
+    parser.add_argument("--names", type=int, default=4_000_000, help="names to partition")
+    parser.add_argument("--partition-only", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    cpu = max(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cpu})
+    cv2.setNumThreads(1)
+    if arguments.partition_only:
+        print(json.dumps(measure_partition(arguments.names)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        source = arguments.photos
+        if source is None:
+            source = Path(scratch) / "city"
+            settings = CitySettings(blocks=1, size=512, years=1)
+            render_city(source, settings, workers=1)
+        photos = sorted(str(p.relative_to(source)) for p in source.rglob("*.jpg"))[: 500 if arguments.quick else 3000]
+        for photo in photos:
+            (source / photo).read_bytes()
+        average = statistics.mean((source / p).stat().st_size for p in photos)
+        rows = resizing_rows(source, photos, 3 if arguments.quick else 7, arguments.img2dataset)
+    child = [sys.executable, __file__, "--partition-only", "--names", str(arguments.names)]
+    rows.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))
+    print(f"\nresizing {len(photos)} photos of {average / 1000:.1f} kB, 512 to {SIZE} pixels, one core (processor {cpu})")
+    print(f"{'':12} {'images/s':>9} {'ratio':>6} {'PSNR':>7} {'SSIM':>7} {'bytes':>7}")
+    first = rows[0]["images_per_second_per_core"]
+    for row in rows[:-1]:
+        speed = row["images_per_second_per_core"]
+        rest = f"{row['psnr']:7.2f} {row['ssim']:7.4f} {row['bytes_per_image']:7.0f}" if row["psnr"] else ""
+        print(f"{row['name']:12} {speed:9.0f} {speed / first:6.2f} {rest}")
+    last = rows[-1]
+    print(f"\npartition of {last['names']:,} names: {last['seconds']:.2f} s, {last['peak_bytes'] / 1e9:.2f} GB beside them")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
