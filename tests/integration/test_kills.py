@@ -1,0 +1,73 @@
+"""A run that is killed again and again, at any moment, ends as one that never was."""
+
+import multiprocessing as mp
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tiny import arguments, configure, start_training, train_here, write_dataset
+
+from training.checkpoint import list_checkpoints
+from training.run_folder import read_losses
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+
+
+def run(shards: Path, out: Path) -> None:
+    train_here(configure(shards, out, epochs=6, iterations_per_epoch=20, save_every=2, resume=True, batch_size=8))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "shards").path
+
+
+def test_twenty_kills_at_random_moments_leave_the_losses_bit_for_bit(shards: Path, tmp_path: Path) -> None:
+    run(shards, tmp_path / "whole")
+    processes = mp.get_context("forkserver")  # children start with everything imported: most of their time is training
+    processes.set_forkserver_preload(["training.trainer"])
+    moments = random.Random(0)
+    rounds = 0
+    for _ in range(KILLS):
+        child = processes.Process(target=run, args=(shards, tmp_path / f"killed-{rounds}"))
+        child.start()
+        child.join(moments.uniform(0.1, 0.8))
+        if child.exitcode is not None:
+            assert child.exitcode == 0
+            rounds += 1
+        child.kill()
+        child.join()
+    for number in range(rounds + 1):
+        out = tmp_path / f"killed-{number}"
+        run(shards, out)
+        assert read_losses(out) == read_losses(tmp_path / "whole")
+        assert not [path.name for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
+
+
+def workers_of(launcher: subprocess.Popen[str]) -> list[int]:
+    """The processes that torchrun started."""
+    listing = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=False)
+    return [int(word) for word in listing.stdout.split()]
+
+
+def test_torchrun_restarts_after_a_rank_was_killed(shards: Path, tmp_path: Path) -> None:
+    words = arguments(shards, tmp_path / "r", epochs=4, resume=True)
+    launcher = start_training(words, processes=2, restarts=3)
+    while not list_checkpoints(tmp_path / "r"):
+        assert launcher.poll() is None
+        time.sleep(0.02)
+    victim = workers_of(launcher)[-1]
+    subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(victim)], check=True)
+    out, err = launcher.communicate(timeout=180)
+    assert launcher.returncode == 0, err
+    assert "goes on from" in out
+    assert len(read_losses(tmp_path / "r")) == 32

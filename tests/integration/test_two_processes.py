@@ -1,0 +1,73 @@
+"""Runs of several processes on the CPU, started as a user starts them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tiny import ROOT, arguments, train, write_dataset, write_queries
+
+from training.checkpoint import list_checkpoints, load_checkpoint, load_for_evaluation
+from training.run_folder import read_losses
+
+pytestmark = pytest.mark.slow
+
+ACCELERATE_CONFIG = """
+compute_environment: LOCAL_MACHINE
+distributed_type: MULTI_GPU
+use_cpu: true
+mixed_precision: "no"
+num_machines: 1
+num_processes: 2
+machine_rank: 0
+main_training_function: main
+rdzv_backend: static
+same_network: true
+main_process_port: {port}
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return write_dataset(folder / "shards").path, write_queries(folder / "queries")
+
+
+def test_two_processes_under_accelerate_launch_train_validate_and_save(data: tuple[Path, Path], tmp_path: Path) -> None:
+    config = tmp_path / "cpu.yaml"
+    config.write_text(ACCELERATE_CONFIG.format(port=20000 + os.getpid() % 20000))
+    words = arguments(data[0], tmp_path / "r", val_queries=data[1], schedule="joint", epochs=4, tracker="tensorboard")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "training/train.py"]
+    done = subprocess.run(
+        [*command, *words],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 processes on cpu" in done.stdout
+    assert sum(line.startswith("epoch ") for line in done.stdout.splitlines()) == 4
+    weights = load_for_evaluation(tmp_path / "r")
+    assert sorted(weights.heads) == [0, 1, 2, 3]
+    assert list((tmp_path / "r" / "tensorboard").glob("events.*"))
+
+
+@pytest.mark.parametrize("settings", [{"schedule": "joint"}, {"schedule": "joint", "shard_head": True, "ema": 0.9}])
+def test_a_run_of_two_processes_goes_on_with_one_and_says_so(
+    data: tuple[Path, Path], tmp_path: Path, settings: dict[str, object]
+) -> None:
+    words = arguments(data[0], tmp_path / "r", **settings)
+    code, _, err = train(words, processes=2)
+    assert code == 0, err
+    code, out, err = train([*words, "--resume", "--epochs", "3"])
+    assert code == 0, err
+    assert "2 -> 1 processes" in out
+    assert len(read_losses(tmp_path / "r")) == 24
+    state = load_checkpoint(list_checkpoints(tmp_path / "r")[0]).training.tensors
+    assert float(state["heads.3.adam.weight.step"]) == 24

@@ -1,0 +1,178 @@
+"""Checkpoints: whole or not at all, nothing pickled, and the previous one used where the last is damaged."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import class_table
+
+import training.checkpoint as checkpoint_module
+from training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    best_checkpoint,
+    drop_old,
+    list_checkpoints,
+    load_checkpoint,
+    load_for_evaluation,
+    load_latest,
+    mark_best,
+    save_checkpoint,
+    training_state,
+    training_values,
+)
+
+FILES = [
+    "model.safetensors",
+    "heads.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+    "config.json",
+    "classes.parquet",
+]
+
+
+def make_checkpoint(step: int) -> Checkpoint:
+    torch.manual_seed(step)
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.randn(3, 2))])
+    return Checkpoint(
+        model={"weight": torch.randn(3, 2), "count": torch.tensor(step)},
+        heads={0: {"weight": torch.randn(4, 2)}, 3: {"weight": torch.randn(5, 2), "bias": torch.randn(5)}},
+        classes=class_table(),
+        config={"backbone": "small_cnn"},
+        training=training_state({"optimizer": optimizer.state_dict()}),
+        state={"step": step},
+        provenance={},
+    )
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    saved = make_checkpoint(7)
+    loaded = load_checkpoint(save_checkpoint(tmp_path, saved))
+    assert loaded.state == saved.state
+    assert loaded.config == saved.config
+    assert loaded.classes.fingerprint() == saved.classes.fingerprint()
+    for name, tensor in saved.model.items():
+        assert torch.equal(loaded.model[name], tensor)
+    assert loaded.heads.keys() == saved.heads.keys()
+    assert torch.equal(loaded.heads[3]["bias"], saved.heads[3]["bias"])
+
+
+def test_optimizer_state_survives_without_pickle(tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.randn(3))
+    optimizer = torch.optim.Adam([parameter], lr=0.1)
+    parameter.grad = torch.randn(3)
+    optimizer.step()
+    state = training_values(training_state({"optimizer": optimizer.state_dict(), "rates": {"best": float("inf")}}))
+    other = torch.optim.Adam([torch.nn.Parameter(parameter.detach().clone())], lr=0.5)
+    other.load_state_dict(state["optimizer"])
+    assert other.param_groups[0]["lr"] == 0.1
+    for key, value in optimizer.state[parameter].items():
+        assert torch.equal(next(iter(other.state.values()))[key], value)
+    assert state["rates"]["best"] == float("inf")
+
+
+def test_no_file_of_a_checkpoint_is_a_pickle(tmp_path: Path) -> None:
+    names = {file.name for file in save_checkpoint(tmp_path, make_checkpoint(1)).iterdir()}
+    assert names == {*FILES, "optimizer.json", "provenance.json", "files.json"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_named_and_the_previous_checkpoint_used(tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path, make_checkpoint(1))
+    last = save_checkpoint(tmp_path, make_checkpoint(2))
+    cut(last / name)
+    found = load_latest(tmp_path)
+    assert found is not None
+    path, loaded, passed_over = found
+    assert loaded.state["step"] == 1
+    assert path.name == "step-00000001"
+    assert str(last / name) in passed_over[0]
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, make_checkpoint(1)) / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="checksum"):
+        load_checkpoint(path.parent)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 1}'])
+def test_a_foreign_folder_is_no_checkpoint(tmp_path: Path, content: str) -> None:
+    foreign = tmp_path / "checkpoints" / "step-00000009"
+    foreign.mkdir(parents=True)
+    (foreign / "files.json").write_text(content)
+    with pytest.raises(CheckpointError, match="no checkpoint of this project"):
+        load_checkpoint(foreign)
+    with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):
+        load_latest(tmp_path)
+
+
+def test_a_run_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
+    assert load_latest(tmp_path) is None
+    with pytest.raises(CheckpointError):
+        load_for_evaluation(tmp_path)
+
+
+def test_an_interrupted_save_leaves_the_previous_checkpoint_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path, make_checkpoint(1))
+    written = []
+
+    def full_disk(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        path.write_bytes(b"half")
+
+    monkeypatch.setattr(checkpoint_module, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(tmp_path, make_checkpoint(2))
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert load_checkpoint(list_checkpoints(tmp_path)[0]).state["step"] == 1
+
+
+def test_the_latest_k_and_the_best_are_kept(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        path = save_checkpoint(tmp_path, make_checkpoint(step))
+        if step == 2:
+            mark_best(tmp_path, path, "LR@1", 50.0)
+    drop_old(tmp_path, keep=2)
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000004", "step-00000002"]
+    assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+
+
+def test_evaluation_takes_the_best_of_a_run_else_the_latest_whole_one(tmp_path: Path) -> None:
+    first = save_checkpoint(tmp_path, make_checkpoint(1))
+    second = save_checkpoint(tmp_path, make_checkpoint(2))
+    assert load_for_evaluation(tmp_path).path == second
+    cut(second / "heads.safetensors")
+    assert load_for_evaluation(tmp_path).path == first
+    save_checkpoint(tmp_path, make_checkpoint(3))
+    mark_best(tmp_path, first, "LR@1", 50.0)
+    assert load_for_evaluation(tmp_path).path == first
+    assert load_for_evaluation(first).heads[0]["weight"].shape == (4, 2)
+
+
+def test_evaluation_reads_no_optimizer_state(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, make_checkpoint(1))
+    for name in ("optimizer.safetensors", "optimizer.json", "state.json"):
+        (path / name).unlink()
+    assert np.isfinite(load_for_evaluation(path).model["weight"].numpy()).all()
+
+
+def test_a_checkpoint_of_a_later_format_says_so(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, make_checkpoint(1))
+    listing = json.loads((path / "files.json").read_text())
+    (path / "files.json").write_text(json.dumps(listing | {"format": 99}))
+    with pytest.raises(CheckpointError, match="later version"):
+        load_checkpoint(path)

@@ -1,0 +1,177 @@
+"""Several processes against one: the same losses and gradients, in float64, batch norm aside."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tiny import class_table
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training.distributed import World, average_batch_norm
+from training.engine import Engine
+from training.head_bank import HeadBank
+from training.model import GeoModel
+from training.presets import TrainConfig
+from training.schedules import make_schedule, slots_of_rank
+from training.scoring import merge_rankings, rank_classes
+
+CPU = torch.device("cpu")
+CASES: dict[str, dict[str, Any]] = {
+    "sequential": {"schedule": "sequential"},
+    "joint": {"schedule": "joint"},
+    "joint-accumulated": {"schedule": "joint", "accumulate": 2},
+    "sharded-sequential": {"schedule": "sequential", "shard_head": True},
+    "sharded-joint": {"schedule": "joint", "shard_head": True},
+    "linear-joint": {"schedule": "joint", "head": "FC_CE"},
+}
+
+
+def make_engine(case: str, batch_size: int, world: World) -> Engine:
+    """A float64 engine whose batch norms use fixed statistics."""
+    config = TrainConfig(batch_size=batch_size, precision="fp32", s=20.0, **CASES[case])
+    torch.manual_seed(0)
+    model = GeoModel("small_cnn", "none", 0, 8).double()
+    wrapped = DistributedDataParallel(model) if world.size > 1 else model
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    bank = HeadBank(class_table(side=6), config, 8, world)
+    for head in bank.heads.values():
+        head.double()
+    return Engine(config, model, wrapped, bank, world)
+
+
+def global_batch(engine: Engine, batch_size: int, step: int) -> tuple[Tensor, Tensor, np.ndarray]:
+    generator = torch.Generator().manual_seed(step)
+    images = torch.randn(batch_size, 3, 16, 16, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, 9, (batch_size,), generator=generator)
+    groups = make_schedule(engine.config.schedule, engine.bank.groups, batch_size=batch_size, iterations_per_epoch=2)(
+        step
+    )
+    return images, labels, groups
+
+
+def gradients(engine: Engine, batch_size: int, world: World) -> dict[str, Any]:
+    """The step's losses, and the gradients that the optimisers would see; of heads, this rank's parts."""
+    images, labels, groups = global_batch(engine, batch_size, 0)
+    mine = slots_of_rank(batch_size, world.rank, world.size)
+    sums = engine._forward_backward(images[mine], labels[mine], groups[mine], world.rank == 1).wait()
+    trained = engine.bank.groups_of_step(groups[mine])
+    engine.bank.reduce_gradients(trained)
+    found: dict[str, Any] = {"sums": torch.tensor(sums, dtype=torch.float64)}
+    found |= {name: p.grad.clone() for name, p in engine.model.named_parameters() if p.grad is not None}
+    for group in trained:
+        head = engine.bank.heads[group]
+        for name, parameter in head.named_parameters():
+            assert parameter.grad is not None
+            found[f"head {group} {name} from {head.part.start}"] = parameter.grad.clone()
+    return found
+
+
+def after_steps(engine: Engine, batch_size: int, world: World) -> dict[str, Any]:
+    """Losses of three steps, then all heads and optimiser states as rank 0 collects them, and a ranking."""
+    losses = []
+    for step in range(3):
+        images, labels, groups = global_batch(engine, batch_size, step)
+        mine = slots_of_rank(batch_size, world.rank, world.size)
+        losses.append(engine.step(step, images[mine], labels[mine], groups[mine]).losses)
+    heads, state = engine.bank.collect()
+    generator = torch.Generator().manual_seed(9)
+    descriptors = torch.nn.functional.normalize(torch.randn(5, 8, generator=generator), dim=1)
+    ranking = rank_classes(descriptors, engine.bank.blocks("cosine"), top_k=7)
+    rows, scores = merge_rankings([part for part in world.gather(ranking) if part[0].numel()], 7)
+    return {
+        "losses": torch.from_numpy(np.stack(losses)),
+        "rows": rows,
+        "head bytes": torch.tensor(engine.bytes_reduced - engine.model_bytes),
+        "scores": scores,
+        "state": state.tensors,
+        "heads": {f"{group}.{name}": tensor for group, head in heads.items() for name, tensor in head.items()},
+    }
+
+
+def work(rank: int, ranks: int, folder: str, batch_size: int) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    world = World(rank, ranks, CPU)
+    results: dict[str, Any] = {}
+    for case in CASES:
+        results[case] = gradients(make_engine(case, batch_size, world), batch_size, world)
+        results[f"{case} after"] = after_steps(make_engine(case, batch_size, world), batch_size, world)
+    norms = nn.Sequential(nn.BatchNorm2d(2))
+    layer = norms[0]
+    assert isinstance(layer, nn.BatchNorm2d)
+    layer.running_mean = torch.tensor([float(rank), 1.0])
+    layer.running_var = torch.tensor([1.0, 2.0 + rank])
+    average_batch_norm(norms, world)
+    results["batch norm"] = {"mean": layer.running_mean, "var": layer.running_var}
+    torch.save(results, f"{folder}/rank-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_ranks(folder: Path, ranks: int, batch_size: int) -> list[dict[str, Any]]:
+    mp.start_processes(work, (ranks, str(folder), batch_size), nprocs=ranks, start_method="spawn")
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "batch_size"), [(2, 8), (3, 10), (4, 8)])
+def test_ranks_with_shares_of_the_batch_equal_one_rank_with_all_of_it(
+    tmp_path: Path, ranks: int, batch_size: int
+) -> None:
+    found = run_ranks(tmp_path, ranks, batch_size)
+    alone = World(0, 1, CPU)
+    for case in CASES:
+        expected = gradients(make_engine(case, batch_size, alone), batch_size, alone)
+        for of_rank in found:
+            compare_gradients(of_rank[case], expected, case)
+        expected = after_steps(make_engine(case, batch_size, alone), batch_size, alone)
+        for of_rank in found:
+            after = of_rank[f"{case} after"]
+            torch.testing.assert_close(after["losses"], expected["losses"], rtol=1e-9, atol=1e-12)
+            assert torch.equal(after["rows"], expected["rows"])
+            check_traffic(case, int(after["head bytes"]), ranks)
+        for kind in ("heads", "state"):
+            collected = found[0][f"{case} after"][kind]
+            assert collected.keys() == expected[kind].keys()
+            for name, tensor in expected[kind].items():
+                torch.testing.assert_close(collected[name], tensor, rtol=1e-6, atol=1e-9, msg=f"{case} {name}")
+    check_batch_norm([of_rank["batch norm"] for of_rank in found], ranks)
+
+
+def compare_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], case: str) -> None:
+    torch.testing.assert_close(found["sums"][:-1], expected["sums"][:-1], rtol=1e-9, atol=1e-12)
+    assert found["sums"][-1] == 1  # one rank was asked to stop, and all know
+    for name, gradient in found.items():
+        if name == "sums":
+            continue
+        whole = expected.get(name)
+        if name.startswith("head"):
+            stem, start = name.rsplit(" from ", 1)
+            whole = expected[f"{stem} from 0"][int(start) : int(start) + len(gradient)]
+        assert whole is not None
+        torch.testing.assert_close(gradient, whole, rtol=1e-9, atol=1e-9, msg=f"{case}: {name}")
+
+
+def check_traffic(case: str, head_bytes: int, ranks: int) -> None:
+    """Sharded heads send no gradients, nor do those of the joint schedule where the ranks divide the groups."""
+    one_head = 9 * 8 * 8
+    if case.startswith("sharded") or (case == "joint" and ranks in (2, 4)):
+        assert head_bytes == 0
+    elif case == "sequential":
+        assert head_bytes == one_head
+
+
+def check_batch_norm(found: list[dict[str, Tensor]], ranks: int) -> None:
+    """Means 0 .. R-1 and variance 1 pool to the mean of the means and 1 plus their variance."""
+    for of_rank in found:
+        means = np.arange(ranks)
+        torch.testing.assert_close(of_rank["mean"], torch.tensor([means.mean(), 1.0], dtype=torch.float32))
+        torch.testing.assert_close(
+            of_rank["var"], torch.tensor([1 + means.var(), 2 + means.mean()], dtype=torch.float32)
+        )

@@ -1,0 +1,79 @@
+"""Learning rates and the running average, against values worked out here."""
+
+import math
+
+import pytest
+import torch
+
+from training.optimisers import Average, Rates, make_adam
+from training.presets import TrainConfig
+
+
+def rates(**values: object) -> Rates:
+    config = TrainConfig(**values)  # type: ignore[arg-type]
+    return Rates(config, make_adam([torch.nn.Parameter(torch.zeros(1))], config.lr))
+
+
+def test_the_papers_run_ends_after_the_third_cut() -> None:
+    # 1e-4 -> 1e-5 -> 1e-6 (in floating point not under 1e-6) -> 1e-7; a cut comes 11 epochs after the last best.
+    schedule = rates()
+    ended = []
+    for _ in range(40):
+        schedule.end_epoch(1.0)
+        ended.append(schedule.exhausted)
+    assert ended.index(True) == 1 + 3 * 11 - 1
+    assert math.isclose(schedule.model_rate, 1e-7, rel_tol=1e-9)
+
+
+def test_a_lower_loss_resets_the_patience() -> None:
+    schedule = rates(patience=2)
+    for loss in (5.0, 5.0, 5.0, 4.0, 4.0, 4.0):
+        schedule.end_epoch(loss)
+    assert schedule.model_rate == 1e-4
+    schedule.end_epoch(4.0)
+    assert math.isclose(schedule.model_rate, 1e-5)
+
+
+def test_a_restored_plateau_goes_on_counting() -> None:
+    first, second = rates(patience=2), rates(patience=2)
+    for loss in (1.0, 1.0):
+        first.end_epoch(loss)
+    second.load_state_dict(first.state_dict())
+    for schedule in (first, second):
+        schedule.end_epoch(1.0)
+        schedule.end_epoch(1.0)
+        assert math.isclose(schedule.model_rate, 1e-5)
+
+
+def test_cosine_rises_over_the_warmup_and_falls_to_zero_for_model_and_heads() -> None:
+    schedule = rates(lr_schedule="cosine", warmup_steps=4, epochs=2, iterations_per_epoch=12, lr=1.0, head_lr=10.0)
+    head = make_adam([torch.nn.Parameter(torch.zeros(1))], 10.0)
+    seen = []
+    for step in range(24):
+        schedule.apply(step, [head])
+        seen.append(schedule.model_rate)
+        assert math.isclose(head.param_groups[0]["lr"], 10 * seen[-1])
+    expected = [(i + 1) / 5 for i in range(4)] + [(1 + math.cos(math.pi * i / 20)) / 2 for i in range(20)]
+    assert seen == pytest.approx(expected)
+    assert not schedule.exhausted
+
+
+def test_adam_leaves_frozen_parameters_out() -> None:
+    frozen = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
+    assert len(make_adam([frozen, torch.nn.Parameter(torch.zeros(1))], 1.0).param_groups[0]["params"]) == 1
+
+
+def test_the_average_follows_its_formula_and_can_be_swapped_in() -> None:
+    value = torch.tensor([1.0])
+    average = Average({"w": value}, decay=0.5)
+    expected, current = 1.0, 1.0
+    for n in range(20):
+        current = float(n)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * current
+        average.update({"w": torch.tensor([current])})
+    assert float(average.tensors["w"]) == pytest.approx(expected, rel=1e-6)
+    live = torch.tensor([current])
+    with average.swapped_in({"w": live}):
+        assert float(live) == pytest.approx(expected, rel=1e-6)
+    assert float(live) == current

@@ -1,0 +1,89 @@
+"""What a run shows: the real TensorBoard serves its curves and pictures."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import class_table, configure, train_here, write_dataset, write_queries
+
+from shards.console import JobError
+from training.queries import list_queries
+from training.scoring import assess_ranking
+from training.tracking import batch_picture, check_tracker, epoch_line, error_colour, error_map
+
+
+def test_the_batch_picture_lays_the_images_out_in_rows() -> None:
+    images = torch.stack([torch.full((4, 4, 3), i, dtype=torch.uint8) for i in range(10)])
+    picture = batch_picture(images)
+    assert picture.shape == (8, 32, 3)
+    assert (picture[0, 4], picture[4, 4]) == (pytest.approx([1] * 3), pytest.approx([9] * 3))
+
+
+def test_colours_go_from_green_over_yellow_to_red() -> None:
+    assert [error_colour(metres) for metres in (1, 100, 5000)] == [(0, 200, 40), (255, 200, 40), (255, 0, 40)]
+
+
+def test_the_error_map_shows_near_queries_green_and_far_ones_red(tmp_path: Path) -> None:
+    classes = class_table()
+    queries = list_queries(write_queries(tmp_path / "q"), classes.zone)
+    ranked = classes.find(queries.east, queries.north)[:, None]
+    readable = np.ones(len(queries), dtype=bool)
+    outcome = assess_ranking(ranked, np.zeros(ranked.shape), readable, classes, queries)
+    picture = error_map(classes, queries, outcome)
+    assert (picture == error_colour(3)).all(axis=2).any()
+    assert not (picture == error_colour(5000)).all(axis=2).any()
+
+
+def test_an_epochs_line_says_all_in_one_line() -> None:
+    line = epoch_line(
+        1, 10, "group 1", loss=2.5, accuracy=12.34, rate=1234.5, wait_share=0.031, recall=56.78, seconds_left=200
+    )
+    assert line == "epoch  2/10  group 1  loss  2.5000  accuracy  12.3 %  LR@1  56.8 %  1,234 images/s  data wait 3%  left 3 min 20 s"  # fmt: skip  # noqa: E501
+
+
+def test_an_unknown_or_missing_tracker_is_a_clear_error() -> None:
+    with pytest.raises(JobError, match="none of"):
+        check_tracker("notebook")
+    with pytest.raises(JobError, match="not installed"):
+        check_tracker("aim")
+
+
+def fetch(address: str) -> Any:
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(address, timeout=10) as answer:
+                return json.loads(answer.read())
+        except OSError:
+            time.sleep(0.1)
+    raise AssertionError(f"no answer from {address}")
+
+
+@pytest.mark.slow
+def test_the_real_tensorboard_serves_curves_pictures_and_hyperparameters(tmp_path: Path) -> None:
+    shards = write_dataset(tmp_path / "shards").path
+    queries = write_queries(tmp_path / "q")
+    train_here(configure(shards, tmp_path / "r", tracker="tensorboard", log_every=4, val_queries=queries))
+    port = 30000 + np.random.default_rng().integers(20000)
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path / "r"), "--port", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        address = f"http://localhost:{port}/data/plugin"
+        tags: set[str] = set()
+        while "final/loss" not in tags:  # TensorBoard reads its files in the background
+            tags = set(fetch(f"{address}/scalars/tags").get("tensorboard", {}))
+        wanted = {"loss/all", "loss/group-00", "accuracy/group-01", "rate/model", "rate/head-03", "gradient_norm/model"}
+        wanted |= {"gradient_norm/head-00", "speed/images_per_second", "speed/data_wait_share", "val/LR@1", "val/LR@20"}
+        assert wanted <= tags
+        points = fetch(f"{address}/scalars/scalars?run=tensorboard&tag=val/LR@1")
+        assert [point[1] for point in points] == [8, 16]
+        assert {"batch", "val/error_map"} <= set(fetch(f"{address}/images/tags")["tensorboard"])
+    finally:
+        server.terminate()
+        server.wait()

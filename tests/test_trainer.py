@@ -1,0 +1,296 @@
+"""Whole runs on a tiny data set: what is written, going on, stopping, and clear words for what cannot be."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import (
+    ZONE,
+    arguments,
+    class_table,
+    configure,
+    start_training,
+    train,
+    train_here,
+    write_dataset,
+    write_queries,
+)
+
+import training.engine as engine_module
+from shards.console import JobError
+from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
+from training.heads import make_head
+from training.queries import list_queries, query_size
+from training.run_folder import read_losses
+from training.scoring import class_blocks, describe_queries, score_queries
+from training.trainer import Trainer
+
+GOLDEN = Path(__file__).parent / "golden" / "small_cnn_joint.txt"
+Failing = Callable[[int], bool]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "shards").path
+
+
+@pytest.fixture(scope="module")
+def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_queries(tmp_path_factory.mktemp("tiny") / "queries")
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Failing], None]:
+    """Makes the losses of chosen steps NaN."""
+
+    def install(fails: Failing) -> None:
+        original = engine_module.Engine.step
+
+        def step(self, step, images, labels, groups, **options):  # type: ignore[no-untyped-def]
+            images = images.permute(0, 3, 1, 2).float() / 255
+            return original(self, step, images * float("nan") if fails(step) else images, labels, groups, **options)
+
+        monkeypatch.setattr(engine_module.Engine, "step", step)
+
+    return install
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "joint"])
+def test_a_run_learns_and_its_best_checkpoint_reproduces_its_recall(
+    shards: Path, queries: Path, tmp_path: Path, schedule: str
+) -> None:
+    config = configure(shards, tmp_path / "r", schedule=schedule, epochs=8, val_queries=queries, lr_schedule="cosine")
+    trainer = train_here(config)
+    losses = read_losses(config.out)
+    assert len(losses) == 64
+    assert np.mean(losses[-8:]) < np.mean(losses[:8]) / 4
+    best = best_checkpoint(config.out)
+    assert best is not None
+    weights = load_for_evaluation(config.out)
+    assert weights.path == best
+    model = trainer.engine.model
+    model.load_state_dict(weights.model)
+    heads = {}
+    for group, tensors in weights.heads.items():
+        heads[group] = make_head("AAMC", 512, weights.classes.count(group))
+        heads[group].load_state_dict(tensors)
+    found = list_queries(queries, ZONE)
+    described = describe_queries(
+        model, found.paths, shorter_side=query_size(32), batch_size=5, device=torch.device("cpu"), threads=1
+    )
+    outcome = score_queries(described, class_blocks(heads, weights.classes, "raw"), weights.classes, found)
+    assert outcome.recall[1] == json.loads((config.out / "best.json").read_text())["value"]
+    assert outcome.recall[20] > 90
+
+
+@pytest.mark.parametrize("settings", [{}, {"schedule": "joint", "ema": 0.9, "lr_schedule": "cosine"}])
+def test_a_resumed_run_has_the_losses_of_one_that_never_stopped_bit_for_bit(
+    shards: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    whole = configure(shards, tmp_path / "whole", epochs=3, **settings)
+    train_here(whole)
+    parts = configure(shards, tmp_path / "parts", epochs=3, save_every=3, keep=50, **settings)
+    train_here(parts)
+    for path in list_checkpoints(parts.out):
+        if load_checkpoint(path).state["step"] > 11:
+            (path / "files.json").unlink()  # as if the run had been killed after step 11
+    resumed = train_here(configure(shards, tmp_path / "parts", epochs=3, resume=True, **settings))
+    assert resumed.progress.step == 24
+    assert read_losses(parts.out) == read_losses(whole.out)
+    ends = [load_checkpoint(list_checkpoints(out)[0]) for out in (whole.out, parts.out)]
+    for name, tensor in ends[0].model.items():
+        assert torch.equal(tensor, ends[1].model[name]), name
+    for name, tensor in ends[0].training.tensors.items():
+        assert torch.equal(tensor, ends[1].training.tensors[name]), name
+    assert ends[0].state["progress"]["latest"] == ends[1].state["progress"]["latest"]
+
+
+def test_stochastic_depth_draws_the_same_after_resuming(shards: Path, tmp_path: Path) -> None:
+    settings = {"backbone": "efficientnet_b0", "iterations_per_epoch": 2, "batch_size": 4}
+    whole = train_here(configure(shards, tmp_path / "whole", epochs=2, **settings))
+    train_here(configure(shards, tmp_path / "parts", epochs=1, **settings))
+    train_here(configure(shards, tmp_path / "parts", epochs=2, resume=True, **settings))
+    assert read_losses(tmp_path / "parts") == read_losses(whole.config.out)
+
+
+def test_a_resumed_run_says_what_changed(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train_here(configure(shards, tmp_path / "r", epochs=1))
+    train_here(configure(shards, tmp_path / "r", epochs=2, head_lr=0.5, resume=True))
+    printed = capsys.readouterr().out
+    assert "--head-lr 0.01 -> 0.5" in printed
+    assert "--epochs 1 -> 2" in printed
+
+
+def test_golden_losses_are_reproduced(shards: Path, tmp_path: Path) -> None:
+    """A library may move them by 1e-3; `python tests/test_trainer.py` writes the file anew."""
+    losses = golden_run(shards, tmp_path / "r")
+    golden = [float(line.split(" ")[1]) for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
+    np.testing.assert_allclose(losses, golden, rtol=1e-3)
+
+
+def golden_run(shards: Path, out: Path) -> list[float]:
+    settings = {"iterations_per_epoch": 20, "epochs": 1, "lr": 1e-4, "head_lr": 1e-3, "seed": 5}
+    train_here(configure(shards, out, schedule="joint", **settings))
+    return read_losses(out)
+
+
+def test_without_queries_the_best_checkpoint_waits_until_every_group_was_trained(shards: Path, tmp_path: Path) -> None:
+    trainer = train_here(configure(shards, tmp_path / "r", epochs=3))
+    assert best_checkpoint(tmp_path / "r") is None
+    assert trainer.progress.best is None
+    trainer = train_here(configure(shards, tmp_path / "r", epochs=4, resume=True))
+    assert trainer.progress.best == pytest.approx(-np.mean(list(trainer.progress.latest.values())))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    shards: Path, tmp_path: Path, failing: Callable[[Failing], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(lambda step: step == 3)
+    trainer = train_here(configure(shards, tmp_path / "r"))
+    assert trainer.progress.skipped == 1
+    assert np.flatnonzero(np.isnan(read_losses(tmp_path / "r"))).tolist() == [3]
+    assert "1 steps were skipped" in capsys.readouterr().out
+
+
+def test_many_such_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(
+    shards: Path, tmp_path: Path, failing: Callable[[Failing], None]
+) -> None:
+    failing(lambda step: step >= 10)
+    with pytest.raises(JobError, match=r"4 steps in a row.*last good checkpoint is .*step-00000008"):
+        train_here(configure(shards, tmp_path / "r", nan_patience=4))
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_here(configure(shards, tmp_path / "r", epochs=1))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.checkpoint.save_file", full)
+    with pytest.raises(JobError, match=r"No space left.*last whole one is .*step-00000008"):
+        train_here(configure(shards, tmp_path / "r", resume=True))
+    assert [path.name for path in list_checkpoints(tmp_path / "r")] == ["step-00000008"]
+
+
+def test_a_run_folder_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
+    config = configure(shards, tmp_path / "r", epochs=1)
+    train_here(config)
+    with pytest.raises(JobError, match=r"already holds a run \(up to step-00000008\)"):
+        Trainer(config)
+    foreign = tmp_path / "other"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("")
+    with pytest.raises(JobError, match="holds files that are no run"):
+        Trainer(configure(shards, foreign))
+    with pytest.raises(JobError, match="is a file"):
+        Trainer(configure(shards, foreign / "thesis.tex"))
+
+
+def test_another_class_map_is_refused_and_init_from_matches_cells(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = train_here(configure(shards, tmp_path / "r", epochs=1))
+    grown = class_table(side=4, shift=2)
+    other = write_dataset(tmp_path / "grown", grown).path
+    with pytest.raises(JobError, match="another class map"):
+        train_here(configure(other, tmp_path / "r", resume=True))
+    settings = {"epochs": 1, "iterations_per_epoch": 1, "lr": 1e-9, "head_lr": 1e-9}
+    trainer = train_here(configure(other, tmp_path / "new", init_from=tmp_path / "r", **settings))
+    assert "8 of 16 classes" in capsys.readouterr().out
+    old = class_table()
+    for row in range(len(grown)):
+        same = (old.cell_east == grown.cell_east[row]) & (old.cell_north == grown.cell_north[row])
+        new_weight = trainer.engine.bank.heads[int(grown.group[row])].weight[int(grown.label[row])]
+        if same.any():
+            match = int(np.flatnonzero(same)[0])
+            old_weight = first.engine.bank.heads[int(old.group[match])].weight[int(old.label[match])]
+            torch.testing.assert_close(new_weight, old_weight, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("flag", [{"backbone": "resnet18"}, {"head": "LMCC"}, {"descriptor_dim": 64}])
+def test_a_checkpoint_of_another_model_is_refused(shards: Path, tmp_path: Path, flag: dict[str, object]) -> None:
+    train_here(configure(shards, tmp_path / "r", epochs=1, iterations_per_epoch=1))
+    with pytest.raises(JobError, match=f"was trained with --{next(iter(flag)).replace('_', '-')}"):
+        train_here(configure(shards, tmp_path / "r", resume=True, **flag))
+
+
+def test_offloaded_heads_train_and_validate_as_resident_ones(shards: Path, queries: Path, tmp_path: Path) -> None:
+    runs = [
+        train_here(configure(shards, tmp_path / str(offload), offload_heads=offload, val_queries=queries))
+        for offload in (False, True)
+    ]
+    assert read_losses(runs[0].config.out) == read_losses(runs[1].config.out)
+    assert runs[0].metrics == runs[1].metrics
+
+
+def test_an_unreadable_validation_query_is_named_and_left_out(
+    shards: Path, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "q"
+    folder.mkdir()
+    good, bad = sorted(queries.iterdir())[:2]
+    (folder / good.name).write_bytes(good.read_bytes())
+    (folder / bad.name).write_bytes(bad.read_bytes()[:-300])
+    train_here(configure(shards, tmp_path / "r", val_queries=folder))
+    printed = capsys.readouterr().out
+    assert printed.count("1 validation queries cannot be read") == 1
+    assert bad.name in printed
+
+
+def test_no_usable_validation_query_is_a_clear_error(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "q").mkdir()
+    (tmp_path / "q" / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(JobError, match="no validation query has usable coordinates"):
+        train_here(configure(shards, tmp_path / "r", val_queries=tmp_path / "q"))
+
+
+@pytest.mark.slow
+def test_the_command_trains_refuses_to_overwrite_and_goes_on(shards: Path, tmp_path: Path) -> None:
+    words = arguments(shards, tmp_path / "r")
+    code, out, err = train(words)
+    assert (code, err) == (0, "")
+    assert "no validation queries" in out
+    assert sum(line.startswith("epoch ") for line in out.splitlines()) == 2
+    code, _, err = train(words)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1
+    code, out, _ = train([*words, "--resume", "--epochs", "3"])
+    assert code == 0
+    assert "goes on from" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_and_leaves_with_0_and_the_run_goes_on_as_if_nothing_happened(
+    shards: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    whole = train_here(configure(shards, tmp_path / "whole", epochs=6))
+    process = start_training(arguments(shards, tmp_path / "r", epochs=6))
+    while not list_checkpoints(tmp_path / "r"):
+        time.sleep(0.02)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert f"stopped by {number.name} after step" in out
+    stopped = load_checkpoint(list_checkpoints(tmp_path / "r")[0]).state["step"]
+    assert 0 < stopped < 48
+    assert len(read_losses(tmp_path / "r")) == stopped
+    train_here(configure(shards, tmp_path / "r", epochs=6, resume=True))
+    assert read_losses(tmp_path / "r") == read_losses(whole.config.out)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        written = golden_run(write_dataset(Path(folder) / "shards").path, Path(folder) / "r")
+    text = "".join(f"{step} {loss:.7g}\n" for step, loss in enumerate(written))
+    GOLDEN.write_text("# step, loss: small_cnn, AAMC, joint schedule, batch 16, seed 5, tests/tiny.py\n" + text)

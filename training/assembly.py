@@ -1,0 +1,128 @@
+"""Putting a run's parts together: Accelerate, the model and its heads, the loader."""
+
+from __future__ import annotations
+
+import os
+import resource
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from shards.classes import ClassTable
+from shards.console import JobError
+from shards.dataset import Dataset
+from shards.loader import Loader
+from training.distributed import World
+from training.engine import Engine
+from training.head_bank import HeadBank
+from training.model import GeoModel
+from training.presets import TrainConfig
+from training.schedules import Schedule
+
+
+def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
+    """Accelerate's view of the machine, and the configuration that holds there: fp16 becomes fp32 without a GPU."""
+    cpu = config.cpu or not torch.cuda.is_available()
+    if cpu and config.precision == "fp16":
+        config = replace(config, precision="fp32")
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no" if config.precision == "fp32" else config.precision,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=str(config.out),
+        # Ranks keep their own batch-norm statistics; they are averaged before saving and validating.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    return accelerator, config
+
+
+def make_world(accelerator: Accelerator) -> World:
+    """This process among those of its launch."""
+    return World(accelerator.process_index, accelerator.num_processes, accelerator.device)
+
+
+def launch_warning(world: World) -> str | None:
+    """`accelerate launch --cpu --num_processes N` starts one process only; say so, and what starts N."""
+    if world.size == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        return (
+            "warning: the launcher was asked for several processes and started one; on the CPU use "
+            "torchrun --standalone --nproc_per_node N -- training/train.py ..., or an accelerate configuration file "
+            "with distributed_type: MULTI_GPU and use_cpu: true"
+        )
+    return None
+
+
+def check_against_world(config: TrainConfig, world: World) -> None:
+    """JobError for settings that this machine or number of processes cannot serve."""
+    if config.batch_size < world.size:
+        raise JobError(f"--batch-size {config.batch_size}: less than one image for each of {world.size} processes")
+    if config.sync_bn and world.device.type != "cuda":
+        raise JobError("--sync-bn needs GPUs")
+    if config.head_sample_rate < 1 and world.size == 1:
+        raise JobError("--head-sample-rate needs several processes: it samples the parts of a sharded head")
+
+
+def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerator, world: World) -> Engine:
+    """Model, heads and optimisers with their initial weights, on the device. JobError as `GeoModel` raises it."""
+    torch.manual_seed(config.seed)
+    try:
+        model = GeoModel(config.backbone, config.weights, config.freeze_until, config.descriptor_dim or None)
+    except ValueError as error:
+        raise JobError(str(error)) from error
+    if config.sync_bn:
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(world.device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+        wrapped = accelerator.prepare(torch.compile(model) if config.compile else model)
+    bank = HeadBank(classes, config, model.descriptor_dim, world)
+    return Engine(config, model, wrapped, bank, world)
+
+
+def make_loader(
+    config: TrainConfig, dataset: Dataset, schedule: Schedule, accelerator: Accelerator, world: World
+) -> Loader:
+    """The loader of this rank's share of every batch."""
+    with accelerator.local_main_process_first():  # it writes the index where there is none
+        return Loader(
+            dataset,
+            schedule,
+            batch_size=config.batch_size,
+            image_size=config.image_size,
+            seed=config.seed,
+            rank=world.rank,
+            world_size=world.size,
+            decoder=config.decoder,
+            threads=decoding_threads(config),
+            device=world.device,
+        )
+
+
+def decoding_threads(config: TrainConfig) -> int:
+    """`--threads`, or this process's share of the host's cores."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return config.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def make_profiler(config: TrainConfig) -> Any:
+    """A profiler of the steps 10 to 14 after its start; its trace goes to OUT/profile."""
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=9, warmup=1, active=5, repeat=1),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(config.out / "profile")),
+        record_shapes=True,
+        profile_memory=True,
+    )
+
+
+def memory_in_use(device: torch.device) -> dict[str, float]:
+    """Peak bytes of this process's memory and of the device's."""
+    values = {"memory/host_peak_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}
+    if device.type == "cuda":
+        values["memory/device_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
+    return values

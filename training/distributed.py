@@ -1,0 +1,166 @@
+"""What the processes of a run tell each other, beyond the model's gradients that DDP moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others: `rank` of `size`, computing on `device`."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def bring_to_main(self, tensors: dict[str, Tensor] | None, source: int) -> dict[str, Tensor]:
+        """Send `tensors` from rank `source` to rank 0 one by one; rank 0 gets them on the CPU, others nothing.
+
+        Only the two ranks concerned need to call it; `tensors` is read on `source` only.
+        """
+        if source == 0:
+            return {name: t.detach().cpu() for name, t in (tensors or {}).items()} if self.is_main else {}
+        if self.rank == source:
+            assert tensors is not None
+            dist.send_object_list([{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}], dst=0)
+            for tensor in tensors.values():
+                dist.send(tensor.detach().to(self.device).contiguous(), dst=0)
+        elif self.is_main:
+            header: list[Any] = [None]
+            dist.recv_object_list(header, src=source)
+            received = {}
+            for name, (shape, dtype) in header[0].items():
+                buffer = torch.empty(shape, dtype=dtype, device=self.device)
+                dist.recv(buffer, src=source)
+                received[name] = buffer.cpu()
+            return received
+        return {}
+
+
+class RankGroups:
+    """Process groups by their set of ranks; every rank must ask for the same sets in the same order."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.known: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+
+    def of(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        """The group of these ranks; None (the default group) for all of them, and for a rank on its own."""
+        if len(ranks) in (1, self.world.size):
+            return None
+        if ranks not in self.known:
+            group = dist.new_group(list(ranks))
+            self.known[ranks] = group if isinstance(group, dist.ProcessGroup) else None
+        return self.known[ranks]
+
+
+def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    """The batch-norm layers of a model that keep running statistics."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+    ]
+
+
+@torch.no_grad()
+def average_batch_norm(model: nn.Module, world: World) -> None:
+    """Replace the running statistics by those over all ranks, in place: each rank saw other samples.
+
+    The variance of the whole is the mean of the variances plus the variance of the means.
+    """
+    layers = batch_norms(model)
+    if world.size == 1 or not layers:
+        return
+    means = torch.cat([_running(layer)[0] for layer in layers])
+    squares = torch.cat([_running(layer)[1] + _running(layer)[0] ** 2 for layer in layers])
+    both = world.sum(torch.stack([means, squares]).double()) / world.size
+    variances = both[1] - both[0] ** 2
+    start = 0
+    for layer in layers:
+        mean, variance = _running(layer)
+        stop = start + len(mean)
+        mean.copy_(both[0, start:stop])
+        variance.copy_(variances[start:stop])
+        start = stop
+
+
+def _running(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean, layer.running_var
+
+
+class BufferGuard:
+    """Keeps a copy of a model's buffers, so that a step that came to nothing leaves no trace in batch norms."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = list(model.buffers())
+        self.copies = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Copy the buffers as they are now."""
+        if self.buffers:
+            torch._foreach_copy_(self.copies, self.buffers)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the remembered values back."""
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.copies)
+
+
+class HostCopy:
+    """A small tensor on its way to the host: `wait` blocks until it is there, not until later work is done."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.event: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self.values = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self.values.copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        else:
+            self.values = tensor
+
+    def wait(self) -> list[float]:
+        """The values."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.values.tolist()
+
+
+def trained_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of gradients that an all-reduce of these parameters moves."""
+    return sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)

@@ -1,0 +1,135 @@
+"""Optimisers, learning rates and the running average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from training.presets import TrainConfig
+
+LOWEST_RATE = 1e-6  # the paper's run ends when the model's rate is under it
+
+
+def make_adam(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Adam:
+    """Adam as the reference uses it (torch's defaults), one fused kernel a step; frozen parameters stay out."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return torch.optim.Adam(trained, lr=rate, fused=True)
+
+
+class Rates:
+    """The learning rates of model and heads, as `--lr-schedule` says.
+
+    plateau: the model's rate is cut where an epoch's mean loss stalls, the heads' stay (the reference).
+    cosine, constant: a warm-up factor, then a half cosine to zero or 1, on both; a function of the step alone.
+    """
+
+    def __init__(self, config: TrainConfig, model_optimizer: torch.optim.Optimizer) -> None:
+        self.config = config
+        self.model_optimizer = model_optimizer
+        self.plateau: ReduceLROnPlateau | None = None
+        if config.lr_schedule == "plateau":
+            self.plateau = ReduceLROnPlateau(model_optimizer, patience=config.patience, factor=config.plateau_factor)
+
+    @property
+    def model_rate(self) -> float:
+        """The model's current learning rate."""
+        return float(self.model_optimizer.param_groups[0]["lr"])
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the plateau schedule has cut the model's rate below 1e-6, where the paper's run ends."""
+        return self.plateau is not None and self.model_rate < LOWEST_RATE
+
+    def factor(self, step: int) -> float:
+        """The factor on both base rates in the given step (1 for plateau)."""
+        if self.plateau is not None:
+            return 1.0
+        warmup = self.config.warmup_steps
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        if self.config.lr_schedule == "constant":
+            return 1.0
+        total = self.config.epochs * self.config.iterations_per_epoch
+        progress = min((step - warmup) / max(1, total - warmup), 1.0)
+        return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    def apply(self, step: int, head_optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """Set the rates of the given step."""
+        if self.plateau is not None:
+            return
+        factor = self.factor(step)
+        _set_rate(self.model_optimizer, self.config.lr * factor)
+        for optimizer in head_optimizers:
+            _set_rate(optimizer, self.config.head_lr * factor)
+
+    def end_epoch(self, mean_loss: float) -> None:
+        """Tell the plateau schedule the epoch's mean loss over all ranks."""
+        if self.plateau is not None:
+            self.plateau.step(mean_loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What resuming needs."""
+        return {} if self.plateau is None else dict(self.plateau.state_dict())
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up a saved state; one of another kind of schedule is left aside."""
+        if self.plateau is not None and state:
+            kept = {key: value for key, value in state.items() if key not in ("patience", "factor")}
+            self.plateau.load_state_dict(kept)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class Average:
+    """A running average of tensors: average <- decay * average + (1 - decay) * value after every step.
+
+    Early on the decay is (1 + n) / (10 + n) where that is smaller, so that the random start fades at once.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self.updates = 0
+        self.tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def update(self, tensors: dict[str, Tensor]) -> None:
+        """Move the average towards the current values, which bear the same names."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        torch._foreach_lerp_(list(self.tensors.values()), [tensors[name].detach() for name in self.tensors], 1 - decay)
+
+    def to(self, device: torch.device) -> None:
+        """Move the average to a device."""
+        self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Take up a saved average that has seen `updates` values."""
+        self.updates = updates
+        for name, average in self.tensors.items():
+            average.copy_(tensors[name])
+
+    @contextmanager
+    def swapped_in(self, tensors: dict[str, Tensor]) -> Iterator[None]:
+        """Within this block `tensors`, which bear the same names, hold the averages."""
+        self._swap(tensors)
+        try:
+            yield
+        finally:
+            self._swap(tensors)
+
+    @torch.no_grad()
+    def _swap(self, tensors: dict[str, Tensor]) -> None:
+        for name, average in self.tensors.items():
+            kept = tensors[name].clone()
+            tensors[name].copy_(average)
+            average.copy_(kept)

@@ -1,0 +1,91 @@
+"""Where a run stands, and how fast it goes."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from training.engine import StepOutcome
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with every checkpoint, so that an epoch that was cut goes on with its sums.
+
+    `losses`, `hits` and `counts` are the current epoch's sums by group; `latest` the last epoch's mean loss of
+    every group that has been trained; `best` the best value so far of the quantity that picks the best checkpoint.
+    """
+
+    step: int = 0
+    losses: dict[int, float] = field(default_factory=dict)
+    hits: dict[int, float] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
+    latest: dict[int, float] = field(default_factory=dict)
+    best: float | None = None
+    skipped: int = 0
+
+    def add(self, groups: list[int], global_groups: np.ndarray, outcome: StepOutcome) -> None:
+        """Add a step that was taken."""
+        for i, group in enumerate(groups):
+            count = int(np.count_nonzero(global_groups == group))
+            if count:
+                self.losses[group] = self.losses.get(group, 0.0) + float(outcome.losses[i])
+                self.hits[group] = self.hits.get(group, 0.0) + float(outcome.hits[i])
+                self.counts[group] = self.counts.get(group, 0) + count
+
+    def mean_loss(self) -> float:
+        """Mean loss of the epoch's samples so far; NaN where every step was skipped."""
+        total = sum(self.counts.values())
+        return sum(self.losses.values()) / total if total else math.nan
+
+    def accuracy(self) -> float:
+        """Share of the epoch's samples whose own class scored highest, in percent."""
+        total = sum(self.counts.values())
+        return 100 * sum(self.hits.values()) / total if total else math.nan
+
+    def end_epoch(self) -> None:
+        """Remember the groups' mean losses and start new sums."""
+        self.latest |= {group: self.losses[group] / count for group, count in self.counts.items()}
+        self.losses, self.hits, self.counts = {}, {}, {}
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values; the keys of the sums become strings."""
+        return dict(vars(self))
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> Progress:
+        """What `to_json` wrote, after JSON."""
+        sums = {
+            name: {int(group): value for group, value in values[name].items()}
+            for name in ("losses", "hits", "counts", "latest")
+        }
+        return Progress(**sums, step=values["step"], best=values["best"], skipped=values["skipped"])
+
+
+class Timing:
+    """Images a second and the share of the time spent waiting for data, since the epoch began."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.begun = time.monotonic()
+        self.ended = self.begun
+        self.steps = 0
+        self.waited = 0.0
+
+    def add(self, wait_seconds: float) -> None:
+        """Count a step that is done and waited so long for its data."""
+        self.steps += 1
+        self.waited += wait_seconds
+        self.ended = time.monotonic()
+
+    def rate(self) -> float:
+        """Images of all ranks a second."""
+        return self.steps * self.batch_size / max(self.ended - self.begun, 1e-9)
+
+    def wait_share(self) -> float:
+        """Share of the time spent waiting for data, 0 to 1."""
+        return min(1.0, self.waited / max(self.ended - self.begun, 1e-9))

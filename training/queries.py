@@ -1,0 +1,198 @@
+"""Query photos: finding them, where they were taken, and decoding them in batches of one shape."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import utm
+from PIL import Image, ImageOps
+
+from shards.console import JobError
+from shards.names import BadName, PhotoName, parse_name
+
+PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A query photo that is not scored, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Queries:
+    """The query photos of a folder, sorted by path.
+
+    `paths` has Q entries; `east` and `north` are float64 [Q], UTM metres in the zone of the class map, NaN
+    for photos whose name holds no coordinates: those are predicted, and left out of the recall.
+    `set_aside` lists photos that cannot be compared with the classes at all.
+    """
+
+    folder: Path
+    paths: tuple[Path, ...]
+    east: np.ndarray
+    north: np.ndarray
+    reprojected: int
+    set_aside: tuple[SetAside, ...]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def located(self) -> np.ndarray:
+        """bool [Q]: whether the query's position is known."""
+        return np.isfinite(self.east) & np.isfinite(self.north)
+
+
+@dataclass(frozen=True)
+class QueryBatch:
+    """Query photos of one shape: `indices` int64 [b] into the list read, `images` uint8 [b, H, W, 3] RGB."""
+
+    indices: np.ndarray
+    images: np.ndarray
+
+
+def query_size(image_size: int) -> int:
+    """Shorter side in pixels of a query for models trained at `image_size`: 256 for 224, as the reference."""
+    return round(image_size * 256 / 224)
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """All photos under `folder`, sorted by path; JobError where it is no folder or holds none."""
+    if not folder.is_dir():
+        raise JobError(f"{folder}: no such folder of query photos")
+    found = [
+        Path(root) / name
+        for root, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and not name.startswith(".")
+    ]
+    if not found:
+        raise JobError(f"{folder}: no photos found (looked for {', '.join(sorted(PHOTO_SUFFIXES))})")
+    return sorted(found)
+
+
+def list_queries(folder: Path, zone: int | None) -> Queries:
+    """The queries under `folder`, with UTM positions in `zone` (that of the class map; None or 0: unknown).
+
+    A photo of a neighbouring zone is reprojected into `zone`, one from further away is set aside. Raises
+    JobError where the folder does not exist or holds no photos.
+    """
+    paths: list[Path] = []
+    positions: list[tuple[float, float]] = []
+    set_aside: list[SetAside] = []
+    reprojected = 0
+    for path in find_photos(Path(folder)):
+        try:
+            name = parse_name(path.name)
+        except BadName:
+            paths.append(path)
+            positions.append((float("nan"), float("nan")))
+            continue
+        position: tuple[float, float] | str = (name.east, name.north)
+        if zone and name.zone is not None and name.zone != zone:
+            position = _reproject(name, zone)
+            reprojected += not isinstance(position, str)
+        if isinstance(position, str):
+            set_aside.append(SetAside(path, position))
+        else:
+            paths.append(path)
+            positions.append(position)
+    east_north = np.array(positions, dtype=np.float64).reshape(-1, 2)
+    return Queries(Path(folder), tuple(paths), east_north[:, 0], east_north[:, 1], reprojected, tuple(set_aside))
+
+
+def _reproject(name: PhotoName, zone: int) -> tuple[float, float] | str:
+    """Easting and northing in `zone`, or the reason why there are none."""
+    assert name.zone is not None
+    apart = min((name.zone - zone) % 60, (zone - name.zone) % 60)
+    if apart > 1:
+        return f"UTM zone {name.zone}, the classes lie in zone {zone}"
+    try:
+        hemisphere = {"zone_letter": name.band} if name.band else {"northern": True}
+        latitude, longitude = utm.to_latlon(name.east, name.north, name.zone, strict=False, **hemisphere)
+        east, north, _, _ = utm.from_latlon(latitude, longitude, force_zone_number=zone)
+    except (utm.OutOfRangeError, ValueError) as error:
+        return f"UTM zone {name.zone} cannot be brought into zone {zone}: {error}"
+    return float(east), float(north)
+
+
+def decode_query(path: Path, shorter_side: int) -> np.ndarray:
+    """One query photo as uint8 [H, W, 3] RGB, upright by its EXIF tag, its shorter side `shorter_side` pixels.
+
+    Aspect kept; PIL's bilinear filter with antialiasing and torchvision's rounding, as the reference. Raises
+    OSError or ValueError for a photo that cannot be decoded to its last row.
+    """
+    with Image.open(path) as opened:
+        image = ImageOps.exif_transpose(opened).convert("RGB")
+    width, height = image.size
+    if min(width, height) != shorter_side:
+        longer_side = int(shorter_side * max(width, height) / min(width, height))
+        size = (shorter_side, longer_side) if width <= height else (longer_side, shorter_side)
+        image = image.resize(size, Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def read_queries(
+    paths: Sequence[Path],
+    *,
+    shorter_side: int,
+    batch_size: int,
+    threads: int,
+    on_failure: Callable[[int, str], None],
+) -> Iterator[QueryBatch]:
+    """Decode `paths` on a pool of threads and yield batches whose photos share one shape.
+
+    Batches come as they fill; at most four batches of photos wait for partners of their shape. A photo that
+    cannot be decoded is reported to `on_failure(index, reason)` and appears in no batch.
+    """
+    waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        for index, decoded in _decode_in_order(pool, paths, shorter_side, ahead=2 * batch_size):
+            if isinstance(decoded, str):
+                on_failure(index, decoded)
+                continue
+            bucket = waiting.setdefault(decoded.shape, [])
+            bucket.append((index, decoded))
+            if len(bucket) == batch_size:
+                yield _to_batch(waiting.pop(decoded.shape))
+            elif sum(map(len, waiting.values())) >= 4 * batch_size:
+                fullest = max(waiting, key=lambda shape: len(waiting[shape]))
+                yield _to_batch(waiting.pop(fullest))
+    for bucket in waiting.values():
+        yield _to_batch(bucket)
+
+
+def _decode_in_order(
+    pool: ThreadPoolExecutor, paths: Sequence[Path], shorter_side: int, ahead: int
+) -> Iterator[tuple[int, np.ndarray | str]]:
+    """Photos, or the reason why one cannot be read, in the order of `paths`, `ahead` of them under way."""
+    pending: deque[tuple[int, Future[np.ndarray | str]]] = deque()
+    for index, path in enumerate(paths):
+        pending.append((index, pool.submit(_decode_or_reason, path, shorter_side)))
+        if len(pending) > ahead:
+            first, future = pending.popleft()
+            yield first, future.result()
+    for first, future in pending:
+        yield first, future.result()
+
+
+def _decode_or_reason(path: Path, shorter_side: int) -> np.ndarray | str:
+    try:
+        return decode_query(path, shorter_side)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return " ".join(str(error).split()) or type(error).__name__
+
+
+def _to_batch(bucket: list[tuple[int, np.ndarray]]) -> QueryBatch:
+    return QueryBatch(
+        np.array([index for index, _ in bucket], dtype=np.int64), np.stack([image for _, image in bucket])
+    )

@@ -1,0 +1,110 @@
+"""The folder of a run: opening it, its list of losses, and starting weights from another run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from shards.classes import ClassTable
+from shards.console import JobError
+from shards.files import atomic_write_json, atomic_write_text, remove_partials
+from shards.provenance import provenance
+from training.checkpoint import EvaluationWeights, list_checkpoints, load_for_evaluation
+from training.head_bank import HeadBank
+from training.presets import TrainConfig
+
+CONFIG = "config.json"
+LOSSES = "losses.txt"
+
+
+def check_run_folder(out: Path, resume: bool) -> None:
+    """JobError where `out` is no place for this run: another run without `--resume`, a file, a foreign folder."""
+    if out.exists() and not out.is_dir():
+        raise JobError(f"--out {out}: is a file; name a folder")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / CONFIG).exists() and not (out / "checkpoints").is_dir():
+        raise JobError(f"--out {out}: holds files that are no run; name an empty folder")
+    if not resume:
+        steps = [path.name for path in list_checkpoints(out)[:1]]
+        state = f"up to {steps[0]}" if steps else "without a checkpoint"
+        raise JobError(f"--out {out}: already holds a run ({state}); give --resume to go on, or another --out")
+
+
+def begin_run(out: Path, config: TrainConfig) -> None:
+    """Create the folder, clear what a killed process left half-written, and record configuration and origin."""
+    out.mkdir(parents=True, exist_ok=True)
+    remove_partials(out)
+    atomic_write_json(out / CONFIG, config.to_json())
+    atomic_write_json(out / "provenance.json", provenance())
+
+
+class LossFile:
+    """RUN/losses.txt: one line a step, the step and the batch's mean loss (`nan` for a skipped step)."""
+
+    def __init__(self, out: Path, first_step: int) -> None:
+        path = out / LOSSES
+        kept = []
+        if path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if line.split(" ")[0].isdigit() and int(line.split(" ")[0]) < first_step]
+        atomic_write_text(path, "".join(f"{line}\n" for line in kept))
+        self.file = path.open("a")
+
+    def add(self, step: int, loss: float) -> None:
+        """Add a step's loss with all its digits."""
+        self.file.write(f"{step} {loss!r}\n")
+
+    def flush(self) -> None:
+        """Hand the lines to the operating system."""
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+def read_losses(out: Path) -> list[float]:
+    """The losses of a run's steps, in order."""
+    return [float(line.split(" ")[1]) for line in (out / LOSSES).read_text().splitlines()]
+
+
+def start_from(other: Path, model: nn.Module, bank: HeadBank, classes: ClassTable) -> str:
+    """Take the model's weights, and the head's rows of every cell that both class maps have, from another run.
+
+    Returns what was taken, in words. JobError where the model does not fit.
+    """
+    weights = load_for_evaluation(other)
+    try:
+        model.load_state_dict(weights.model)
+    except RuntimeError as error:
+        raise JobError(f"{weights.path}: its model is another one ({str(error).splitlines()[-1].strip()})") from error
+    taken = _copy_rows(weights, bank, classes)
+    return f"starts from {weights.path}: the model, and {taken:,} of {len(classes):,} classes"
+
+
+@torch.no_grad()
+def _copy_rows(weights: EvaluationWeights, bank: HeadBank, classes: ClassTable) -> int:
+    theirs = weights.classes
+    if theirs.M != classes.M:
+        return 0
+    cells = zip(theirs.cell_east.tolist(), theirs.cell_north.tolist(), strict=True)
+    row_of = {cell: row for row, cell in enumerate(cells)}
+    taken = 0
+    for group, head in bank.heads.items():
+        mine = classes.of_group(group)
+        pairs = zip(mine.cell_east.tolist(), mine.cell_north.tolist(), strict=True)
+        rows = np.array([row_of.get(cell, -1) for cell in pairs], dtype=np.int64)
+        for their_group in np.unique(theirs.group[rows[rows >= 0]]).tolist():
+            labels = np.flatnonzero((rows >= 0) & (theirs.group[rows] == their_group))
+            their_labels = torch.from_numpy(theirs.label[rows[labels]].astype(np.int64))
+            for name, parameter in head.named_parameters():
+                saved = weights.heads[their_group].get(name)
+                if saved is None or saved.shape[1:] != parameter.shape[1:]:
+                    raise JobError(f"{weights.path}: its heads are of another kind or size than --head asks for")
+                parameter[torch.from_numpy(labels)] = saved[their_labels].to(parameter)
+            taken += len(labels)
+    return taken

@@ -1,0 +1,48 @@
+"""Which group every slot of a global batch trains: pure functions of the step.
+
+`sequential` is the paper's: epoch e trains group e mod G. `joint` trains all groups in every step: slot i
+belongs to group i mod G, so with as many ranks as groups each rank needs one head only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+
+ScheduleName = Literal["sequential", "joint"]
+Schedule = Callable[[int], np.ndarray]
+
+
+def make_schedule(name: ScheduleName, groups: Sequence[int], *, batch_size: int, iterations_per_epoch: int) -> Schedule:
+    """A function from the global step to the group id of every slot, int64 [batch_size].
+
+    `groups` are the ids of the groups that have classes, ascending.
+    """
+    ids = np.asarray(groups, dtype=np.int64)
+
+    def sequential(step: int) -> np.ndarray:
+        return np.full(batch_size, ids[(step // iterations_per_epoch) % len(ids)])
+
+    def joint(step: int) -> np.ndarray:
+        return ids[np.arange(batch_size) % len(ids)]
+
+    return sequential if name == "sequential" else joint
+
+
+def slots_of_rank(batch_size: int, rank: int, world_size: int) -> np.ndarray:
+    """The slots of the global batch that a rank owns: rank, rank + world_size, ..."""
+    return np.arange(rank, batch_size, world_size)
+
+
+def holders_of_groups(
+    name: ScheduleName, groups: Sequence[int], *, batch_size: int, world_size: int
+) -> dict[int, tuple[int, ...]]:
+    """The ranks that ever train each group, ascending: in the joint schedule those with a slot of the group."""
+    if name == "sequential":
+        return {group: tuple(range(world_size)) for group in groups}
+    holders: dict[int, set[int]] = {group: set() for group in groups}
+    for slot in range(batch_size):
+        holders[groups[slot % len(groups)]].add(slot % world_size)
+    return {group: tuple(sorted(ranks)) for group, ranks in holders.items()}

@@ -1,0 +1,157 @@
+"""Between a run in memory and its checkpoints on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from shards.classes import ClassTable
+from shards.console import JobError
+from shards.provenance import provenance
+from training.checkpoint import (
+    Checkpoint,
+    TrainingState,
+    drop_old,
+    list_checkpoints,
+    load_latest,
+    mark_best,
+    save_checkpoint,
+    training_state,
+    training_values,
+)
+from training.distributed import World, average_batch_norm
+from training.engine import Engine
+from training.presets import FIXED_BY_WEIGHTS, TrainConfig, changes, fields_that_differ
+from training.progress import Progress
+
+HEAD_STATE = "heads."
+
+
+@dataclass(frozen=True)
+class RunState:
+    """The parts of a run that a checkpoint holds."""
+
+    config: TrainConfig
+    classes: ClassTable
+    engine: Engine
+    world: World
+
+
+def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
+    """Take up the latest whole checkpoint of the run's folder, and say what changed; None where there is none.
+
+    Raises JobError for a checkpoint of another class map or model, CheckpointError where none is whole.
+    """
+    config = run.config
+    found = load_latest(config.out)
+    if found is None:
+        say(f"{config.out}: no checkpoint yet, starts anew")
+        return None
+    path, saved, passed_over = found
+    for reason in passed_over:
+        say(f"passed over: {reason}")
+    before = TrainConfig.from_json(saved.config)
+    _check_fits(path, saved, before, run)
+    _restore(saved, before, run)
+    progress = Progress.from_json(saved.state["progress"])
+    say(f"goes on from {path} after step {progress.step:,}")
+    for change in changes(before, replace(config, resume=before.resume)):
+        say(f"changed since then: {change}")
+    if saved.state["world_size"] != run.world.size:
+        say(f"changed since then: {saved.state['world_size']} -> {run.world.size} processes")
+    return progress
+
+
+def _check_fits(path: Path, saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
+    if saved.classes.fingerprint() != run.classes.fingerprint():
+        raise JobError(
+            f"{path}: a checkpoint of another class map than {run.config.shards}; "
+            f"start a new run with --init-from {run.config.out} to carry its weights over"
+        )
+    for name in fields_that_differ(before, run.config, FIXED_BY_WEIGHTS):
+        raise JobError(
+            f"{path}: was trained with --{name.replace('_', '-')} {getattr(before, name)}, not "
+            f"{getattr(run.config, name)}; give that, or another --out"
+        )
+
+
+def _restore(saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
+    engine = run.engine
+    values = training_values(saved.training)
+    engine.model.load_state_dict(saved.model | values["raw"])
+    engine.optimizer.load_state_dict(values["model_optimizer"])
+    engine.rates.load_state_dict(values["rates"])
+    if before.lr != run.config.lr:
+        for group in engine.optimizer.param_groups:
+            group["lr"] *= run.config.lr / before.lr
+    if values["scaler"] and engine.scaler.is_enabled():
+        engine.scaler.load_state_dict(values["scaler"])
+    if engine.average is not None:
+        average = {name: saved.model[name] for name in engine.average.tensors}
+        engine.average.load(average, values["average_updates"])
+    tensors = {
+        name.removeprefix(HEAD_STATE): tensor
+        for name, tensor in saved.training.tensors.items()
+        if name.startswith(HEAD_STATE)
+    }
+    engine.bank.restore(saved.heads, tensors)
+
+
+def save_run(run: RunState, progress: Progress, *, best_by: str | None = None) -> None:
+    """Write a checkpoint of the run as it is, mark it as the best one by `best_by`, drop old ones.
+
+    All ranks must call it; rank 0 writes. JobError where that fails, naming the last whole checkpoint.
+    """
+    average_batch_norm(run.engine.model, run.world)
+    heads, head_state = run.engine.bank.collect()
+    if run.world.is_main:
+        out = run.config.out
+        try:
+            path = save_checkpoint(out, _checkpoint(run, progress, heads, head_state))
+            if best_by is not None:
+                mark_best(out, path, best_by, float(progress.best or 0.0))
+            drop_old(out, run.config.keep)
+        except (OSError, SafetensorError) as error:
+            whole = list_checkpoints(out)
+            kept = f"the last whole one is {whole[0]}" if whole else "there is none before it"
+            raise JobError(
+                f"the checkpoint after step {progress.step} cannot be saved ({error}); {kept}; "
+                "free some space and go on with --resume"
+            ) from error
+    run.world.barrier()
+
+
+def _checkpoint(
+    run: RunState, progress: Progress, heads: dict[int, dict[str, Tensor]], head_state: TrainingState
+) -> Checkpoint:
+    engine = run.engine
+    average = {} if engine.average is None else engine.average.tensors
+    trained = engine.trained_parameters()
+    own = training_state(
+        {
+            "model_optimizer": engine.optimizer.state_dict(),
+            "rates": engine.rates.state_dict(),
+            "scaler": engine.scaler.state_dict(),
+            "raw": {name: trained[name] for name in average},
+            "average_updates": 0 if engine.average is None else engine.average.updates,
+        }
+    )
+    tensors = own.tensors | {f"{HEAD_STATE}{name}": tensor for name, tensor in head_state.tensors.items()}
+    return Checkpoint(
+        model=engine.model.state_dict() | average,
+        heads=heads,
+        classes=run.classes,
+        config=run.config.to_json(),
+        training=TrainingState(tensors, own.values),
+        state={
+            "step": progress.step,
+            "world_size": run.world.size,
+            "random": {"rule": "a function of seed, step and rank", "seed": run.config.seed},
+            "progress": progress.to_json(),
+        },
+        provenance=provenance(),
+    )

@@ -1,0 +1,153 @@
+"""What a person sees of a run: curves and pictures in a tracker (TensorBoard), one console line an epoch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageDraw
+
+from shards.classes import ClassTable
+from shards.console import JobError, format_duration
+from training.presets import TrainConfig
+from training.queries import Queries
+from training.scoring import QueryScores
+
+PROJECT = "tensorboard"
+
+
+class Tracker:
+    """Curves and pictures of a run, through Accelerate's tracker named by `--tracker`; silent for "none"."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, first_step: int) -> None:
+        self.accelerator = accelerator
+        self.config = config
+        self.active = config.tracker != "none"
+        if not self.active:
+            return
+        hparams = {name: _plain(value) for name, value in config.to_json().items()}
+        options = {"tensorboard": {"purge_step": first_step}} if config.tracker == "tensorboard" else {}
+        # TensorBoard gets the hyper-parameters at the end, beside the final metrics.
+        start_with = None if config.tracker == "tensorboard" else hparams
+        accelerator.init_trackers(PROJECT, config=start_with, init_kwargs=options)
+        self.hparams = hparams
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Add points to curves."""
+        if self.active:
+            self.accelerator.log(values, step=step)
+
+    def picture(self, name: str, image: np.ndarray, step: int) -> None:
+        """Add a picture, uint8 [H, W, 3] RGB, where the tracker takes pictures."""
+        writer = self._tensorboard()
+        if writer is not None:
+            writer.add_image(name, image, global_step=step, dataformats="HWC")
+
+    def finish(self, metrics: dict[str, float]) -> None:
+        """Write the hyper-parameters with the run's final metrics, close the tracker and leave the process group."""
+        writer = self._tensorboard()
+        if writer is not None:
+            finals = {f"final/{name}": value for name, value in metrics.items()}
+            writer.add_hparams(self.hparams, finals, run_name=".")
+        self.accelerator.end_training()
+
+    def _tensorboard(self) -> Any:
+        if not self.active or self.config.tracker != "tensorboard" or not self.accelerator.is_main_process:
+            return None
+        return self.accelerator.get_tracker("tensorboard").tracker
+
+
+def check_tracker(name: str) -> None:
+    """JobError where Accelerate knows no such tracker, or its package is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+    from accelerate.utils import LoggerType
+
+    known = {kind.value for kind in LoggerType} - {"all"}
+    if name != "none" and name not in known:
+        raise JobError(f"--tracker {name}: none of {', '.join(sorted(known))}, none")
+    if name != "none":
+        from accelerate.tracking import get_available_trackers
+
+        if LoggerType(name) not in get_available_trackers() or name not in LOGGER_TYPE_TO_CLASS:
+            raise JobError(f"--tracker {name}: its package is not installed; pip install {name}")
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    return value if isinstance(value, bool | int | float | str) else str(value)
+
+
+def batch_picture(images: torch.Tensor, columns: int = 8, rows: int = 4) -> np.ndarray:
+    """The first images of a batch, uint8 [b, S, S, 3], as one picture uint8 [H, W, 3]."""
+    shown = images[: columns * rows].cpu().numpy()
+    count, side = len(shown), shown.shape[1]
+    columns = min(columns, count)
+    used_rows = -(-count // columns)
+    canvas = np.zeros((used_rows * side, columns * side, 3), dtype=np.uint8)
+    for i, image in enumerate(shown):
+        top, left = i // columns * side, i % columns * side
+        canvas[top : top + side, left : left + side] = image
+    return canvas
+
+
+def error_map(classes: ClassTable, queries: Queries, outcome: QueryScores, width: int = 640) -> np.ndarray:
+    """A map in UTM: cells grey, queries green where the best cell is near, over yellow to red where it is far.
+
+    The colour is the error on a logarithmic scale: 25 m is light green, 1 km and more red. uint8 [H, W, 3].
+    """
+    west, south = classes.cell_east.min(), classes.cell_north.min()
+    east, north = classes.cell_east.max() + classes.M, classes.cell_north.max() + classes.M
+    scale = (width - 20) / max(east - west, north - south)
+    height = round((north - south) * scale) + 20
+    image = Image.new("RGB", (round((east - west) * scale) + 20, height), "white")
+    draw = ImageDraw.Draw(image)
+
+    def place(easting: float, northing: float) -> tuple[float, float]:
+        return 10 + (easting - west) * scale, height - 10 - (northing - south) * scale
+
+    for cell_east, cell_north in zip(classes.cell_east.tolist(), classes.cell_north.tolist(), strict=True):
+        left, bottom = place(cell_east, cell_north)
+        right, top = place(cell_east + classes.M, cell_north + classes.M)
+        draw.rectangle((left, top, right - 1, bottom - 1), fill=(235, 235, 235), outline=(215, 215, 215))
+    for i in np.flatnonzero(outcome.scored):
+        x, y = place(queries.east[i], queries.north[i])
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=error_colour(float(outcome.ranking.distances[i, 0])))
+    return np.asarray(image)
+
+
+def error_colour(metres: float) -> tuple[int, int, int]:
+    """Green up to 10 m, yellow at 100 m, red from 1 km."""
+    badness = float(np.clip(np.log10(max(metres, 1.0)) / 2 - 0.5, 0, 1))
+    return round(255 * min(1, 2 * badness)), round(200 * min(1, 2 - 2 * badness)), 40
+
+
+def epoch_line(
+    epoch: int,
+    epochs: int,
+    groups: str,
+    *,
+    loss: float,
+    accuracy: float,
+    rate: float,
+    wait_share: float,
+    recall: float | None,
+    seconds_left: float,
+) -> str:
+    """The console's line of an epoch; accuracy and LR@1 in percent, rate in images a second."""
+    parts = [
+        f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}",
+        groups,
+        f"loss {loss:7.4f}",
+        f"accuracy {accuracy:5.1f} %",
+    ]
+    if recall is not None:
+        parts.append(f"LR@1 {recall:5.1f} %")
+    parts += [f"{rate:,.0f} images/s", f"data wait {wait_share:.0%}", f"left {format_duration(seconds_left)}"]
+    return "  ".join(parts)
+
+
+def tracker_folder(out: Path) -> Path:
+    """Where TensorBoard's files of a run are."""
+    return out / PROJECT

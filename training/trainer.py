@@ -1,0 +1,304 @@
+"""The training loop: epochs of steps, validation, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from shards.console import JobError, format_duration
+from shards.dataset import Dataset
+from shards.loader import Batch
+from training.assembly import (
+    check_against_world,
+    decoding_threads,
+    launch_warning,
+    make_accelerator,
+    make_engine,
+    make_loader,
+    make_profiler,
+    make_world,
+    memory_in_use,
+)
+from training.checkpoint import best_checkpoint, list_checkpoints
+from training.distributed import average_batch_norm
+from training.engine import StepOutcome
+from training.interruption import Interruption
+from training.presets import TrainConfig
+from training.progress import Progress, Timing
+from training.run_folder import LossFile, begin_run, check_run_folder, start_from
+from training.schedules import make_schedule
+from training.snapshot import RunState, resume_latest, save_run
+from training.tracking import Tracker, batch_picture, check_tracker, epoch_line, error_map
+from training.validation import Validator
+
+
+class Trainer:
+    """One training run of this process among those of its launch. `run` trains to the end or to a signal."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        check_tracker(config.tracker)
+        check_run_folder(config.out, config.resume)
+        dataset = Dataset.open(config.shards)
+        self.accelerator, self.config = make_accelerator(config)
+        config = self.config
+        self.world = make_world(self.accelerator)
+        check_against_world(config, self.world)
+        self.classes = dataset.classes
+        self.groups = dataset.classes.groups
+        self.schedule = make_schedule(
+            config.schedule,
+            self.groups,
+            batch_size=config.batch_size,
+            iterations_per_epoch=config.iterations_per_epoch,
+        )
+        self.validator: Validator | None = None
+        if config.val_queries is not None:
+            self.validator = Validator(config, self.classes, self.world, decoding_threads(config))
+        self.engine = make_engine(config, self.classes, self.accelerator, self.world)
+        self.loader = make_loader(config, dataset, self.schedule, self.accelerator, self.world)
+        self.total_steps = config.epochs * config.iterations_per_epoch
+        self.run_state = RunState(config, self.classes, self.engine, self.world)
+        self.progress = self._begin()
+        self.tracker = Tracker(self.accelerator, config, self.progress.step)
+        self.loss_file = LossFile(config.out, self.progress.step) if self.world.is_main else None
+        self.metrics: dict[str, float] = {}
+        self.timing = Timing(config.batch_size)
+
+    def _begin(self) -> Progress:
+        """Go on where the run was left, start from another run's weights, or start anew; then open the folder."""
+        self.world.barrier()
+        progress = resume_latest(self.run_state, self.say) if self.config.resume else None
+        if progress is None and self.config.init_from is not None:
+            self.say(start_from(self.config.init_from, self.engine.model, self.engine.bank, self.classes))
+        if self.world.is_main:
+            begin_run(self.config.out, self.config)
+        return progress or Progress()
+
+    def say(self, message: str) -> None:
+        """Print a line on the main process."""
+        if self.world.is_main:
+            print(message, flush=True)
+
+    def run(self) -> None:
+        """Train to the last epoch, until the rate is exhausted, or until a signal asks to stop; then say so."""
+        self.say(self._description())
+        begun_at, first_step = time.monotonic(), self.progress.step
+        stopped = False
+        with ExitStack() as stack:
+            stack.callback(self._close)
+            interruption = stack.enter_context(Interruption())
+            profiler = stack.enter_context(make_profiler(self.config)) if self._profiles() else None
+            batches = self.loader.batches(first_step, self.total_steps)
+            while self.progress.step < self.total_steps and not self.engine.rates.exhausted:
+                stopped = self._run_epoch(batches, interruption, profiler)
+                if stopped:
+                    break
+                done = self.progress.step - first_step
+                left = (time.monotonic() - begun_at) / done * (self.total_steps - self.progress.step)
+                self._end_epoch(left)
+            if stopped:
+                self._save()
+                name = interruption.received or "a signal to another process"
+                self.say(
+                    f"stopped by {name} after step {self.progress.step:,}; saved in "
+                    f"{list_checkpoints(self.config.out)[0] if self.world.is_main else ''}; go on with --resume"
+                )
+            else:
+                self._say_end(time.monotonic() - begun_at)
+            self.tracker.finish(self.metrics)
+
+    def _run_epoch(self, batches: Iterator[Batch], interruption: Interruption, profiler: Any) -> bool:
+        """Train to the end of the epoch; True where a signal cut it short."""
+        config, progress = self.config, self.progress
+        epoch = progress.step // config.iterations_per_epoch
+        end = (epoch + 1) * config.iterations_per_epoch
+        self.engine.bank.place(int(g) for g in np.unique(self.schedule(progress.step)))
+        self.timing = Timing(config.batch_size)
+        skipped_in_row = 0
+        while progress.step < end:
+            batch: Batch = next(batches)
+            step = progress.step
+            log = step % config.log_every == 0
+            outcome = self.engine.step(
+                step,
+                batch.images.to(self.world.device, non_blocking=True),
+                batch.labels.to(self.world.device, non_blocking=True),
+                batch.groups,
+                asked_to_stop=interruption.received is not None,
+                want_norm=log,
+            )
+            self.timing.add(batch.wait_seconds)
+            progress.step += 1
+            if self.loss_file is not None:
+                self.loss_file.add(step, outcome.loss / config.batch_size)
+            if outcome.finite:
+                progress.add(self.groups, self.schedule(step), outcome)
+                skipped_in_row = 0
+            else:
+                progress.skipped += 1
+                skipped_in_row += 1
+                self._note_skipped(step, skipped_in_row)
+            if log:
+                self._log_step(step, batch, outcome)
+            if profiler is not None:
+                profiler.step()
+            if outcome.stop:
+                return True
+            if config.save_every and progress.step % config.save_every == 0 and progress.step < end:
+                self._save()
+        return False
+
+    def _note_skipped(self, step: int, in_row: int) -> None:
+        self.say(f"step {step:,}: the loss or its gradient is not finite; skipped")
+        if in_row >= self.config.nan_patience:
+            found = list_checkpoints(self.config.out)
+            good = f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved before"
+            raise JobError(
+                f"{in_row} steps in a row had a loss that is not finite; {good}; "
+                "lower --lr or --head-lr, or use --grad-clip or --precision fp32"
+            )
+
+    def _end_epoch(self, seconds_left: float) -> None:
+        config, progress = self.config, self.progress
+        epoch = progress.step // config.iterations_per_epoch - 1
+        groups = "all groups" if config.schedule == "joint" else f"group {next(iter(progress.counts), '-')}"
+        loss, accuracy = progress.mean_loss(), progress.accuracy()
+        rate, wait_share = self.timing.rate(), self.timing.wait_share()
+        values = {f"epoch/loss/group-{g:02d}": progress.losses[g] / n for g, n in progress.counts.items()}
+        values |= {f"epoch/accuracy/group-{g:02d}": 100 * progress.hits[g] / n for g, n in progress.counts.items()}
+        values |= {"epoch/loss/all": loss, "epoch/accuracy/all": accuracy, "epoch/skipped_steps": progress.skipped}
+        self.engine.rates.end_epoch(loss)
+        progress.end_epoch()
+        last = progress.step >= self.total_steps or self.engine.rates.exhausted
+        recall = None
+        if self.validator is not None and ((epoch + 1) % config.val_every == 0 or last):
+            recall = self._validate(values)
+        self.tracker.scalars(values, progress.step)
+        self.metrics |= {"loss": loss, "accuracy": accuracy}
+        better = self._is_better(recall)
+        if better or last or (epoch + 1) % config.save_every_epochs == 0:
+            self._save(better)
+        self.say(
+            epoch_line(
+                epoch,
+                config.epochs,
+                groups,
+                loss=loss,
+                accuracy=accuracy,
+                rate=rate,
+                wait_share=wait_share,
+                recall=recall,
+                seconds_left=seconds_left,
+            )
+        )
+
+    def _validate(self, values: dict[str, float]) -> float | None:
+        """LR@1 in percent on every rank; adds LR@N to `values`."""
+        assert self.validator is not None
+        average_batch_norm(self.engine.model, self.world)
+        with self.engine.averaged(), self.accelerator.autocast():
+            outcome = self.validator.validate(self.engine.model, self.engine.bank)
+        if (unreadable := self.validator.describe_unreadable()) is not None:
+            self.say(unreadable)
+        recall = None
+        if outcome is not None:
+            recall = outcome.recall[1]
+            for n, value in outcome.recall.items():
+                values[f"val/LR@{n}"] = value
+                self.metrics[f"LR@{n}"] = value
+            errors = outcome.ranking.distances[outcome.scored, 0]
+            values["val/median_error_m"] = float(np.median(errors)) if len(errors) else math.nan
+            picture = error_map(self.classes, self.validator.queries, outcome)
+            self.tracker.picture("val/error_map", picture, self.progress.step)
+        return self.world.gather(recall)[0]
+
+    def _is_better(self, recall: float | None) -> bool:
+        """Whether this epoch is the best so far: by LR@1, or without validation queries by the groups' mean loss.
+
+        Groups differ in loss, so the mean is over the latest epoch of every group, once each has had one.
+        """
+        progress = self.progress
+        if self.validator is not None:
+            value = recall
+        elif len(progress.latest) < len(self.groups):
+            value = None
+        else:
+            value = -sum(progress.latest.values()) / len(progress.latest)
+        if value is None or math.isnan(value) or (progress.best is not None and value <= progress.best):
+            return False
+        progress.best = value
+        return True
+
+    def _save(self, best: bool = False) -> None:
+        if self.loss_file is not None:
+            self.loss_file.flush()
+        metric = "LR@1 on the validation queries" if self.validator else "minus the groups' mean loss"
+        save_run(self.run_state, self.progress, best_by=metric if best else None)
+
+    def _log_step(self, step: int, batch: Batch, outcome: StepOutcome) -> None:
+        engine, timing = self.engine, self.timing
+        values = {"rate/model": engine.rates.model_rate, "speed/images_per_second": timing.rate()}
+        values["speed/data_wait_share"] = timing.wait_share()
+        values["speed/bytes_all_reduced"] = float(engine.bytes_reduced)
+        for group, optimizer in engine.bank.optimizers.items():
+            values[f"rate/head-{group:02d}"] = float(optimizer.param_groups[0]["lr"])
+        slots = self.schedule(step)
+        for i, group in enumerate(self.groups):
+            count = int(np.count_nonzero(slots == group))
+            if count and outcome.finite:
+                values[f"loss/group-{group:02d}"] = float(outcome.losses[i]) / count
+                values[f"accuracy/group-{group:02d}"] = 100 * float(outcome.hits[i]) / count
+        if outcome.finite:
+            values["loss/all"] = outcome.loss / self.config.batch_size
+        if outcome.grad_norm is not None:
+            values["gradient_norm/model"] = outcome.grad_norm
+        values |= {f"gradient_norm/head-{group:02d}": norm for group, norm in outcome.head_norms.items()}
+        if engine.scaler.is_enabled():
+            values["rate/fp16_scale"] = float(engine.scaler.get_scale())
+        values |= memory_in_use(self.world.device)
+        self.tracker.scalars(values, step)
+        if step % self.config.iterations_per_epoch == 0:
+            self.tracker.picture("batch", batch_picture(batch.images), step)
+
+    def _description(self) -> str:
+        config, model = self.config, self.engine.model
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        plural = "es" if self.world.size > 1 else ""
+        lines = [warning] if (warning := launch_warning(self.world)) else []
+        lines += [
+            f"{config.backbone}, {config.head} heads of {len(self.groups)} groups with {len(self.classes):,} classes, "
+            f"{trained:,} trained numbers in the model",
+            f"{config.schedule} schedule, {self.world.size} process{plural} on {self.world.device.type}, "
+            f"{config.precision}, batch {config.batch_size}, {self.total_steps:,} steps",
+        ]
+        if self.validator is None:
+            lines.append(
+                "no validation queries (--val-queries): the best checkpoint is the one of the lowest mean loss"
+            )
+        else:
+            lines.append(f"{self.validator.describe_set()}; the best checkpoint is the one of the highest LR@1")
+        return "\n".join(lines)
+
+    def _say_end(self, seconds: float) -> None:
+        if self.engine.rates.exhausted:
+            self.say("the learning rate fell under 1e-6: training ends")
+        best = best_checkpoint(self.config.out) if self.world.is_main else None
+        value = "" if self.progress.best is None else f" ({abs(self.progress.best):.4g})"
+        self.say(f"trained to step {self.progress.step:,} in {format_duration(seconds)}; best checkpoint {best}{value}")
+        if self.progress.skipped:
+            self.say(f"{self.progress.skipped:,} steps were skipped: their loss was not finite")
+        if self.loader.failures:
+            self.say(f"{self.loader.failures:,} samples could not be read and were replaced by other draws")
+
+    def _profiles(self) -> bool:
+        return self.config.profile and self.world.is_main
+
+    def _close(self) -> None:
+        self.loader.close()
+        if self.loss_file is not None:
+            self.loss_file.close()

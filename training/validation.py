@@ -1,0 +1,110 @@
+"""LR@N on validation queries during training, over all processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from shards.classes import ClassTable
+from shards.console import JobError
+from training.distributed import World
+from training.head_bank import HeadBank
+from training.presets import TrainConfig
+from training.queries import Queries, QueryBatch, list_queries, query_size, read_queries
+from training.scoring import (
+    RECALL_NS,
+    Descriptors,
+    QueryScores,
+    assess_ranking,
+    describe_batches,
+    merge_rankings,
+    rank_classes,
+)
+
+CACHE_BYTES = 256 << 20
+
+
+class Validator:
+    """The validation queries, decoded once where they fit in memory.
+
+    Every rank describes its share of the queries; then every rank ranks all of them over the classes whose
+    weights it holds, and rank 0 merges the rankings, so no head travels.
+    """
+
+    def __init__(self, config: TrainConfig, classes: ClassTable, world: World, threads: int) -> None:
+        assert config.val_queries is not None
+        self.config = config
+        self.classes = classes
+        self.world = world
+        self.threads = threads
+        self.queries: Queries = list_queries(config.val_queries, classes.zone)
+        if not self.queries.located.any():
+            raise JobError(f"{config.val_queries}: no validation query has usable coordinates in its name")
+        self.mine = np.arange(world.rank, len(self.queries), world.size)
+        self.cache: list[QueryBatch] | None = None
+        self.unreadable: dict[int, str] = {}
+        self.told = False
+
+    def validate(self, model: nn.Module, bank: HeadBank) -> QueryScores | None:
+        """LR@N of model and heads as they are: on rank 0, None on the others. All ranks must call it."""
+        described = describe_batches(model, self._batches(), len(self.mine), device=self.world.device)
+        own = (self.mine, described.vectors.numpy(), described.readable, self.unreadable)
+        everyone = self.world.gather(own)
+        vectors = np.zeros((len(self.queries), max(part.shape[1] for _, part, _, _ in everyone)), np.float32)
+        readable = np.zeros(len(self.queries), dtype=bool)
+        for indices, part, part_readable, unreadable in everyone:
+            vectors[indices[part_readable]] = part[part_readable]
+            readable[indices] = part_readable
+            self.unreadable |= unreadable
+        descriptors = Descriptors(torch.from_numpy(vectors), readable, ())
+        top = max(RECALL_NS)
+        blocks = bank.blocks(self.config.score_form)
+        ranking = rank_classes(descriptors.vectors, blocks, top_k=top, device=self.world.device)
+        parts = [part for part in self.world.gather(ranking) if part[0].numel()]
+        if not self.world.is_main:
+            return None
+        rows, scores = merge_rankings(parts, top)
+        return assess_ranking(rows.numpy(), scores.numpy(), readable, self.classes, self.queries)
+
+    def _batches(self) -> Iterator[QueryBatch]:
+        """This rank's queries; kept decoded as long as they fit in `CACHE_BYTES`."""
+        if self.cache is not None:
+            yield from self.cache
+            return
+        kept: list[QueryBatch] | None = []
+        size = 0
+        for batch in read_queries(
+            [self.queries.paths[i] for i in self.mine],
+            shorter_side=query_size(self.config.image_size),
+            batch_size=self.config.val_batch_size,
+            threads=self.threads,
+            on_failure=lambda index, reason: self.unreadable.update({int(self.mine[index]): reason}),
+        ):
+            size += batch.images.nbytes
+            if kept is not None and size <= CACHE_BYTES:
+                kept.append(batch)
+            else:
+                kept = None
+            yield batch
+        self.cache = kept
+
+    def describe_unreadable(self) -> str | None:
+        """One line about the queries that turned out unreadable, once, after the first validation; else None."""
+        if self.told or not self.unreadable:
+            return None
+        self.told = True
+        index, reason = min(self.unreadable.items())
+        path = self.queries.paths[index]
+        return f"{len(self.unreadable)} validation queries cannot be read (left out): {path}: {reason}"
+
+    def describe_set(self) -> str:
+        """One line about the queries, for the console."""
+        queries = self.queries
+        unlocated = len(queries) - int(queries.located.sum())
+        notes = [f"{unlocated} without coordinates (left out)" if unlocated else ""]
+        notes += [f"{queries.reprojected} of another UTM zone (reprojected)" if queries.reprojected else ""]
+        notes += [f"{len(queries.set_aside)} set aside ({queries.set_aside[0].reason})" if queries.set_aside else ""]
+        return f"{len(queries):,} validation queries" + "".join(f", {note}" for note in notes if note)
