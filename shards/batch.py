@@ -3,14 +3,13 @@
 import logging
 import threading
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from shards.console import JobError
-from shards.index import GroupIndex
-from shards.reader import ShardReader
-from shards.sampler import CropRange, crops, draw
+from shards.sampler import CropRange, Draws, crops
 
 _LOG = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 20
@@ -30,18 +29,31 @@ class Batch:
     wait_seconds: float
 
 
+class Sampler(Protocol):
+    """Slots of a step to samples: a pure function."""
+
+    def draw(self, step: int, slots: np.ndarray, groups: np.ndarray, attempt: int = 0) -> Draws: ...
+
+
+class Reader(Protocol):
+    """Bytes of a sample, and where it lies."""
+
+    def read(self, group: int, row: int) -> bytes: ...
+    def place(self, group: int, row: int) -> str: ...
+    def close(self) -> None: ...
+
+
 @dataclass
 class Source:
-    """Where batches come from: a data set's index and photos, and what is drawn from them.
+    """Where batches come from: what draws samples, what reads them, their size in pixels and how they are cropped.
 
     `failed` of `read` photos could not be read or decoded; each was replaced by the next draw of its slot. More
     than `max_bad_share` of them stop the job.
     """
 
-    index: dict[int, GroupIndex]
-    reader: ShardReader
+    sampler: Sampler
+    reader: Reader
     photo_size: int
-    seed: int
     crop: CropRange
     max_bad_share: float = 0.01
     read: int = 0
@@ -75,7 +87,7 @@ class BatchPlan:
     def __init__(self, source: Source, step: int, slots: np.ndarray, groups: np.ndarray) -> None:
         self.step, self.slots = step, slots
         self._source = source
-        drawn = draw(source.index, groups, source.seed, step, slots)
+        drawn = source.sampler.draw(step, slots, groups)
         self.groups, self.labels, self._rows = drawn.group, drawn.label, drawn.row
         self.boxes = crops(drawn.uniform, source.photo_size, source.photo_size, source.crop)
         self._attempts = np.zeros(len(slots), np.int64)
@@ -95,6 +107,6 @@ class BatchPlan:
         if self._attempts[i] > _MAX_ATTEMPTS:
             raise JobError(f"step {self.step}: {_MAX_ATTEMPTS} draws in a row could not be read; last: {reason}")
         one = slice(i, i + 1)
-        drawn = draw(source.index, self.groups[one], source.seed, self.step, self.slots[one], int(self._attempts[i]))
+        drawn = source.sampler.draw(self.step, self.slots[one], self.groups[one], int(self._attempts[i]))
         self.labels[i], self._rows[i] = drawn.label[0], drawn.row[0]
         self.boxes[one] = crops(drawn.uniform, source.photo_size, source.photo_size, source.crop)

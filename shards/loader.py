@@ -20,9 +20,11 @@ from shards.decode_cpu import CpuDecoder
 from shards.decode_dali import DaliDecoder
 from shards.index import open_index
 from shards.reader import ShardReader
-from shards.sampler import CropRange
+from shards.sampler import CropRange, IndexedSampler
+from shards.stream import Stream, StreamSettings
 
 Schedule = Callable[[int], np.ndarray]
+Mode = Literal["indexed", "stream"]
 DecoderName = Literal["auto", "cpu", "dali"]
 _AHEAD = 3  # batches under way beside the one that is waited for; DALI takes an empty queue for the end
 
@@ -41,6 +43,9 @@ class Loader:
     `schedule(step)` gives the group of every slot of the global batch, int [batch_size]; rank r of R owns the
     slots r, r + R, r + 2R, ... What a slot holds depends on seed, step and slot alone, so any number of threads
     and ranks trains on the same global batch, and a resumed run goes on with the same draws.
+
+    `mode`: "indexed" draws and reads single photos (SSD, page cache); "stream" reads runs of neighbours
+    (hard disk, network), see `shards.stream`.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class Loader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        mode: Mode = "indexed",
+        stream: StreamSettings | None = None,
         decoder: DecoderName = "auto",
         threads: int | None = None,
         device: torch.device | str = "cpu",
@@ -65,10 +72,16 @@ class Loader:
         empty = [g for g, of_group in index.items() if not len(of_group.labels)]
         if empty:
             raise JobError(f"{dataset.path}: group {empty[0]} has no photos; run shards/verify.py")
-        self._reader = ShardReader(index)
-        self._source = Source(index, self._reader, dataset.manifest.image_size, seed, CropRange(scale, ratio))
-        self._schedule = schedule
         self._slots = np.arange(rank, batch_size, world_size)
+        reader, sampler = ShardReader(index), IndexedSampler(index, seed)
+        photo_size, crop = dataset.manifest.image_size, CropRange(scale, ratio)
+        if mode == "stream":
+            settings = stream or StreamSettings()
+            both = Stream(index, reader, schedule, self._slots, batch_size, seed, settings)
+            self._source = Source(both, both, photo_size, crop)
+        else:
+            self._source = Source(sampler, reader, photo_size, crop)
+        self._schedule = schedule
         self._device = torch.device(device)
         self._image_size = image_size
         self._threads = threads or default_threads()
@@ -100,7 +113,7 @@ class Loader:
 
     def close(self) -> None:
         """Close the shards."""
-        self._reader.close()
+        self._source.reader.close()
 
     def _plan(self, step: int) -> BatchPlan:
         return BatchPlan(self._source, step, self._slots, np.asarray(self._schedule(step))[self._slots])

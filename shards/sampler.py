@@ -6,6 +6,7 @@ replacement; the crop comes from the same draw and has the distribution of torch
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,42 +39,48 @@ class Draws:
     uniform: np.ndarray
 
 
+def philox(seed: int, key: int, counter: int) -> Callable[[int], np.ndarray]:
+    """A stream of uniform numbers in [0, 1): called with n, the next n of them, float64 [n].
+
+    Streams of other keys or counters are independent. `random_raw` is a stream that NumPy never changes.
+    """
+    bits = np.random.Philox(key=np.array([seed, key], np.uint64), counter=[0, counter, 0, 0])
+    return lambda n: (bits.random_raw(n) >> np.uint64(11)) * 2.0**-53
+
+
 def uniforms(seed: int, step: int, slots: np.ndarray, attempt: int = 0) -> np.ndarray:
     """Uniform numbers in [0, 1) for some slots of a step's global batch, float64 [K, 24].
 
-    Philox counters make a slot's numbers independent of how many slots or ranks there are; `random_raw` is a
-    stream that NumPy never changes.
+    A slot's numbers do not depend on how many slots or ranks there are.
     """
     count = int(slots.max(initial=-1)) + 1
-    bits = np.random.Philox(key=[seed, attempt], counter=[0, step, 0, 0])
-    raw = bits.random_raw(count * _DRAWS).reshape(count, _DRAWS)[slots]
-    return (raw >> np.uint64(11)) * 2.0**-53
+    return philox(seed, attempt, step)(count * _DRAWS).reshape(count, _DRAWS)[slots]
 
 
-def draw(
-    index: dict[int, GroupIndex],
-    groups: np.ndarray,
-    seed: int,
-    step: int,
-    slots: np.ndarray,
-    attempt: int = 0,
-) -> Draws:
-    """Draw the samples of some slots of a step's global batch.
+@dataclass(frozen=True)
+class IndexedSampler:
+    """Draws single photos, exactly class-uniform, from a data set's index."""
 
-    `groups` int [K] is the group of each slot of `slots` int [K]; `attempt` counts replacements of a slot whose
-    earlier sample could not be read.
-    """
-    u = uniforms(seed, step, slots, attempt)
-    label = np.empty(len(slots), np.int64)
-    row = np.empty(len(slots), np.int64)
-    for group in np.unique(groups):
-        chosen = np.flatnonzero(groups == group)
-        of_group = index[int(group)]
-        label[chosen] = of_group.labels[(u[chosen, 0] * len(of_group.labels)).astype(np.int64)]
-        first = of_group.starts[label[chosen]]
-        count = of_group.starts[label[chosen] + 1] - first
-        row[chosen] = first + (u[chosen, 1] * count).astype(np.int64)
-    return Draws(np.asarray(groups, np.int64), label, row, u[:, 2:])
+    index: dict[int, GroupIndex]
+    seed: int
+
+    def draw(self, step: int, slots: np.ndarray, groups: np.ndarray, attempt: int = 0) -> Draws:
+        """Draw the samples of some slots of a step's global batch.
+
+        `groups` int [K] is the group of each slot of `slots` int [K]; `attempt` counts replacements of a slot whose
+        earlier sample could not be read.
+        """
+        u = uniforms(self.seed, step, slots, attempt)
+        label = np.empty(len(slots), np.int64)
+        row = np.empty(len(slots), np.int64)
+        for group in np.unique(groups):
+            chosen = np.flatnonzero(groups == group)
+            of_group = self.index[int(group)]
+            label[chosen] = of_group.labels[(u[chosen, 0] * len(of_group.labels)).astype(np.int64)]
+            first = of_group.starts[label[chosen]]
+            count = of_group.starts[label[chosen] + 1] - first
+            row[chosen] = first + (u[chosen, 1] * count).astype(np.int64)
+        return Draws(np.asarray(groups, np.int64), label, row, u[:, 2:])
 
 
 def crops(uniform: np.ndarray, width: int, height: int, bounds: CropRange) -> np.ndarray:

@@ -19,7 +19,7 @@ from shards.dataset import Dataset
 from shards.index import open_index
 from shards.loader import Loader
 from shards.reader import ShardReader
-from shards.sampler import CropRange
+from shards.sampler import CropRange, IndexedSampler
 
 DECODERS = ["cpu", "dali"]
 
@@ -40,7 +40,9 @@ def take(loader, first, last):
 
 
 def same(a, b) -> bool:
-    return all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) and (x[2] == y[2]).all() for x, y in zip(a, b, strict=True))
+    return all(
+        torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) and (x[2] == y[2]).all() for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -68,15 +70,17 @@ def test_both_decoders_carry_out_the_same_draws(dataset):
 
 
 def test_pixels_have_one_distribution_whatever_the_decoder(dataset):
-    cpu, dali = (torch.cat([b[0] for b in take(make_loader(dataset, decoder=d, image_size=64), 0, 20)]) for d in DECODERS)
+    cpu, dali = (
+        torch.cat([b[0] for b in take(make_loader(dataset, decoder=d, image_size=64), 0, 20)]) for d in DECODERS
+    )
     for statistic in (lambda x: x.float().mean((1, 2, 3)), lambda x: x.float().std((1, 2, 3))):
         assert ks_2samp(statistic(cpu).numpy(), statistic(dali).numpy()).pvalue > 0.9
 
 
 def test_an_image_is_the_drawn_crop_of_the_drawn_photo(dataset):
     index = open_index(dataset.path, dataset.classes.groups)
-    source = Source(index, ShardReader(index), 64, 4, CropRange())
-    (images, labels, groups), = take(make_loader(dataset, image_size=64), 1, 2)
+    source = Source(IndexedSampler(index, 4), ShardReader(index), 64, CropRange())
+    ((images, labels, groups),) = take(make_loader(dataset, image_size=64), 1, 2)
     plan = BatchPlan(source, 1, np.arange(16), groups)
     assert labels.tolist() == plan.labels.tolist()
     for i in range(16):

@@ -6,7 +6,12 @@ from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from shards.index import GroupIndex
-from shards.sampler import CropRange, crops, draw, uniforms
+from shards.sampler import CropRange, Draws, IndexedSampler, crops, uniforms
+
+
+def draw(index, groups, seed, step, slots, attempt=0) -> Draws:
+    return IndexedSampler(index, seed).draw(step, slots, groups, attempt)
+
 
 COUNTS = np.array([3, 0, 40, 10, 1])
 

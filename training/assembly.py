@@ -98,6 +98,7 @@ def make_loader(
             seed=config.seed,
             rank=world.rank,
             world_size=world.size,
+            mode=config.read,
             decoder=config.decoder,
             threads=decoding_threads(config),
             device=world.device,

@@ -100,6 +100,8 @@ class TrainConfig:
     """Decides initial weights, the samples of every step, and stochastic depth."""
     decoder: Literal["auto", "cpu", "dali"] = "auto"
     """JPEG decoding: DALI, or a pool of CPU threads; auto takes DALI where there is a GPU."""
+    read: Literal["indexed", "stream"] = "indexed"
+    """indexed: single photos, exactly at random (SSD); stream: runs of neighbours (hard disk, network)."""
     threads: int = 0
     """Decoding threads of a process; 0: as many as it has cores."""
 

@@ -1,0 +1,126 @@
+"""The stream mode: windows are pure functions, keep the distribution, and read each run once."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from test_loader import damage, same, spoil_some_photos, take
+
+from shards.index import GroupIndex, open_index
+from shards.loader import Loader
+from shards.reader import ShardReader
+from shards.stream import StreamSettings, make_window
+
+COUNTS = np.array([3, 0, 40, 10, 64])
+
+
+@pytest.fixture(scope="module")
+def index() -> dict[int, GroupIndex]:
+    n = COUNTS.sum()
+    zeros = np.zeros(n, np.uint32)
+    starts = np.concatenate([[0], np.cumsum(COUNTS)])
+    return {g: GroupIndex(g, [], starts, zeros, zeros, zeros, zeros, np.flatnonzero(COUNTS)) for g in (0, 1)}
+
+
+def make_loader(dataset, *, batch_size=16, joint=False, **options) -> Loader:
+    groups = np.array(dataset.classes.groups)
+
+    def schedule(step: int) -> np.ndarray:
+        return np.resize(groups, batch_size) if joint else np.full(batch_size, groups[step // 3 % len(groups)])
+
+    return Loader(
+        dataset, schedule, batch_size=batch_size, image_size=48, seed=4, mode="stream",
+        stream=StreamSettings(run=5, window=64), **{"decoder": "cpu", **options},
+    )  # fmt: skip
+
+
+def test_every_slot_of_a_window_gets_a_photo_of_its_group_and_label(index):
+    groups = np.array([[0, 1] * 9] * 7)
+    window = make_window(index, groups, seed=1, number=3, run=4)
+    starts = index[0].starts
+    assert (window.row >= starts[window.label]).all()
+    assert (window.row < starts[window.label + 1]).all()
+    for slot, run in zip(np.ndindex(groups.shape), window.run.ravel(), strict=True):
+        group, rows = window.runs[run]
+        assert group == groups[slot]
+        assert window.row[slot] in rows
+
+
+def test_a_run_stays_within_a_lane(index):
+    window = make_window(index, np.zeros((10, 32), int), seed=1, number=0, run=4)
+    for run in range(len(window.runs)):
+        _, slots = np.nonzero(window.run == run)
+        assert len(set((slots % 8).tolist())) <= 1
+
+
+def test_classes_and_photos_are_uniform_in_expectation(index):
+    windows = [make_window(index, np.zeros((4, 16), int), seed=2, number=n, run=4) for n in range(1500)]
+    labels = np.concatenate([w.label.ravel() for w in windows])
+    rows = np.concatenate([w.row.ravel() for w in windows])
+    runs = len(windows) * 64 / 4  # photos of a run are not independent: test at the number of runs
+    shares = np.bincount(labels, minlength=5) / len(labels)
+    assert shares[1] == 0
+    assert chisquare(shares[COUNTS > 0] * runs).pvalue > 1e-3
+    for label in np.flatnonzero(COUNTS):
+        of_class = rows[labels == label] - index[0].starts[label]
+        share = np.bincount(of_class, minlength=COUNTS[label]) / len(of_class)
+        assert chisquare(share * runs * shares[label]).pvalue > 1e-3
+
+
+def test_windows_differ_and_depend_on_seed_and_number_alone(index):
+    groups = np.zeros((4, 16), int)
+    first = make_window(index, groups, seed=1, number=1, run=4)
+    assert (make_window(index, groups, seed=1, number=1, run=4).row == first.row).all()
+    assert (make_window(index, groups, seed=1, number=2, run=4).row != first.row).any()
+    assert (make_window(index, groups, seed=2, number=1, run=4).row != first.row).any()
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "dali"])
+def test_resuming_within_a_window_gives_the_same_batches(dataset, decoder):
+    whole = take(make_loader(dataset, decoder=decoder), 0, 11)
+    assert same(whole[6:], take(make_loader(dataset, decoder=decoder, threads=3), 6, 11))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("joint", [False, True])
+def test_ranks_share_out_the_global_batch_of_one(dataset, ranks, joint):
+    whole = take(make_loader(dataset, joint=joint), 2, 7)
+    for rank in range(ranks):
+        part = take(make_loader(dataset, joint=joint, rank=rank, world_size=ranks), 2, 7)
+        for mine, all_ in zip(part, whole, strict=True):
+            assert torch.equal(mine[0], all_[0][rank::ranks])
+            assert torch.equal(mine[1], all_[1][rank::ranks])
+
+
+def test_each_run_is_one_request_and_read_by_one_rank_alone(dataset, monkeypatch):
+    requests: list[tuple[int, int, int]] = []
+    read_run, single = ShardReader.read_run, []
+    monkeypatch.setattr(
+        ShardReader, "read_run", lambda s, g, row, n: (requests.append((g, row, n)), read_run(s, g, row, n))[1]
+    )
+    monkeypatch.setattr(ShardReader, "read", lambda *a: single.append(a))
+    loaders = [make_loader(dataset, rank=r, world_size=2) for r in range(2)]
+    for loader in loaders:
+        take(loader, 0, 1)
+        loader.close()
+    windows = 2  # the one in use and the next
+    runs = windows * 8 * -(-64 // 8 // 5) + windows * 8 * 3  # of 5 photos for each of 8 lanes; some wrap or meet groups
+    assert not single
+    assert len(requests) <= runs
+
+
+def test_photos_of_a_run_are_those_read_one_by_one(dataset):
+    index = open_index(dataset.path, [0])
+    reader = ShardReader(index)
+    together = reader.read_run(0, 3, 9)
+    assert together == [reader.read(0, row) for row in range(3, 12)]
+
+
+def test_a_damaged_photo_in_a_run_is_replaced_by_the_next_draw(dataset, tmp_path):
+    spoiled = damage(dataset, tmp_path, spoil_some_photos)
+    loader = make_loader(spoiled)
+    loader._source.max_bad_share = 1.0
+    batches = take(loader, 0, 40)
+    assert loader.failures > 0
+    assert min(float(b[0].float().std((1, 2, 3)).min()) for b in batches) > 1
+    loader.close()
