@@ -109,10 +109,10 @@ class ClassTable:
         """Read a table that `save` wrote; raises `JobError` where it is missing or something else."""
         try:
             table = pq.read_table(path)
-            facts = {name: int(table.schema.metadata[name.encode()]) for name in ("M", "N", "zone")}
+            M, N, zone = (int(table.schema.metadata[name]) for name in (b"M", b"N", b"zone"))
             columns = {name: table[name].to_numpy().astype(kind) for name, kind in _COLUMNS.items()}
         except FileNotFoundError:
             raise JobError(f"{path}: no such class table") from None
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise JobError(f"{path}: not a class table ({error})") from None
-        return ClassTable(**facts, **columns)
+        return ClassTable(M, N, zone, **columns)

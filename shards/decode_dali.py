@@ -6,6 +6,7 @@ decoders train on the same samples. The import is here and nowhere else, since D
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class DaliDecoder:
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self._waiting: deque[_Reading] = deque()
         self._running: deque[_Reading] = deque()
-        self._pipeline = None
+        self._pipeline: Any = None
 
     def submit(self, plan: BatchPlan) -> None:
         """Start reading a plan's photos."""

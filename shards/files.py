@@ -69,7 +69,7 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
 
 def remove_partials(folder: Path | str) -> int:
     """Remove what killed writers left under `folder`; return how many files and folders that were."""
-    leftovers = [p for p in Path(folder).rglob(f".*{TEMPORARY_SUFFIX}")]
+    leftovers = list(Path(folder).rglob(f".*{TEMPORARY_SUFFIX}"))
     for leftover in leftovers:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)

@@ -16,7 +16,8 @@ from shards.console import JobError
 from shards.files import atomic_folder
 from shards.layout import INDEX, group_name, shard_tables
 
-_ARRAYS = {"starts": np.int64, "shard": np.uint32, "offset": np.uint64, "size": np.uint32, "crc32": np.uint32}
+_COLUMNS = {"shard": np.uint32, "offset": np.uint64, "size": np.uint32, "crc32": np.uint32}
+_ARRAYS = ("starts", *_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def _gather(tables: list[Path], group: int) -> dict[str, np.ndarray]:
     label = gathered.pop("label").astype(np.int64)
     order = np.argsort(label, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(label, minlength=1))])
-    return {"starts": starts} | {name: values[order].astype(_ARRAYS[name]) for name, values in gathered.items()}
+    return {"starts": starts} | {name: values[order].astype(_COLUMNS[name]) for name, values in gathered.items()}
 
 
 def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -> None:
@@ -118,4 +119,4 @@ def _map(folder: Path, group: int) -> dict[str, np.ndarray]:
 def _index(group: int, tables: list[Path], arrays: dict[str, np.ndarray]) -> GroupIndex:
     shards = [t.with_suffix(".tar") for t in _of_group(tables, group)]
     labels = np.flatnonzero(np.diff(arrays["starts"]))
-    return GroupIndex(group, shards, *(arrays[name] for name in _ARRAYS), labels=labels)
+    return GroupIndex(group, shards, **arrays, labels=labels)

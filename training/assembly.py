@@ -100,15 +100,9 @@ def make_loader(
             world_size=world.size,
             mode=config.read,
             decoder=config.decoder,
-            threads=decoding_threads(config),
+            threads=config.threads or None,
             device=world.device,
         )
-
-
-def decoding_threads(config: TrainConfig) -> int:
-    """`--threads`, or this process's share of the host's cores."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return config.threads or max(1, len(os.sched_getaffinity(0)) // processes)
 
 
 def make_profiler(config: TrainConfig) -> Any:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from training.distributed import BufferGuard, HostCopy, World, trained_bytes
 from training.head_bank import HeadBank
+from training.colour import change_colours, colour_changes
 from training.model import to_input
 from training.optimisers import Average, Rates, make_adam
 from training.presets import TrainConfig
@@ -90,7 +91,7 @@ class Engine:
         trained = self.bank.groups_of_step(groups)
         self.rates.apply(step, self.bank.optimizers.values())
         self.guard.remember()
-        sums = self._forward_backward(images, labels, groups, asked_to_stop)
+        sums = self._forward_backward(self._to_input(images, step), labels, groups, asked_to_stop)
         totals = np.array(sums.wait())
         count = len(self.position)
         losses, hits, stop = totals[:count], totals[count : 2 * count], bool(totals[-1])
@@ -114,7 +115,7 @@ class Engine:
             last = part is parts[-1]
             with nullcontext() if last else self._without_reduction():
                 cut = slice(int(part[0]), int(part[-1]) + 1)
-                descriptors = self.wrapped(self._to_input(images[cut]))
+                descriptors = self.wrapped(images[cut])
                 losses, hits = self.bank.losses(descriptors, labels[cut], groups[cut])
                 where = torch.tensor([self.position[int(g)] for g in groups[cut]], device=sums.device)
                 sums.index_add_(0, where, losses.detach().double())
@@ -126,8 +127,12 @@ class Engine:
         assert host is not None
         return host
 
-    def _to_input(self, images: Tensor) -> Tensor:
-        return images if images.is_floating_point() else to_input(images, self.dtype)
+    def _to_input(self, images: Tensor, step: int) -> Tensor:
+        images = images if images.is_floating_point() else to_input(images, self.dtype)
+        if not self.config.colour_jitter:
+            return images
+        slots = np.arange(self.world.rank, self.config.batch_size, self.world.size)
+        return change_colours(images, colour_changes(self.config.seed, step, slots, self.config.colour_jitter))
 
     def _without_reduction(self) -> AbstractContextManager[None]:
         no_sync = getattr(self.wrapped, "no_sync", None)

@@ -62,6 +62,8 @@ class TrainConfig:
     image_size: int = 224
     """Side of the training crops in pixels; queries get 256/224 of it as their shorter side."""
 
+    colour_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation; 0: none, as in the paper."""
     lr: float = 1e-4
     """Adam's learning rate for the model."""
     head_lr: float = 1e-2
@@ -158,7 +160,16 @@ def _check(config: TrainConfig) -> None:
     for name in positive:
         if getattr(config, name) <= 0:
             raise JobError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
-    for name in ("warmup_steps", "grad_clip", "freeze_until", "threads", "save_every", "descriptor_dim", "m"):
+    for name in (
+        "warmup_steps",
+        "colour_jitter",
+        "grad_clip",
+        "freeze_until",
+        "threads",
+        "save_every",
+        "descriptor_dim",
+        "m",
+    ):
         if getattr(config, name) < 0:
             raise JobError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more")
     if not 0 <= config.ema < 1:

@@ -12,10 +12,9 @@ import numpy as np
 
 from shards.console import JobError, format_duration
 from shards.dataset import Dataset
-from shards.loader import Batch
+from shards.loader import Batch, default_threads
 from training.assembly import (
     check_against_world,
-    decoding_threads,
     launch_warning,
     make_accelerator,
     make_engine,
@@ -58,7 +57,7 @@ class Trainer:
         )
         self.validator: Validator | None = None
         if config.val_queries is not None:
-            self.validator = Validator(config, self.classes, self.world, decoding_threads(config))
+            self.validator = Validator(config, self.classes, self.world, config.threads or default_threads())
         self.engine = make_engine(config, self.classes, self.accelerator, self.world)
         self.loader = make_loader(config, dataset, self.schedule, self.accelerator, self.world)
         self.total_steps = config.epochs * config.iterations_per_epoch
