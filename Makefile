@@ -29,5 +29,11 @@ test: lint
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -m 'not slow'
 
+benchmark: $(STAMP)
+	@mkdir -p build
+	$(BIN)/python tests/benchmarks/preprocessing.py --json build/preprocessing.json
+	$(BIN)/python tests/benchmarks/loader.py --json build/loader.json
+	$(BIN)/python tests/benchmarks/training.py --json build/training.json
+
 clean:
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache

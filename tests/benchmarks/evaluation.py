@@ -1,0 +1,173 @@
+"""Ranking of all classes in batches against one query at a time, and retrieval within cells against the whole database.
+
+    python tests/benchmarks/evaluation.py [--quick] [--json FILE]
+
+Rows `batched` and `one-at-a-time` (queries_per_second) rank 140,000 classes of 1,280 dimensions for descriptors that
+are there already: `one-at-a-time` scores and fully sorts each query as the reference does, `batched` is
+`training.scoring.rank_classes`, `batched-with-confidence` is what evaluate.py and predict.py do. Rows `exhaustive`,
+`ivf`, `hnsw` and `within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294
+images of 256 dimensions in each of 3,400 cells (with `--quick` 300), one query at a time; `within-cells` includes the
+classifier's ranking. A cell's images share a direction and differ by noise, and the classifier's weights are the means
+of the cells' images. All on one thread, except that FAISS builds its indexes on all cores.
+"""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# This file is called evaluation.py: without its folder on the path, `evaluation` is the room of the project.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from evaluation.cell_index import CellIndex
+from evaluation.gallery import Gallery, Images
+from evaluation.ranking import ClassRanker
+from evaluation.retrieve import measure
+from evaluation.searchers import CellSearcher, FaissSearcher, load_faiss
+from shards.classes import ClassTable
+from shards.console import entry
+from shards.files import atomic_write_json
+from shards.provenance import provenance
+from training.heads import Head, make_head
+from training.scoring import class_blocks, rank_classes
+
+CLASSES, DIM = 140_000, 1280
+CELLS, QUICK_CELLS, IMAGES_PER_CELL, IMAGE_DIM, QUERIES = 3_400, 300, 294, 256, 100
+SIGNAL = 0.37  # cosine of an image and its cell's direction
+
+
+def class_table(count: int) -> ClassTable:
+    """`count` cells of 20 m that fill a square, in four groups."""
+    side = int(np.ceil(count**0.5))
+    number = np.arange(count)
+    east, north = 540_000 + number // side * 20, 4_170_000 + number % side * 20
+    group = east // 20 % 2 * 2 + north // 20 % 2
+    order = np.lexsort((north, east, group))
+    group = group[order]
+    label = np.concatenate([np.arange(n) for n in np.unique(group, return_counts=True)[1]])
+    images = np.full(count, IMAGES_PER_CELL)
+    return ClassTable(20, 2, 10, group.astype(np.int32), label.astype(np.int32), east[order], north[order], images)
+
+
+def rate_of(work: Callable[[], object], queries: int, rounds: int = 2) -> float:
+    """Queries a second, the mean of `rounds`, after one that is not counted."""
+    work()
+    times = []
+    for _ in range(rounds):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return queries / statistics.mean(times)
+
+
+def ranking_rows() -> list[dict[str, object]]:
+    """How many queries a second are ranked in each way, with a check that their scores agree."""
+    classes = class_table(CLASSES)
+    torch.manual_seed(0)
+    heads: dict[int, Head] = {group: make_head("AAMC", DIM, classes.count(group)) for group in classes.groups}
+    queries = F.normalize(torch.randn(128, DIM))
+    blocks = class_blocks(heads, classes, "raw")
+
+    @torch.inference_mode()
+    def alone() -> torch.Tensor:
+        best = []
+        for query in queries[:8]:
+            scores = torch.cat([torch.mm(query[None], head.weight.T) for head in heads.values()], dim=1)[0]
+            best.append(scores[scores.argsort(descending=True)[:20]])
+        return torch.stack(best)
+
+    ranked = rank_classes(queries, blocks)[1][:8]
+    difference = float((ranked - alone()).abs().max())
+    ranker = ClassRanker(heads, classes, torch.device("cpu"))
+    answer = ranker.rank(queries, forms=("raw",))["raw"]
+    difference = max(difference, float(np.abs(answer.scores[:8] - alone().numpy()).max()))
+    rates = {
+        "one-at-a-time": rate_of(alone, 8),
+        "batched": rate_of(lambda: rank_classes(queries, blocks), len(queries)),
+        "batched-with-confidence": rate_of(lambda: ranker.rank(queries, forms=("raw",)), len(queries)),
+    }
+    return [
+        {"name": name, "queries_per_second": rate, "classes": CLASSES, "largest_score_difference": difference}
+        for name, rate in rates.items()
+    ]
+
+
+def synthetic_city(cells: int) -> tuple[Gallery, Images, torch.Tensor]:
+    """A gallery, queries taken in its cells, and a classifier's weights [cells, IMAGE_DIM], from a fixed seed."""
+    rng = np.random.default_rng(0)
+    classes = class_table(cells)
+    directions = _unit(rng.standard_normal((cells, IMAGE_DIM), np.float32))
+
+    def seen(rows: np.ndarray) -> Images:
+        noise = rng.standard_normal((len(rows), IMAGE_DIM), np.float32) / np.float32(IMAGE_DIM**0.5)
+        noise *= np.float32((1 - SIGNAL**2) ** 0.5)
+        noise += np.float32(SIGNAL) * directions[rows]
+        place = rng.uniform(0, 20, (2, len(rows)))
+        return Images(_unit(noise), classes.cell_east[rows] + place[0], classes.cell_north[rows] + place[1])
+
+    gallery = Gallery.of(seen(np.repeat(np.arange(cells), IMAGES_PER_CELL)), CellIndex(classes))
+    queries = seen(rng.integers(0, cells, QUERIES))
+    weights = gallery.images.vectors.reshape(cells, IMAGES_PER_CELL, IMAGE_DIM).mean(axis=1)
+    return gallery, queries, F.normalize(torch.from_numpy(weights))
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def retrieval_rows(cells: int) -> list[dict[str, object]]:
+    """Time and recall of every way of searching."""
+    gallery, queries, weights = synthetic_city(cells)
+    rows = []
+    for name in ("exhaustive", "ivf", "hnsw", "within-cells"):
+        begun = time.perf_counter()
+        threads = load_faiss().omp_get_max_threads()
+        searcher = CellSearcher(gallery, weights, None, 5) if name == "within-cells" else FaissSearcher(gallery, name)
+        built = time.perf_counter() - begun
+        load_faiss().omp_set_num_threads(1)
+        row = measure(searcher, gallery, queries, queries.vectors, 25.0)
+        load_faiss().omp_set_num_threads(threads)
+        rows.append(
+            {
+                "name": name,
+                "milliseconds_per_query": row.milliseconds_per_query,
+                "recall_at_1": row.r_at_1,
+                "recall_at_20": row.r_at_20,
+                "bytes": row.bytes,
+                "build_seconds": built,
+                "images": row.images,
+                "classes": cells,
+            }
+        )
+        del searcher
+    return rows
+
+
+def main() -> None:
+    """Measure, print, and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller database (within 50 seconds)")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = ranking_rows() + retrieval_rows(QUICK_CELLS if arguments.quick else CELLS)
+    for row in rows:
+        facts = "  ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in list(row.items())[1:])
+        print(f"{row['name']:<24} {facts}")
+    if arguments.json:
+        atomic_write_json(arguments.json, {"rows": rows, "provenance": provenance()})
+
+
+if __name__ == "__main__":
+    entry(main)
