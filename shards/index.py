@@ -5,6 +5,7 @@ host through the page cache: 820 MB for 41 million photos.
 """
 
 import hashlib
+import mmap
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,8 @@ class GroupIndex:
     """Where the photos of one group lie, class by class.
 
     Photos of label c are the rows `starts[c]:starts[c + 1]` of `shard` (uint32: number in `shards`), `offset`
-    (uint64, bytes from the tar's start), `size` (uint32, bytes of the JPEG) and `crc32` (uint32). Rows of a class in the same
-    shard are in file order. `labels` (int64 [K]) are those that have photos.
+    (uint64, bytes from the tar's start), `size` (uint32, bytes of the JPEG) and `crc32` (uint32). Rows of a class
+    in the same shard are in file order. `labels` (int64 [K]) are those that have photos.
     """
 
     group: int
@@ -111,7 +112,10 @@ def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -
 
 def _map(folder: Path, group: int) -> dict[str, np.ndarray]:
     try:
-        return {name: np.load(folder / f"{group_name(group)}.{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        arrays = {name: np.load(folder / f"{group_name(group)}.{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        for array in arrays.values():  # draws touch it at random: one pass now, not a seek for each on a hard disk
+            array._mmap.madvise(mmap.MADV_WILLNEED)
+        return arrays
     except (OSError, ValueError) as error:
         raise JobError(f"{folder}: damaged ({error}); delete that folder, it is rebuilt from the tables") from None
 

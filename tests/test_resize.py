@@ -43,7 +43,11 @@ def test_a_png_called_jpg_is_read_for_what_it_is():
 def test_greyscale_cmyk_and_palette_photos_are_converted():
     photo = picture(128, 3)
     grey = Image.fromarray(photo).convert("L")
-    for data in (saved(grey, format="JPEG", quality=97), saved(grey, format="PNG"), saved(grey.convert("I;16"), format="PNG")):
+    for data in (
+        saved(grey, format="JPEG", quality=97),
+        saved(grey, format="PNG"),
+        saved(grey.convert("I;16"), format="PNG"),
+    ):
         result = small(data)
         assert np.ptp(result, axis=2).max() <= 4
     assert np.abs(small(saved(grey, format="JPEG", quality=97)).mean(2) - expected(np.asarray(grey))).mean() < 3
@@ -117,11 +121,16 @@ def test_a_jpeg_of_very_many_scans_is_refused():
 def test_flipped_bytes_never_crash_and_never_pass_as_another_size():
     rng = np.random.default_rng(0)
     good = jpeg(128, 1)
+    reasons = set()
     for _ in range(300):
         data = bytearray(good)
         for position in rng.integers(0, len(data), 3):
             data[position] = rng.integers(0, 256)
         try:
-            assert simplejpeg.decode_jpeg_header(RESIZER(bytes(data)))[:2] == (64, 64)
+            made = RESIZER(bytes(data))
         except BadPhoto as bad:
-            assert bad.reason in {"unreadable", "truncated", "not an image", "too large", "too small"}
+            reasons.add(bad.reason)
+        else:
+            assert simplejpeg.decode_jpeg_header(made)[:2] == (64, 64)
+    assert reasons <= {"unreadable", "truncated", "not an image", "too large", "too small"}
+    assert reasons

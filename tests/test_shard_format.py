@@ -41,7 +41,9 @@ def test_a_shard_is_a_tar_of_photo_and_label_pairs(dataset):
             f"{key}.{kind}" for key in table["key"].to_pylist() for kind in ("jpg", "cls")
         ]
         assert [m.offset_data for m in members[::2]] == table["offset"].to_pylist()
-        for member, crc, label in zip(members[::2], table["crc32"].to_pylist(), table["label"].to_pylist(), strict=True):
+        for member, crc, label in zip(
+            members[::2], table["crc32"].to_pylist(), table["label"].to_pylist(), strict=True
+        ):
             assert zlib.crc32(tar.extractfile(member).read()) == crc
             assert tar.extractfile(member.name.replace("jpg", "cls")).read() == str(label).encode()
 
@@ -132,4 +134,5 @@ def test_a_written_archive_ends_on_a_whole_record():
     writer.finish()
     assert len(file.getvalue()) == writer.position == 10240
     file.seek(0)
-    assert tarfile.open(fileobj=file).getnames() == ["000000000.jpg", "000000000.cls"]
+    with tarfile.open(fileobj=file) as tar:
+        assert tar.getnames() == ["000000000.jpg", "000000000.cls"]

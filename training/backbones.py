@@ -86,8 +86,8 @@ def _torchvision_backbone(source: _Source) -> Backbone:
 
 
 def _small_cnn() -> Backbone:
-    widths = (3, 32, 64, 128, 256, 512)
-    strides = (2, 2, 2, 1, 2)
+    widths = (3, 32, 64, 128, 256, 384)
+    strides = (2, 2, 2, 2, 1)
     stages = [
         nn.Sequential(
             nn.Conv2d(before, after, 3, stride, padding=1, bias=False),

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from training.colour import change_colours, colour_changes
 from training.distributed import BufferGuard, HostCopy, World, trained_bytes
 from training.head_bank import HeadBank
-from training.colour import change_colours, colour_changes
 from training.model import to_input
 from training.optimisers import Average, Rates, make_adam
 from training.presets import TrainConfig

@@ -222,7 +222,9 @@ def main() -> None:
         rows = resizing_rows(source, photos, 3 if arguments.quick else 7, arguments.img2dataset)
     child = [sys.executable, __file__, "--partition-only", "--names", str(arguments.names)]
     rows.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))
-    print(f"\nresizing {len(photos)} photos of {average / 1000:.1f} kB, 512 to {SIZE} pixels, one core (processor {cpu})")
+    print(
+        f"\nresizing {len(photos)} photos of {average / 1000:.1f} kB, 512 to {SIZE} pixels, one core (processor {cpu})"
+    )
     print(f"{'':12} {'images/s':>9} {'ratio':>6} {'PSNR':>7} {'SSIM':>7} {'bytes':>7}")
     first = rows[0]["images_per_second_per_core"]
     for row in rows[:-1]:
@@ -230,7 +232,7 @@ def main() -> None:
         rest = f"{row['psnr']:7.2f} {row['ssim']:7.4f} {row['bytes_per_image']:7.0f}" if row["psnr"] else ""
         print(f"{row['name']:12} {speed:9.0f} {speed / first:6.2f} {rest}")
     last = rows[-1]
-    print(f"\npartition of {last['names']:,} names: {last['seconds']:.2f} s, {last['peak_bytes'] / 1e9:.2f} GB beside them")
+    print(f"\npartition of {last['names']:,} names: {last['seconds']:.2f} s, {last['peak_bytes'] / 1e9:.2f} GB more")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

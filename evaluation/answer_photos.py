@@ -1,0 +1,150 @@
+"""Answers for photos that someone names: finding the photos, asking the model, and showing the places."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation.localiser import Localiser
+from evaluation.places import KnownPosition, Place, known_position, top_places
+from shards.console import JobError, printable
+from training.queries import SetAside, find_photos
+
+
+@dataclass(frozen=True)
+class Request:
+    """How many places at least how many metres apart, the hemisphere of the class map, and how photos are read."""
+
+    top: int = 5
+    apart: float = 25.0
+    southern: bool = False
+    batch_size: int = 16
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class AnsweredPhoto:
+    """A photo, where it says that it was taken, and the places that the model names, best first."""
+
+    path: Path
+    known: KnownPosition | None
+    places: list[Place]
+
+
+def find_all(names: Sequence[str]) -> tuple[list[Path], list[SetAside]]:
+    """The photos that files, folders and glob patterns name, each once in the order given, and what names nothing."""
+    found: list[Path] = []
+    missing: list[SetAside] = []
+    for name in names:
+        path = Path(name)
+        try:
+            if path.is_dir():
+                found += find_photos(path)
+            elif path.exists():
+                found.append(path)
+            elif matches := sorted(glob.glob(name, recursive=True)):
+                photos, others = find_all(
+                    [glob.escape(match) if not Path(match).exists() else match for match in matches]
+                )
+                found += photos
+                missing += others
+            else:
+                missing.append(SetAside(path, "no such photo, folder or pattern"))
+        except JobError as error:
+            missing.append(SetAside(path, str(error).removeprefix(f"{path}: ")))
+    return list(dict.fromkeys(found)), missing
+
+
+def answer_photos(
+    localiser: Localiser, paths: Sequence[Path], request: Request
+) -> tuple[list[AnsweredPhoto], list[SetAside]]:
+    """Places for every photo that can be read, in order, and the photos that cannot, with reasons."""
+    described = localiser.describe(paths, batch_size=request.batch_size, threads=request.threads)
+    readable = [i for i in range(len(paths)) if described.readable[i]]
+    if not readable:
+        return [], list(described.failures)
+    # Neighbours of a better cell are dropped from the list, so more cells than places are ranked.
+    neighbours = localiser.index.neighbours(request.apart).shape[1]
+    ranked = localiser.answer(described.vectors[readable], top_k=request.top * neighbours, threshold=request.apart)[
+        localiser.form
+    ]
+    answered = []
+    for i, index in enumerate(readable):
+        known = known_position(paths[index], localiser.classes.zone, southern=request.southern)
+        places = top_places(
+            ranked,
+            i,
+            localiser.classes,
+            count=request.top,
+            apart=request.apart,
+            southern=request.southern,
+            known=known,
+        )
+        answered.append(AnsweredPhoto(paths[index], known, places))
+    return answered, list(described.failures)
+
+
+def to_json(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], localiser: Localiser) -> str:
+    """All answers as JSON: metres, degrees and probabilities from 0 to 1."""
+    return json.dumps(
+        {
+            "checkpoint": str(localiser.path),
+            "utm_zone": localiser.classes.zone,
+            "photos": [
+                {
+                    "photo": str(photo.path),
+                    "known_position": asdict(photo.known) if photo.known else None,
+                    "places": [asdict(place) for place in photo.places],
+                }
+                for photo in answered
+            ],
+            "failed": [{"photo": str(failure.path), "reason": failure.reason} for failure in failures],
+        },
+        indent=2,
+    )
+
+
+def to_geojson(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], localiser: Localiser) -> str:
+    """Places as GeoJSON points (RFC 7946: longitude first), with rank, confidence and radius as properties."""
+    features: list[dict[str, Any]] = []
+    for photo in answered:
+        for rank, place in enumerate(photo.places, start=1):
+            facts = {name: value for name, value in asdict(place).items() if name not in ("latitude", "longitude")}
+            features.append(
+                {
+                    "type": "Feature",
+                    "geometry": {"type": "Point", "coordinates": [place.longitude, place.latitude]},
+                    "properties": {"photo": str(photo.path), "rank": rank, **facts},
+                }
+            )
+    return json.dumps({"type": "FeatureCollection", "features": features}, indent=2)
+
+
+def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], localiser: Localiser) -> str:
+    """Answers as a table for a person; eastings and northings where the class map has no UTM zone."""
+    degrees = bool(localiser.classes.zone)
+    first, second = ("latitude", "longitude") if degrees else ("easting m", "northing m")
+    lines = []
+    for photo in answered:
+        known = photo.known
+        source = {"exif": "EXIF GPS", "name": "name"}.get(known.source, "") if known else ""
+        where = f"   ({source}: {known.latitude:.5f}, {known.longitude:.5f})" if known else ""
+        lines.append(f"{printable(str(photo.path))}{where}")
+        lines.append(f"  {'':>2}  {first:>11}  {second:>11}  {'confidence':>10}  {'68 % within':>11}"
+                     + (f"  {'from ' + source:>13}" if known else ""))  # fmt: skip
+        for rank, place in enumerate(photo.places, start=1):
+            if degrees:
+                position = f"{place.latitude:11.5f}  {place.longitude:11.5f}"
+            else:
+                position = f"{place.east:11.1f}  {place.north:11.1f}"
+            distance = f"  {place.distance_m:11,.0f} m" if place.distance_m is not None else ""
+            lines.append(
+                f"  {rank:2}  {position}  {100 * place.confidence:8.1f} %  {place.uncertainty_m:9,.0f} m{distance}"
+            )
+        lines.append("")
+    summary = f"{len(answered):,} photos answered" + (f", {len(failures):,} failed" if failures else "")
+    return "\n".join([*lines, summary])

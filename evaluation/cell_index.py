@@ -1,0 +1,90 @@
+"""Which class centres lie near a point, looked up on the grid of cells."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from shards.classes import ClassTable
+
+_CHUNK = 1 << 22
+
+
+class CellIndex:
+    """A class table that can be asked for the classes around points or around other classes."""
+
+    def __init__(self, classes: ClassTable) -> None:
+        self.classes = classes
+        self.first_east = int(classes.cell_east.min())
+        self.first_north = int(classes.cell_north.min())
+        self.columns = int(classes.cell_east.max() - self.first_east) // classes.M + 1
+        self.rows = int(classes.cell_north.max() - self.first_north) // classes.M + 1
+        keys = self._keys(classes.cell_east, classes.cell_north)
+        self.order = np.argsort(keys, kind="stable")
+        self.sorted_keys = keys[self.order]
+
+    def find(self, cell_east: np.ndarray, cell_north: np.ndarray) -> np.ndarray:
+        """Table rows of the classes whose cells have these lower-left corners (int64 metres, any shape); -1: none."""
+        keys = self._keys(cell_east, cell_north)
+        at = np.minimum(np.searchsorted(self.sorted_keys, keys), len(self.sorted_keys) - 1)
+        return np.where((self.sorted_keys[at] == keys) & (keys >= 0), self.order[at], -1)
+
+    def holding(self, east: np.ndarray, north: np.ndarray) -> np.ndarray:
+        """Table row of the class whose cell holds each point (float64 [Q], metres); -1 outside, or for NaN."""
+        known = np.isfinite(east) & np.isfinite(north)
+        cells = [
+            np.floor(np.where(known, v, 0) / self.classes.M).astype(np.int64) * self.classes.M for v in (east, north)
+        ]
+        return np.where(known, self.find(*cells), -1)
+
+    def count_near(self, east: np.ndarray, north: np.ndarray, radius: float) -> np.ndarray:
+        """How many class centres lie at most `radius` metres from each point (float64 [Q]): int64 [Q].
+
+        Distances in float32, as LR@N takes them.
+        """
+        M = self.classes.M
+        reach = int(np.ceil(radius / M)) + 1
+        offsets = np.arange(-reach, reach + 1, dtype=np.int64) * M
+        counts = np.empty(len(east), np.int64)
+        step = max(1, _CHUNK // len(offsets) ** 2)
+        for first in range(0, len(east), step):
+            part = slice(first, first + step)
+            cell_east = np.floor(east[part] / M).astype(np.int64)[:, None] * M + offsets
+            cell_north = np.floor(north[part] / M).astype(np.int64)[:, None] * M + offsets
+            rows = self.find(cell_east[:, :, None], cell_north[:, None, :])
+            delta_east = (cell_east + M // 2 - east[part, None])[:, :, None]
+            delta_north = (cell_north + M // 2 - north[part, None])[:, None, :]
+            distances = np.sqrt(delta_east**2 + delta_north**2).astype(np.float32)
+            counts[part] = ((rows >= 0) & (distances <= np.float32(radius))).sum(axis=(1, 2))
+        return counts
+
+    def neighbours(self, radius: float) -> np.ndarray:
+        """int64 [C, J]: table rows of the classes whose centres lie within `radius` metres of each class's own.
+
+        The class itself is among them; places beyond the last neighbour hold -1.
+        """
+        M = self.classes.M
+        reach = int(radius // M)
+        steps = np.arange(-reach, reach + 1, dtype=np.int64) * M
+        east, north = (grid.ravel() for grid in np.meshgrid(steps, steps, indexing="ij"))
+        near = np.hypot(east, north) <= radius
+        return self.find(self.classes.cell_east[:, None] + east[near], self.classes.cell_north[:, None] + north[near])
+
+    def _keys(self, cell_east: np.ndarray, cell_north: np.ndarray) -> np.ndarray:
+        """One number a cell of the bounding box, -1 outside of it."""
+        M = self.classes.M
+        column, row = (cell_east - self.first_east) // M, (cell_north - self.first_north) // M
+        inside = (column >= 0) & (column < self.columns) & (row >= 0) & (row < self.rows)
+        return np.where(inside, column * self.rows + row, -1)
+
+    @cached_property
+    def bounds(self) -> tuple[int, int, int, int]:
+        """West, south, east and north edge of all cells, metres."""
+        M = self.classes.M
+        return (
+            self.first_east,
+            self.first_north,
+            self.first_east + self.columns * M,
+            self.first_north + self.rows * M,
+        )

@@ -1,0 +1,108 @@
+"""LR@N of checkpoints on query sets, with a report.
+
+python evaluation/evaluate.py --checkpoints RUN [RUN ...] --queries DIR [DIR ...] --out DIR
+accelerate launch evaluation/evaluate.py --checkpoints RUN --queries DIR --out DIR
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from evaluation.query_set import Settings
+from evaluation.ranking import OWN_FORMS, RANKING_FORMS, RankingForm
+from evaluation.results import Job, evaluate_all, open_world, write_results
+from shards.console import entry
+from training.scoring import RECALL_NS, THRESHOLD_METRES
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """LR@N of checkpoints on query sets: a table, results.json, results.csv, predictions.parquet and report.html.
+
+    Needs neither shards nor training photos. Exit code 1 where a row of the table could not be made.
+    """
+
+    checkpoints: tuple[Path, ...]
+    """Runs (their best checkpoint is taken) or single checkpoint folders."""
+    queries: tuple[Path, ...]
+    """Folders of query photos named by UTM position; photos without coordinates are predicted but not scored."""
+    out: Path
+    """Folder for the results."""
+    ns: tuple[int, ...] = RECALL_NS
+    """The N of LR@N: the first N answers count."""
+    threshold: float = THRESHOLD_METRES
+    """Metres from the query within which an answer is right."""
+    forms: tuple[RankingForm, ...] = OWN_FORMS
+    """Scores to rank by: raw, cosine, zscore (cosines on one scale over groups), softmax (within groups)."""
+    score_form: RankingForm | None = None
+    """Scores of the main figures; the default is what the checkpoint was trained for."""
+    choose_form_on: Path | None = None
+    """Validation queries on which the form with the highest LR@1 is chosen, of all forms, for the main figures."""
+    shards: Path | None = None
+    """Data set whose photos illustrate the report's failures."""
+    report: bool = True
+    """Write report.html."""
+    batch_size: int = 32
+    """Photos of one shape described at once."""
+    threads: int = 0
+    """Threads of a process that decode photos; 0: as many as it has cores."""
+    cpu: bool = False
+    """Compute on the CPU even where there is a GPU."""
+
+
+def main() -> int:
+    """Evaluate and write the results; 1 where a row could not be made."""
+    arguments = read_arguments()
+    job = Job(
+        arguments.checkpoints,
+        arguments.queries,
+        arguments.out,
+        Settings(
+            tuple(sorted(set(arguments.ns))),
+            arguments.threshold,
+            RANKING_FORMS if arguments.choose_form_on else arguments.forms,
+            arguments.batch_size,
+            arguments.threads or cores_of_process(),
+        ),
+        arguments.score_form,
+        arguments.choose_form_on,
+    )
+    with open_world(cpu=arguments.cpu) as world:
+        results = evaluate_all(job, world)
+        if results is None:
+            return 0
+        write_results(results, report=arguments.report, shards=arguments.shards)
+    return 1 if results.failed else 0
+
+
+def read_arguments() -> Arguments:
+    """The command line; wrong arguments exit with 2."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    wrong = {
+        "--checkpoints: name at least one run": not arguments.checkpoints,
+        "--queries: name at least one folder": not arguments.queries,
+        "--ns: whole numbers of at least 1": not arguments.ns or min(arguments.ns) < 1,
+        "--threshold: more than 0 metres": not arguments.threshold > 0,
+        "--forms: name at least one": not arguments.forms,
+        "--batch-size: at least 1": arguments.batch_size < 1,
+        "--threads: 0 or more": arguments.threads < 0,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            print(f"error: {message}", file=sys.stderr)
+            raise SystemExit(2)
+    return arguments
+
+
+def cores_of_process() -> int:
+    """Cores for each process of this host's launch."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,53 @@
+"""Export a checkpoint for other programs.
+
+python evaluation/export.py RUN --to onnx|torchscript|hub --out DIR
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from evaluation.exported_model import TOLERANCE, export_hub, export_onnx, export_torchscript
+from evaluation.localiser import Localiser
+from shards.console import JobError, entry
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Export a checkpoint as ONNX or TorchScript, checked against PyTorch, or as a Hugging Face Hub style folder."""
+
+    checkpoint: Annotated[Path, tyro.conf.Positional]
+    """Run (its best checkpoint is taken) or a single checkpoint folder."""
+    to: Literal["onnx", "torchscript", "hub"]
+    """onnx: model.onnx; torchscript: model.pt; hub: config.json, safetensors and a model card."""
+    out: Path
+    """Folder to write."""
+    results: Path | None = None
+    """results.json of evaluate.py, for the model card."""
+
+
+def main() -> None:
+    """Export and say how far the copy is from the original."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    localiser = Localiser.load(arguments.checkpoint, torch.device("cpu"))
+    if arguments.to == "hub":
+        export_hub(localiser, arguments.out, arguments.results)
+        print(f"written to {arguments.out}")
+        return
+    if arguments.out.exists() and not arguments.out.is_dir():
+        raise JobError(f"--out {arguments.out}: is a file; name a folder")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    export = export_onnx if arguments.to == "onnx" else export_torchscript
+    difference = export(localiser, arguments.out)
+    if not difference <= TOLERANCE:
+        raise JobError(f"{arguments.out}: scores differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}")
+    print(f"written to {arguments.out}; scores differ from PyTorch's by at most {difference:.2g}")
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,195 @@
+"""A checkpoint as one network, and as files that other programs read: ONNX, TorchScript, a Hub style folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import torch
+from torch import Tensor, nn
+
+from evaluation.localiser import Localiser
+from evaluation.result_files import to_latlon
+from shards.console import JobError
+from shards.files import atomic_folder, atomic_path, atomic_write_json, atomic_write_text
+from shards.provenance import provenance
+from training.checkpoint import WEIGHT_FILES
+from training.model import IMAGENET_MEAN, IMAGENET_STD
+
+TOLERANCE = 1e-4
+
+
+class ExportedModel(nn.Module):
+    """Photos to descriptors and class scores in one network, normalisation included.
+
+    Input: float32 [B, 3, H, W], RGB from 0 to 1. Outputs: unit descriptors float32 [B, D], and scores float32 [B, C] of
+    all classes by the checkpoint's own form, in the order of classes.csv.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, localiser: Localiser) -> None:
+        super().__init__()
+        if localiser.form not in ("raw", "cosine"):
+            raise ValueError(f"scores {localiser.form!r} are neither raw nor cosine")
+        self.model = localiser.model
+        heads = localiser.heads.values()
+        weight = torch.cat([head.weight.detach() for head in heads])
+        if localiser.form == "cosine":
+            weight = nn.functional.normalize(weight, dim=1)
+        biases = [head.bias.detach() for head in heads if head.bias is not None and localiser.form == "raw"]
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", torch.cat(biases) if biases else torch.zeros(len(weight)))
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+        self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Descriptors and scores of a batch."""
+        descriptors = self.model((images - self.mean) / self.deviation)
+        return descriptors, nn.functional.linear(descriptors, self.weight, self.bias)
+
+
+def export_torchscript(localiser: Localiser, out: Path) -> float:
+    """Write OUT/model.pt and its classes; returns the largest difference from PyTorch's scores."""
+    network, examples = ExportedModel(localiser).eval(), _examples(localiser)
+    with warnings.catch_warnings(), torch.inference_mode(), atomic_path(out / "model.pt") as partial:
+        warnings.simplefilter("ignore")  # PyTorch announces the end of TorchScript at every call
+        torch.jit.save(torch.jit.trace(network, examples[0]), partial)
+        loaded = torch.jit.load(partial)
+    _write_facts(localiser, out)
+    return _largest_difference(network, examples, lambda images: [part.numpy() for part in loaded(images)])
+
+
+def export_onnx(localiser: Localiser, out: Path) -> float:
+    """Write OUT/model.onnx and its classes; returns the largest difference of onnxruntime's scores from PyTorch's.
+
+    Batch, height and width are free. Raises JobError where onnx, onnxscript or onnxruntime is not installed.
+    """
+    try:
+        runtime = import_module("onnxruntime")
+        import_module("onnxscript")
+    except ImportError as error:
+        raise JobError('ONNX is not installed: pip install "divide-and-classify[export]"') from error
+    network, examples = ExportedModel(localiser).eval(), _examples(localiser)
+    sizes = {0: torch.export.Dim("batch"), 2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
+    with warnings.catch_warnings(), atomic_path(out / "model.onnx") as partial:
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            network,
+            (examples[0],),
+            str(partial),
+            input_names=["images"],
+            output_names=["descriptors", "scores"],
+            dynamic_shapes={"images": sizes},
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    session = runtime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+    _write_facts(localiser, out)
+    return _largest_difference(network, examples, lambda images: session.run(None, {"images": images.numpy()}))
+
+
+def _examples(localiser: Localiser) -> list[Tensor]:
+    """Images of two shapes and batch sizes: what holds for one shape only would show."""
+    generator = torch.Generator().manual_seed(0)
+    side = localiser.shorter_side
+    return [
+        torch.rand(2, 3, side, side + side // 3, generator=generator),
+        torch.rand(3, 3, side + side // 2, side, generator=generator),
+    ]
+
+
+def _largest_difference(network: nn.Module, examples: Sequence[Tensor], run: Any) -> float:
+    largest = 0.0
+    for images in examples:
+        with torch.inference_mode():
+            expected = network(images)
+        for ours, theirs in zip(expected, run(images), strict=True):
+            largest = max(largest, float(np.abs(ours.numpy() - theirs).max()))
+    return largest
+
+
+def _write_facts(localiser: Localiser, out: Path) -> None:
+    """classes.csv, the position of each column of the scores, and model.json, how photos are prepared."""
+    classes = localiser.classes
+    latitude, longitude = to_latlon(classes, classes.center_east, classes.center_north)
+    table = pa.table(
+        {
+            "group": classes.group, "label": classes.label, "east": classes.center_east, "north": classes.center_north,
+            "latitude": latitude, "longitude": longitude,
+        }
+    )  # fmt: skip
+    with atomic_path(out / "classes.csv") as partial:
+        pacsv.write_csv(table, partial)
+    facts = {
+        "input": "float32 [batch, 3, height, width], RGB from 0 to 1",
+        "shorter_side_pixels": localiser.shorter_side,
+        "resize": "bilinear with antialiasing, aspect kept",
+        "outputs": ["descriptors [batch, dim], unit length", "scores [batch, classes], columns as in classes.csv"],
+        "score_form": localiser.form,
+        "utm_zone": classes.zone,
+        "cell_metres": classes.M,
+        "provenance": provenance(),
+    }
+    atomic_write_json(out / "model.json", facts)
+
+
+def export_hub(localiser: Localiser, out: Path, results: Path | None) -> None:
+    """Write OUT as a Hugging Face Hub style folder that `Localiser.from_pretrained` reads, with a model card.
+
+    `results`, a results.json of evaluation/evaluate.py, fills the card's metrics. JobError where OUT exists.
+    """
+    if out.exists():
+        raise JobError(f"--out {out}: exists already; name a new folder")
+    card = _model_card(localiser, results)
+    with atomic_folder(out) as folder:
+        for name in (*WEIGHT_FILES, "files.json", "provenance.json"):
+            shutil.copyfile(localiser.path / name, folder / name)
+        atomic_write_text(folder / "README.md", card)
+
+
+def _model_card(localiser: Localiser, results: Path | None) -> str:
+    config, classes = localiser.config, localiser.classes
+    lines = [
+        "---",
+        "library_name: divide-and-classify",
+        "tags: [visual-place-recognition, geolocation]",
+        "---",
+        "",
+        f"# {config.backbone} with {config.head} heads",
+        "",
+        f"Names the place where a street photo was taken, among {len(classes):,} cells of {classes.M} m in "
+        f"{len(classes.groups)} groups ({classes.crs}). Divide&Classify (ICCV 2023).",
+        "",
+        "```python",
+        "from evaluation.localiser import Localiser",
+        "",
+        'localiser = Localiser.from_pretrained("THIS FOLDER OR REPOSITORY")',
+        "```",
+        "",
+        f"Scores: {localiser.form}. Photos: shorter side {localiser.shorter_side} pixels, aspect kept.",
+    ]
+    if results is not None:
+        try:
+            rows = json.loads(results.read_text())["rows"]
+            lines += ["", "| queries | LR@1 | LR@5 | LR@10 | LR@20 | chance LR@1 |", "|---|---|---|---|---|---|"]
+            for row in rows:
+                values = [row["lr_at_1"], row["lr_at_5"], row["lr_at_10"], row["lr_at_20"], row["chance"]["lr_at_1"]]
+                shown = " | ".join("-" if value is None else f"{value:.1f}" for value in values)
+                lines.append(f"| {Path(row['queries']).name} | {shown} |")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise JobError(f"--results {results}: no results.json of evaluation/evaluate.py ({error})") from error
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,181 @@
+"""Database images as descriptors, sorted by the cell that they were taken in."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from PIL import Image
+
+from evaluation.cell_index import CellIndex
+from evaluation.localiser import Localiser
+from shards.console import JobError
+from shards.files import atomic_path
+from shards.layout import MANIFEST, shard_tables
+from shards.names import BadName, parse_name
+from training.queries import QueryBatch, list_queries
+from training.scoring import describe_batches
+
+
+@dataclass(frozen=True)
+class Images:
+    """Descriptors of K images: `vectors` float32 [K, D] of unit length, `east` and `north` float64 [K] in metres."""
+
+    vectors: np.ndarray
+    east: np.ndarray
+    north: np.ndarray
+    names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Images sorted by class: class row c has `starts[c]:starts[c + 1]` (int64 [C + 1]); images of none are last."""
+
+    images: Images
+    starts: np.ndarray
+
+    @staticmethod
+    def of(images: Images, index: CellIndex) -> Gallery:
+        """Sort images into the cells of a class map."""
+        classes = len(index.classes)
+        rows = index.holding(images.east, images.north)
+        rows = np.where(rows < 0, classes, rows)
+        order = np.argsort(rows, kind="stable")
+        starts = np.searchsorted(rows[order], np.arange(classes + 1))
+        names = tuple(images.names[i] for i in order) if images.names else ()
+        in_order = Images(np.ascontiguousarray(images.vectors[order]), images.east[order], images.north[order], names)
+        return Gallery(in_order, starts)
+
+    @property
+    def outside(self) -> int:
+        """How many images lie in no class."""
+        return len(self.images) - int(self.starts[-1])
+
+
+def describe_folder(
+    localiser: Localiser, folder: Path, say: Callable[[str], None], *, batch_size: int, threads: int
+) -> Images:
+    """Descriptors of the photos in a folder, named by their UTM position; others are said and left out."""
+    queries = list_queries(folder, localiser.classes.zone)
+    described = localiser.describe(queries.paths, batch_size=batch_size, threads=threads)
+    for aside in (*queries.set_aside[:5], *described.failures[:5]):
+        say(f"{aside.path}: left out: {aside.reason}")
+    kept = np.flatnonzero(described.readable & queries.located)
+    if len(kept) < len(queries) + len(queries.set_aside):
+        say(f"{folder}: {len(queries) + len(queries.set_aside) - len(kept)} photos left out")
+    if len(kept) == 0:
+        raise JobError(f"{folder}: no readable photo with coordinates in its name")
+    names = tuple(str(queries.paths[i].relative_to(folder)) for i in kept)
+    return Images(described.vectors.numpy()[kept], queries.east[kept], queries.north[kept], names)
+
+
+def describe_shards(localiser: Localiser, dataset: Path, *, batch_size: int) -> Images:
+    """Descriptors of all photos in the shards of a data set."""
+    tables = [pq.read_table(path, columns=["east", "north", "offset", "size", "key"]) for path in shard_tables(dataset)]
+    tars = [path.with_suffix(".tar") for path in shard_tables(dataset)]
+    count = sum(map(len, tables))
+    batches = _shard_batches(tars, tables, localiser.shorter_side, batch_size)
+    described = describe_batches(localiser.model, batches, count, device=localiser.device)
+    east, north = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("east", "north"))
+    names = [f"{tar.stem}/{key}" for tar, table in zip(tars, tables, strict=True) for key in table["key"].to_pylist()]
+    return Images(described.vectors.numpy(), east, north, tuple(names))
+
+
+def _shard_batches(tars: Sequence[Path], tables: Sequence[Any], side: int, batch_size: int) -> Iterator[QueryBatch]:
+    photos: list[np.ndarray] = []
+    first = 0
+    for tar, table in zip(tars, tables, strict=True):
+        with tar.open("rb") as file:
+            for offset, size in zip(table["offset"].to_pylist(), table["size"].to_pylist(), strict=True):
+                file.seek(offset)
+                with Image.open(io.BytesIO(file.read(size))) as image:
+                    photos.append(np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)))
+                if len(photos) == batch_size:
+                    yield QueryBatch(np.arange(first, first + len(photos)), np.stack(photos))
+                    first, photos = first + len(photos), []
+    if photos:
+        yield QueryBatch(np.arange(first, first + len(photos)), np.stack(photos))
+
+
+def read_descriptors(path: Path) -> Images:
+    """Descriptors that any model made: `.npz` with `descriptors` [K, D] and `names` [K], or `.npy` beside a `.txt`.
+
+    Names carry UTM positions. Vectors are scaled to unit length. Raises JobError for anything else.
+    """
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as file:
+                vectors, names = file["descriptors"], [str(name) for name in file["names"]]
+        else:
+            vectors = np.load(path, allow_pickle=False)
+            names = path.with_suffix(".txt").read_text().splitlines()
+    except (OSError, ValueError, KeyError) as error:
+        raise JobError(f"{path}: no descriptors with names ({error})") from error
+    if vectors.ndim != 2 or len(vectors) != len(names):
+        raise JobError(f"{path}: descriptors of shape {list(vectors.shape)} for {len(names)} names")
+    try:
+        parsed = [parse_name(name) for name in names]
+    except BadName as error:
+        raise JobError(f"{path}: {error}") from error
+    vectors = vectors.astype(np.float32)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return Images(vectors, np.array([n.east for n in parsed]), np.array([n.north for n in parsed]), tuple(names))
+
+
+def database_images(
+    localiser: Localiser,
+    database: Path,
+    cache: Path,
+    say: Callable[[str], None],
+    *,
+    batch_size: int = 32,
+    threads: int = 1,
+) -> Images:
+    """The database's descriptors: read from a file or from `cache`, or made and kept in `cache`."""
+    if database.is_file():
+        return read_descriptors(database)
+    fingerprint = _fingerprint(localiser, database)
+    if (found := _from_cache(cache, fingerprint)) is not None:
+        say(f"{cache}: {len(found):,} descriptors made before")
+        return found
+    if (database / MANIFEST).exists():
+        images = describe_shards(localiser, database, batch_size=batch_size)
+    else:
+        images = describe_folder(localiser, database, say, batch_size=batch_size, threads=threads)
+    with atomic_path(cache) as partial, partial.open("wb") as file:
+        np.savez(
+            file, descriptors=images.vectors, east=images.east, north=images.north, names=np.array(images.names),
+            fingerprint=np.array(fingerprint),
+        )  # fmt: skip
+    return images
+
+
+def _from_cache(cache: Path, fingerprint: str) -> Images | None:
+    try:
+        with np.load(cache, allow_pickle=False) as file:
+            if str(file["fingerprint"]) != fingerprint:
+                return None
+            return Images(file["descriptors"], file["east"], file["north"], tuple(file["names"].tolist()))
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _fingerprint(localiser: Localiser, database: Path) -> str:
+    """What a database's descriptors depend on: the model's weights, and the names and sizes of the photos."""
+    digest = hashlib.sha256(f"{database.resolve()} {localiser.shorter_side}\n".encode())
+    listing = json.loads((localiser.path / "files.json").read_text())["files"]
+    digest.update(json.dumps(listing["model.safetensors"]).encode())
+    for file in sorted(database.rglob("*")):
+        if file.is_file():
+            digest.update(f"{file} {file.stat().st_size}\n".encode("utf-8", "replace"))
+    return digest.hexdigest()

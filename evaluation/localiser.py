@@ -1,0 +1,123 @@
+"""A checkpoint that answers: photos to ranked cells with a confidence and an uncertainty in metres."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from evaluation.ranking import Answers, ClassRanker, RankingForm
+from shards.classes import ClassTable
+from shards.console import JobError
+from training.checkpoint import EvaluationWeights, load_for_evaluation
+from training.heads import Head, make_head
+from training.model import GeoModel
+from training.presets import TrainConfig
+from training.queries import query_size
+from training.scoring import THRESHOLD_METRES, Descriptors, describe_queries
+
+
+class Localiser:
+    """Model, heads and class map of a checkpoint, ready to answer on `device`.
+
+    `form` is the checkpoint's own form of scores. Raises JobError where the folder is no checkpoint, or its
+    weights, classes and configuration do not fit each other.
+    """
+
+    def __init__(self, weights: EvaluationWeights, device: torch.device) -> None:
+        self.path = weights.path
+        self.classes: ClassTable = weights.classes
+        self.device = device
+        self.config = _read_config(weights)
+        self.form: RankingForm = self.config.score_form
+        self.model = _build_model(weights, self.config).to(device).eval()
+        self.ranker = ClassRanker(_build_heads(weights, self.config, self.model), self.classes, device)
+        self.heads = self.ranker.heads
+        self.index = self.ranker.index
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Localiser:
+        """Read a checkpoint folder, or the best checkpoint of a run."""
+        return cls(load_for_evaluation(path), device)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: torch.device | str = "cpu") -> Localiser:
+        """Read a run, a folder of `export.py --to hub`, or a repository of that content on the Hugging Face Hub."""
+        if not Path(name).exists():
+            from huggingface_hub import snapshot_download
+            from huggingface_hub.errors import HFValidationError
+
+            try:
+                name = snapshot_download(str(name))
+            except (OSError, HFValidationError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise JobError(
+                    f"{name}: no such folder, and no repository that can be downloaded ({reason})"
+                ) from error
+        return cls.load(Path(name), torch.device(device))
+
+    @property
+    def shorter_side(self) -> int:
+        """Shorter side in pixels that photos are resized to."""
+        return query_size(self.config.image_size)
+
+    def describe(self, paths: Sequence[Path], *, batch_size: int = 32, threads: int = 1) -> Descriptors:
+        """Descriptors of photos, in batches of one shape; unreadable photos are listed with their reasons."""
+        return describe_queries(
+            self.model,
+            paths,
+            shorter_side=self.shorter_side,
+            batch_size=batch_size,
+            device=self.device,
+            threads=threads,
+        )
+
+    def answer(
+        self,
+        vectors: Tensor,
+        *,
+        forms: Sequence[RankingForm] | None = None,
+        top_k: int = 20,
+        threshold: float = THRESHOLD_METRES,
+    ) -> dict[RankingForm, Answers]:
+        """Rank the classes for descriptors float32 [Q, D], as `ClassRanker.rank`; `forms` None: the own form."""
+        return self.ranker.rank(vectors, forms=forms or (self.form,), top_k=top_k, threshold=threshold)
+
+
+def _read_config(weights: EvaluationWeights) -> TrainConfig:
+    try:
+        return TrainConfig.from_json(weights.config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise JobError(f"{weights.path}/config.json: no configuration of this project ({error})") from error
+
+
+def _build_model(weights: EvaluationWeights, config: TrainConfig) -> GeoModel:
+    try:
+        model = GeoModel(config.backbone, "none", 0, config.descriptor_dim or None)
+        model.load_state_dict(weights.model)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise JobError(f"{weights.path}: its weights do not fit a {config.backbone} ({reason})") from error
+    return model
+
+
+def _build_heads(weights: EvaluationWeights, config: TrainConfig, model: GeoModel) -> dict[int, Head]:
+    classes = weights.classes
+    if sorted(weights.heads) != classes.groups:
+        raise JobError(
+            f"{weights.path}: heads of groups {sorted(weights.heads)} do not fit a class map of groups {classes.groups}"
+        )
+    heads = {}
+    for group in classes.groups:
+        head = make_head(config.head, model.descriptor_dim, classes.count(group), config.s, config.m)
+        try:
+            head.load_state_dict(weights.heads[group])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise JobError(
+                f"{weights.path}: the head of group {group} does not fit the class map ({reason})"
+            ) from error
+        heads[group] = head
+    return heads

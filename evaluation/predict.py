@@ -1,0 +1,87 @@
+"""Where photos were taken.
+
+python evaluation/predict.py --checkpoint RUN photo.jpg [more photos, folders, "globs/*.jpg"]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from evaluation.answer_photos import Request, answer_photos, find_all, to_geojson, to_json, to_table
+from evaluation.localiser import Localiser
+from shards.console import JobError, entry, printable
+from training.scoring import THRESHOLD_METRES
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Where photos were taken: latitude, longitude, confidence, and the radius that holds 68 % of the probability.
+
+    Prints the distance where a photo's EXIF GPS or its name tells the true position. Exit code 1 where a photo failed.
+    """
+
+    photos: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Photos, folders of photos, or patterns such as "trip/*.jpg"."""
+    checkpoint: Path
+    """Run (its best checkpoint is taken) or a single checkpoint folder."""
+    top: int = 5
+    """Places for each photo."""
+    apart: float = THRESHOLD_METRES
+    """Metres between the places of a photo; the confidence is the probability within this distance."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    geojson: bool = False
+    """Print GeoJSON instead of a table."""
+    southern: bool = False
+    """The city lies south of the equator (names of photos say so themselves)."""
+    batch_size: int = 16
+    """Photos of one shape described at once."""
+    cpu: bool = False
+    """Compute on the CPU even where there is a GPU."""
+
+
+def main() -> int:
+    """Answer all photos and print; 1 where one failed."""
+    arguments = read_arguments()
+    paths, failures = find_all(arguments.photos)
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    localiser = Localiser.load(arguments.checkpoint, device)
+    if arguments.geojson and not localiser.classes.zone:
+        raise JobError(f"{arguments.checkpoint}: its classes have no UTM zone, so no degrees; use --json")
+    threads = len(os.sched_getaffinity(0))
+    request = Request(arguments.top, arguments.apart, arguments.southern, arguments.batch_size, threads)
+    answered, unreadable = answer_photos(localiser, paths, request)
+    failures += unreadable
+    for failure in failures:
+        print(f"error: {printable(str(failure.path))}: {printable(failure.reason)}", file=sys.stderr)
+    show = to_geojson if arguments.geojson else to_json if arguments.json else to_table
+    print(show(answered, failures, localiser))
+    return 1 if failures else 0
+
+
+def read_arguments() -> Arguments:
+    """The command line; wrong arguments exit with 2."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    wrong = {
+        "name at least one photo": not arguments.photos,
+        "--top: at least 1": arguments.top < 1,
+        "--apart: 0 metres or more": not arguments.apart >= 0,
+        "--batch-size: at least 1": arguments.batch_size < 1,
+        "--json or --geojson, not both": arguments.json and arguments.geojson,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            print(f"error: {message}", file=sys.stderr)
+            raise SystemExit(2)
+    return arguments
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,362 @@
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent);
+const $ = (id) => document.getElementById(id);
+const RIGHT = "#16824a", WRONG = "#c8352b", ACCENT = "#2456a6";
+const LINES = ["#2456a6", "#c77700", "#16824a", "#8a3ea8", "#c8352b", "#4d5b6c"];
+
+function el(tag, attributes = {}, ...children) {
+  const svg = ["svg", "g", "rect", "line", "path", "text", "circle"].includes(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children.map((child) => (child instanceof Node ? child : String(child))));
+  return node;
+}
+const number = (value, digits = 1) => (value === null || value === undefined ? "–" : value.toFixed(digits));
+const count = (value) => value.toLocaleString("en-US");
+const metres = (value) =>
+  value === null ? "unknown" : value >= 10000 ? `${(value / 1000).toFixed(1)} km` : `${value.toFixed(value < 10 ? 1 : 0)} m`;
+const groupColour = (group, alpha) => `hsl(${(215 + group * 137.5) % 360} 55% 55% / ${alpha})`;
+
+// Results
+
+function nsOf(row) {
+  return Object.keys(row).filter((name) => name.startsWith("lr_at_")).map((name) => Number(name.slice(6)));
+}
+
+function drawResults() {
+  const ns = nsOf(data.rows[0]);
+  const head = ["Checkpoint", "Queries", "Scores", ...ns.map((n) => `LR@${n}`), "Median", "90 % within", "Scored", "Photos/s", "Latency"];
+  const table = $("result-table");
+  table.append(el("tr", {}, ...head.map((text, i) => el("th", i < 3 ? { class: "text" } : {}, text))));
+  data.rows.forEach((row, index) => {
+    Object.entries(row.forms).forEach(([form, recall], i) => {
+      const own = form === row.form;
+      const cells = [el("td", { class: "text long", title: row.checkpoint }, i ? "" : row.checkpoint),
+        el("td", { class: "text long", title: row.queries }, i ? "" : row.queries),
+        el("td", { class: "text" }, form),
+        ...ns.map((n) => el("td", own ? { id: `row-${index}-lr-at-${n}` } : {}, number(recall[`lr_at_${n}`])))];
+      if (own) {
+        cells.push(el("td", {}, metres(row.median_error_m)), el("td", {}, metres(row.p90_error_m)),
+          el("td", {}, `${count(row.scored)} of ${count(row.photos)}`), el("td", {}, number(row.queries_per_second)),
+          el("td", {}, `${number(row.latency_ms)} ms`));
+      } else cells.push(...Array(5).fill(0).map(() => el("td")));
+      table.append(el("tr", { class: (own ? "own" : "") + (i ? "" : " first") }, ...cells));
+    });
+    const asides = { chance: ns.map((n) => row.chance[`lr_at_${n}`]), ceiling: ns.map(() => row.ceiling) };
+    for (const [name, values] of Object.entries(asides))
+      table.append(el("tr", { class: "aside" }, el("td"), el("td"), el("td", { class: "text" }, name),
+        ...values.map((value) => el("td", {}, number(value))), ...Array(5).fill(0).map(() => el("td"))));
+  });
+  $("result-note").textContent = `LR@N: percent of queries with one of the first N answers within ${data.rows[0].threshold_m} m. ` +
+    "Chance: a random order of all classes. Ceiling: queries that some class's centre could answer at all. Bold: the scores behind the figures below.";
+  for (const problem of data.problems) $("problems").append(el("li", {}, problem));
+  const best = data.rows.reduce((a, b) => ((b.lr_at_1 ?? -1) > (a.lr_at_1 ?? -1) ? b : a));
+  $("summary").textContent = best.lr_at_1 === undefined || best.lr_at_1 === null ? `${data.rows.length} rows` :
+    `Of ${count(best.scored)} query photos ${number(best.lr_at_1)} % are placed within ${best.threshold_m} m at the first answer ` +
+    `(chance ${number(best.chance.lr_at_1)} %), among ${count(best.classes)} cells in ${best.groups} groups.`;
+  $("origin").textContent = `Made by ${data.provenance.command} on ${data.provenance.time}, commit ` +
+    `${data.provenance.commit ?? "unknown"}, ${Object.entries(data.provenance.packages).map((p) => p.join(" ")).join(", ")}.`;
+}
+
+// Charts: small SVGs, 520 x 260
+
+function chart(width = 520, height = 260) {
+  return el("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
+}
+function label(svg, x, y, text, anchor = "middle", kind = "") {
+  svg.append(el("text", { x, y, "text-anchor": anchor, class: kind }, text));
+}
+function percentAxis(svg, left, right, top, bottom, highest = 100) {
+  for (let i = 0; i <= 4; i++) {
+    const y = bottom - ((bottom - top) * i) / 4;
+    svg.append(el("line", { x1: left, x2: right, y1: y, y2: y, stroke: "#e4e8ed" }));
+    label(svg, left - 6, y + 4, `${Math.round((highest * i) / 4)} %`, "end");
+  }
+}
+
+function drawHistogram(view) {
+  const threshold = view.row.threshold_m;
+  const steps = [10, 50, 100, 200, 500, 1000, 2000, 5000, 10000].filter((m) => Math.abs(m - threshold) > 0.2 * threshold);
+  const largest = Math.max(...view.scored.map((i) => view.answers.error[i]), threshold);
+  const edges = [0, ...[...steps, threshold].sort((a, b) => a - b)];
+  const used = edges.filter((edge, i) => i < 2 || edge < largest);
+  const counts = used.map(() => 0);
+  for (const i of view.scored) {
+    let bin = used.length - 1;
+    while (bin > 0 && view.answers.error[i] <= used[bin]) bin--;
+    counts[bin]++;
+  }
+  const svg = chart(), left = 44, right = 494, top = 18, bottom = 222, total = Math.max(view.scored.length, 1);
+  const highest = Math.max(20, Math.ceil((100 * Math.max(...counts)) / total / 20) * 20);
+  percentAxis(svg, left, right, top, bottom, highest);
+  const step = (right - left) / used.length;
+  counts.forEach((n, i) => {
+    const share = (100 * n) / total, height = ((bottom - top) * share) / highest;
+    svg.append(el("rect", { x: left + i * step + 3, width: step - 6, y: bottom - height, height, rx: 2,
+      fill: used[i] < threshold ? RIGHT : WRONG, opacity: 0.85 }));
+    if (n) label(svg, left + (i + 0.5) * step, bottom - height - 4, count(n), "middle", "value");
+    label(svg, left + i * step, bottom + 16, used[i] >= 1000 ? `${used[i] / 1000}k` : used[i]);
+  });
+  label(svg, (left + right) / 2, 252, "metres from the first answer to the true position");
+  $("histogram").replaceChildren(svg);
+  $("error-note").textContent = `Half of the queries are at most ${metres(view.row.median_error_m)} off, 90 % at most ` +
+    `${metres(view.row.p90_error_m)}; the mean is ${metres(view.row.mean_error_m)}. Green: within ${threshold} m.`;
+}
+
+function drawCurve(view) {
+  const svg = chart(), left = 44, right = 494, top = 12, bottom = 222, curve = view.row.curve, xs = curve.metres;
+  const place = (m) => left + ((right - left) * Math.log(m / xs[0])) / Math.log(xs.at(-1) / xs[0]);
+  percentAxis(svg, left, right, top, bottom);
+  for (const m of [5, 10, 25, 50, 100, 200, 500, 1000]) label(svg, place(m), bottom + 16, m);
+  const at = place(Math.min(Math.max(view.row.threshold_m, xs[0]), xs.at(-1)));
+  svg.append(el("line", { x1: at, x2: at, y1: top, y2: bottom, stroke: "#8994a3", "stroke-dasharray": "4 3" }));
+  label(svg, (left + right) / 2, 252, "metres");
+  const legend = el("div", { class: "legend" });
+  nsOf(view.row).forEach((n, k) => {
+    const path = xs.map((m, i) => `${i ? "L" : "M"}${place(m).toFixed(1)} ${(bottom - ((bottom - top) * (curve[`lr_at_${n}`][i] ?? 0)) / 100).toFixed(1)}`);
+    svg.append(el("path", { d: path.join(" "), fill: "none", stroke: LINES[k % LINES.length], "stroke-width": 2.2 }));
+    legend.append(el("span", {}, el("i", { style: `background:${LINES[k % LINES.length]}` }), `LR@${n}`));
+  });
+  $("curve").replaceChildren(svg, legend);
+}
+
+function drawReliability(view) {
+  const svg = chart(), left = 44, right = 494, top = 18, bottom = 222, bins = view.row.calibration;
+  const x = (p) => left + ((right - left) * p) / 100, y = (p) => bottom - ((bottom - top) * p) / 100;
+  percentAxis(svg, left, right, top, bottom);
+  for (const bin of bins) {
+    if (bin.right === null) continue;
+    svg.append(el("rect", { x: x(bin.low) + 2, width: x(bin.high) - x(bin.low) - 4, y: y(bin.right), height: bottom - y(bin.right), fill: ACCENT, opacity: 0.75, rx: 2 }));
+    label(svg, x((bin.low + bin.high) / 2), y(bin.right) - 4, count(bin.queries), "middle", "value");
+  }
+  svg.append(el("line", { x1: x(0), y1: y(0), x2: x(100), y2: y(100), stroke: WRONG, "stroke-dasharray": "5 4" }));
+  for (let p = 0; p <= 100; p += 20) label(svg, x(p), bottom + 16, `${p} %`);
+  label(svg, (left + right) / 2, 252, "confidence");
+  const table = el("table", {}, el("tr", {}, ...["Confidence", "Queries", "Mean confidence", "Right"].map((t) => el("th", {}, t))),
+    ...bins.filter((bin) => bin.queries).map((bin) => el("tr", {}, el("td", {}, `${number(bin.low, 0)} to ${number(bin.high, 0)} %`),
+      el("td", {}, count(bin.queries)), el("td", {}, `${number(bin.confidence)} %`), el("td", {}, `${number(bin.right)} %`))));
+  $("reliability").replaceChildren(svg, el("details", {}, el("summary", {}, "Reliability table"), table));
+  $("calibration-note").textContent = `Bars: percent of the answers of that confidence that are right; numbers: how many there are. On the dashed line ` +
+    `confidence is honest. Expected calibration error: ${number(view.row.calibration_error)} points.`;
+}
+
+function drawGroups(view) {
+  $("groups").replaceChildren(el("table", {},
+    el("tr", {}, ...["Group", "Classes", "Queries", "LR@1", "Share of answers"].map((t) => el("th", {}, t))),
+    ...view.row.by_group.map((g) => el("tr", {},
+      el("td", {}, el("span", { class: "key", style: `background:${groupColour(g.group, 0.9)}` }), ` ${g.group}`),
+      el("td", {}, count(g.classes)), el("td", {}, count(g.queries)), el("td", {}, `${number(g.lr_at_1)} %`), el("td", {}, `${number(g.answers_share)} %`)))));
+}
+
+// Galleries
+
+const picture = (set, i) => set.large[i] ?? set.thumbs[i] ?? "";
+
+function drawGallery(view, id, items, empty) {
+  const figures = items.map((item) => {
+    const pictures = el("div", { class: "pictures" });
+    const add = (source, tag) => { if (source) pictures.append(el("div", {}, el("img", { src: source, alt: tag, loading: "lazy" }), el("span", { class: "tag" }, tag))); };
+    add(picture(view.set, item.i), "query");
+    add(item.answer, "answer");
+    add(item.truth, "true cell");
+    const figure = el("figure", { tabindex: 0 }, pictures, el("figcaption", {}, ...facts(view, item.i)));
+    figure.onclick = () => { map.show(item.i); $("map").scrollIntoView({ block: "center", behavior: "smooth" }); };
+    return figure;
+  });
+  $(id).replaceChildren(...(figures.length ? figures : [el("p", { class: "note" }, empty)]));
+}
+
+function facts(view, i) {
+  const { answers, set } = view, error = answers.error[i];
+  const verdict = error === null ? el("span", {}, "true position unknown")
+    : el("span", { class: view.isRight(i) ? "good" : "bad" }, `${metres(error)} off`);
+  return [verdict, `, confidence ${number(answers.confidence[i])} %, 68 % within ${metres(answers.uncertainty[i])}`,
+    el("div", { class: "name", title: set.photos[i] }, set.photos[i])];
+}
+
+// The map
+
+const map = {
+  canvas: $("map").firstElementChild, view: null, scale: 1, x: 0, y: 0, hovered: null, kept: null, drag: null,
+  open(view) {
+    this.view = view; this.hovered = this.kept = null;
+    this.fit();
+  },
+  fit() {
+    const { canvas, view } = this;
+    const [west, south, east, north] = view.bounds;
+    this.scale = 0.94 * Math.min(canvas.clientWidth / (east - west), canvas.clientHeight / (north - south));
+    this.x = (west + east) / 2; this.y = (south + north) / 2;
+    this.draw();
+  },
+  toScreen(east, north) {
+    return [this.canvas.clientWidth / 2 + (east - this.x) * this.scale, this.canvas.clientHeight / 2 - (north - this.y) * this.scale];
+  },
+  zoom(factor, px = this.canvas.clientWidth / 2, py = this.canvas.clientHeight / 2) {
+    const dx = px - this.canvas.clientWidth / 2, dy = this.canvas.clientHeight / 2 - py;
+    const next = Math.min(Math.max(this.scale * factor, 1e-4), 60);
+    this.x += dx / this.scale - dx / next; this.y += dy / this.scale - dy / next;
+    this.scale = next;
+    this.draw();
+  },
+  show(i) {
+    const { set, cells, answers } = this.view, [ax, ay] = cells.center(answers.top[i][0]);
+    const qx = set.east[i] ?? ax, qy = set.north[i] ?? ay;
+    this.x = (qx + ax) / 2; this.y = (qy + ay) / 2;
+    this.scale = Math.min(0.6 * Math.min(this.canvas.clientWidth / (Math.abs(qx - ax) + 1), this.canvas.clientHeight / (Math.abs(qy - ay) + 1)), 4);
+    this.kept = i;
+    this.draw();
+  },
+  visible(i) {
+    const right = this.view.isRight(i);
+    return this.view.set.east[i] !== null && this.view.answers.readable[i] && (right ? $("show-right").checked : $("show-wrong").checked);
+  },
+  draw() {
+    const { canvas, view } = this, ratio = window.devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;
+    canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
+    const c = canvas.getContext("2d");
+    c.setTransform(ratio, 0, 0, ratio, 0, 0);
+    if ($("show-cells").checked) this.drawCells(c, width, height);
+    const { set, answers, cells } = view;
+    const dense = set.photos.length > 3000 ? 0.25 : 0.5;
+    if ($("show-lines").checked) {
+      c.lineWidth = 1;
+      for (let i = 0; i < set.photos.length; i++) {
+        if (!this.visible(i)) continue;
+        const [x, y] = this.toScreen(set.east[i], set.north[i]), [ax, ay] = this.toScreen(...cells.center(answers.top[i][0]));
+        c.strokeStyle = view.isRight(i) ? RIGHT : WRONG; c.globalAlpha = view.isRight(i) ? 0.8 : dense * 0.6;
+        c.beginPath(); c.moveTo(x, y); c.lineTo(ax, ay); c.stroke();
+      }
+    }
+    c.globalAlpha = 1;
+    const radius = Math.min(Math.max(this.scale * 2, 2), set.photos.length > 3000 ? 3 : 5);
+    this.drawn = 0;
+    for (let i = 0; i < set.photos.length; i++) {
+      if (!this.visible(i)) continue;
+      const [x, y] = this.toScreen(set.east[i], set.north[i]);
+      if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
+      c.fillStyle = view.isRight(i) ? RIGHT : WRONG;
+      c.beginPath(); c.arc(x, y, radius, 0, 7); c.fill();
+      this.drawn++;
+    }
+    const chosen = this.hovered ?? this.kept;
+    if (chosen !== null) this.drawChosen(c, chosen);
+    this.drawScale(c, width, height);
+    this.card(chosen);
+    document.body.dataset.queriesOnMap = this.drawn;
+  },
+  drawCells(c, width, height) {
+    const { cells } = this.view, side = cells.M * this.scale, gap = side > 8 ? 1 : 0;
+    for (let k = 0; k < cells.east.length; k++) {
+      const [x, y] = this.toScreen(cells.east[k] * cells.M, (cells.north[k] + 1) * cells.M);
+      if (x + side < 0 || y + side < 0 || x > width || y > height) continue;
+      c.fillStyle = groupColour(cells.group[k], 0.22);
+      c.fillRect(x, y, Math.max(side - gap, 1), Math.max(side - gap, 1));
+    }
+  },
+  drawChosen(c, i) {
+    const { set, answers, cells } = this.view, known = set.east[i] !== null;
+    answers.top[i].slice().reverse().forEach((row, back) => {
+      const rank = answers.top[i].length - 1 - back, [ax, ay] = this.toScreen(...cells.center(row)), side = Math.max(cells.M * this.scale, 8);
+      c.strokeStyle = rank ? "#4d5b6c" : "#000"; c.lineWidth = rank ? 1 : 2.2;
+      if (known) {
+        c.beginPath(); c.moveTo(...this.toScreen(set.east[i], set.north[i])); c.lineTo(ax, ay); c.stroke();
+      }
+      c.strokeRect(ax - side / 2, ay - side / 2, side, side);
+      c.font = "600 12px system-ui, sans-serif"; c.textAlign = "center"; c.textBaseline = "middle";
+      c.lineWidth = 3; c.strokeStyle = "#fff"; c.strokeText(rank + 1, ax, ay); c.fillStyle = "#000"; c.fillText(rank + 1, ax, ay);
+    });
+    if (!known) return;
+    const [x, y] = this.toScreen(set.east[i], set.north[i]);
+    c.fillStyle = this.view.isRight(i) ? RIGHT : WRONG; c.strokeStyle = "#fff"; c.lineWidth = 2;
+    c.beginPath(); c.arc(x, y, 7, 0, 7); c.fill(); c.stroke();
+  },
+  drawScale(c, width, height) {
+    let length = 10 ** Math.floor(Math.log10(130 / this.scale));
+    if (length * 5 * this.scale <= 150) length *= 5; else if (length * 2 * this.scale <= 150) length *= 2;
+    const w = length * this.scale;
+    c.fillStyle = "rgb(255 255 255 / 85%)"; c.fillRect(10, height - 38, w + 20, 28);
+    c.strokeStyle = "#1c2430"; c.lineWidth = 2;
+    c.beginPath(); c.moveTo(20, height - 21); c.lineTo(20, height - 16); c.lineTo(20 + w, height - 16); c.lineTo(20 + w, height - 21); c.stroke();
+    c.fillStyle = "#1c2430"; c.font = "12px system-ui, sans-serif"; c.textAlign = "center"; c.textBaseline = "alphabetic";
+    c.fillText(length >= 1000 ? `${length / 1000} km` : `${length} m`, 20 + w / 2, height - 24);
+  },
+  card(i) {
+    const card = $("card");
+    card.hidden = i === null;
+    if (i === null) return;
+    const { set, answers, cells } = this.view, source = picture(set, i);
+    card.replaceChildren(...(source ? [el("img", { src: source, alt: "" })] : []), ...facts(this.view, i));
+    const anchor = set.east[i] === null ? cells.center(answers.top[i][0]) : [set.east[i], set.north[i]];
+    const [x, y] = this.toScreen(...anchor), width = this.canvas.clientWidth, height = this.canvas.clientHeight;
+    card.style.left = `${Math.max(4, x + 270 < width ? x + 14 : x - 264)}px`;
+    card.style.top = `${Math.max(4, Math.min(y + 14, height - card.offsetHeight - 6))}px`;
+  },
+  near(px, py) {
+    let best = null, least = 14 ** 2;
+    for (let i = 0; i < this.view.set.photos.length; i++) {
+      if (!this.visible(i)) continue;
+      const [x, y] = this.toScreen(this.view.set.east[i], this.view.set.north[i]), d = (x - px) ** 2 + (y - py) ** 2;
+      if (d < least) { least = d; best = i; }
+    }
+    return best;
+  },
+  listen() {
+    const { canvas } = this;
+    const position = (event) => { const box = canvas.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; };
+    canvas.onpointerdown = (event) => { this.drag = { at: position(event), moved: false }; canvas.setPointerCapture(event.pointerId); };
+    canvas.onpointermove = (event) => {
+      const [px, py] = position(event);
+      if (this.drag) {
+        const dx = px - this.drag.at[0], dy = py - this.drag.at[1];
+        if (!this.drag.moved && Math.hypot(dx, dy) < 4) return;
+        this.drag.moved = true; this.drag.at = [px, py];
+        this.x -= dx / this.scale; this.y += dy / this.scale;
+        requestAnimationFrame(() => this.draw());
+        return;
+      }
+      const found = this.near(px, py);
+      if (found !== this.hovered) { this.hovered = found; requestAnimationFrame(() => this.draw()); }
+    };
+    canvas.onpointerup = (event) => {
+      if (this.drag && !this.drag.moved) { this.kept = this.near(...position(event)); this.draw(); }
+      this.drag = null;
+    };
+    canvas.onpointerleave = () => { if (!this.drag && this.hovered !== null) { this.hovered = null; this.draw(); } };
+    canvas.addEventListener("wheel", (event) => { event.preventDefault(); this.zoom(Math.exp(-event.deltaY * 0.0016), ...position(event)); }, { passive: false });
+    canvas.onkeydown = (event) => {
+      const step = 60 / this.scale, moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, step], ArrowDown: [0, -step] };
+      if (event.key === "+" || event.key === "=") this.zoom(1.4);
+      else if (event.key === "-") this.zoom(1 / 1.4);
+      else if (moves[event.key]) { this.x += moves[event.key][0]; this.y += moves[event.key][1]; this.draw(); } else return;
+      event.preventDefault();
+    };
+    $("zoom-in").onclick = () => this.zoom(1.6); $("zoom-out").onclick = () => this.zoom(1 / 1.6); $("fit").onclick = () => this.fit();
+    for (const id of ["show-right", "show-wrong", "show-lines", "show-cells"]) $(id).onchange = () => this.draw();
+    new ResizeObserver(() => this.draw()).observe($("map"));
+  },
+};
+
+function openRow(index) {
+  const row = data.rows[index], answers = data.answers[index], set = data.sets[answers.set], cells = data.cells[answers.cells];
+  cells.center ??= (k) => [cells.east[k] * cells.M + Math.floor(cells.M / 2), cells.north[k] * cells.M + Math.floor(cells.M / 2)];
+  const scored = set.photos.map((_, i) => i).filter((i) => answers.error[i] !== null);
+  const isRight = (i) => answers.error[i] !== null && answers.error[i] <= row.threshold_m;
+  const xs = cells.east.map((v) => v * cells.M), ys = cells.north.map((v) => v * cells.M);
+  const least = (values) => values.reduce((a, b) => Math.min(a, b), Infinity), most = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
+  const bounds = [least(xs), least(ys), most(xs) + cells.M, most(ys) + cells.M];
+  const view = { row, answers, set, cells, scored, isRight, bounds };
+  drawHistogram(view); drawCurve(view); drawReliability(view); drawGroups(view);
+  drawGallery(view, "confident", answers.confident, "No mistakes.");
+  drawGallery(view, "farthest", answers.farthest, "No mistakes.");
+  drawGallery(view, "successes", answers.successes, "No successes.");
+  map.open(view);
+}
+
+drawResults();
+map.listen();
+data.rows.forEach((row, i) => $("row").append(el("option", { value: i }, `${row.checkpoint} on ${row.queries}`)));
+$("picker").hidden = data.rows.length < 2;
+$("row").onchange = () => openRow(Number($("row").value));
+openRow(0);
+document.body.dataset.ready = "yes";

@@ -1,0 +1,215 @@
+"""All checkpoints on all query sets: what goes wrong is said and counted, the rest goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from evaluation.localiser import Localiser
+from evaluation.query_set import Outcome, Settings, evaluate_set
+from evaluation.ranking import RankingForm
+from evaluation.report import write_report
+from evaluation.result_files import Row, format_table, write_csv, write_json, write_predictions
+from shards.console import JobError, describe_os_error, printable
+from shards.provenance import provenance
+from training.distributed import World
+from training.queries import Queries, SetAside, list_queries
+
+_LINES_A_KIND = 10
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to evaluate, and where the results go. `form` None: each checkpoint's own, or the best on `choose_on`."""
+
+    checkpoints: tuple[Path, ...]
+    query_sets: tuple[Path, ...]
+    out: Path
+    settings: Settings
+    form: RankingForm | None = None
+    choose_on: Path | None = None
+
+
+@dataclass
+class Results:
+    """Rows and outcomes in the order of the job, `problems` in words, and `failed`, the rows that could not be made."""
+
+    job: Job
+    rows: list[Row] = field(default_factory=list)
+    outcomes: list[Outcome] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    chosen: dict[str, Row] = field(default_factory=dict)
+    failed: int = 0
+
+    def error(self, message: str, rows: int = 1) -> None:
+        """Note what made `rows` rows impossible."""
+        self.failed += rows
+        self._note("error", message)
+
+    def warn(self, message: str) -> None:
+        """Note what was left out of a row."""
+        self._note("warning", message)
+
+    def _note(self, kind: str, message: str) -> None:
+        line = f"{kind}: {printable(message)}"
+        if line not in self.problems:
+            self.problems.append(line)
+            print(line, file=sys.stderr)
+
+
+@contextmanager
+def open_world(*, cpu: bool = False) -> Iterator[World]:
+    """This process among those of its `accelerate launch`, or alone."""
+    state = PartialState(cpu=cpu or not torch.cuda.is_available())
+    try:
+        yield World(state.process_index, state.num_processes, state.device)
+    finally:
+        state.destroy_process_group()
+
+
+def evaluate_all(job: Job, world: World) -> Results | None:
+    """Evaluate every checkpoint on every query set; the results on rank 0, None on the others.
+
+    Raises JobError where `job.out` cannot hold results.
+    """
+    if world.is_main:
+        _prepare_folder(job.out)
+    results = Results(job)
+    silent = Results(job)
+    for path in job.checkpoints:
+        notes = results if world.is_main else silent
+        localiser = _load(path, notes, world)
+        if localiser is None:
+            continue
+        form = _choose_form(localiser, path, notes, world)
+        for folder in job.query_sets:
+            queries = _list(folder, localiser, notes, world)
+            if queries is None:
+                continue
+            outcome = evaluate_set(localiser, str(path), queries, form, job.settings, world)
+            if outcome is not None:
+                _add(outcome, results)
+    return results if world.is_main else None
+
+
+def _prepare_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise JobError(f"--out {out}: is a file; name a folder")
+    if (out / "dataset.json").exists():
+        raise JobError(f"--out {out}: holds a data set; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _load(path: Path, notes: Results, world: World) -> Localiser | None:
+    """The checkpoint, or None on all ranks, with the reason noted."""
+    localiser, reason = None, ""
+    try:
+        localiser = Localiser.load(path, world.device)
+    except JobError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = describe_os_error(error)
+    reasons = [r for r in world.gather(reason) if r]
+    if not reasons:
+        return localiser
+    if world.is_main:
+        notes.error(reasons[0], rows=len(notes.job.query_sets))
+    return None
+
+
+def _list(folder: Path, localiser: Localiser, notes: Results, world: World, rows: int = 1) -> Queries | None:
+    """The queries of a folder, or None on all ranks where there is nothing to answer."""
+    try:
+        found: Queries | str = list_queries(folder, localiser.classes.zone)
+    except JobError as error:
+        found = str(error)
+    found = world.gather(found)[0] if world.size > 1 else found
+    if isinstance(found, Queries) and len(found) == 0:
+        found = f"{folder}: no photo can be compared with the classes ({found.set_aside[0].reason})"
+    if isinstance(found, Queries):
+        return found
+    if world.is_main:
+        notes.error(found, rows)
+    return None
+
+
+def _choose_form(localiser: Localiser, path: Path, notes: Results, world: World) -> RankingForm:
+    """The form of the main figures: as asked, as the best on the validation queries, or the checkpoint's own."""
+    job = notes.job
+    if job.form is not None or job.choose_on is None:
+        return job.form or localiser.form
+    queries = _list(job.choose_on, localiser, notes, world, rows=0)
+    if queries is None or not queries.located.any():
+        notes.warn(f"{job.choose_on}: no form can be chosen on these queries; {path} keeps {localiser.form}")
+        return localiser.form
+    outcome = evaluate_set(localiser, str(path), queries, localiser.form, job.settings, world)
+    best = localiser.form
+    if outcome is not None:
+        first = {form: outcome.recall(form)[job.settings.ns[0]] for form in outcome.answers}
+        best = max(first, key=lambda form: (first[form], form == localiser.form))
+        notes.chosen[str(path)] = {"form": best, "queries": str(job.choose_on), "lr": first}
+    return world.gather(best)[0]
+
+
+def _add(outcome: Outcome, results: Results) -> None:
+    """Add a row, and say what it leaves out."""
+    checkpoint, folder = outcome.name
+    row = outcome.row()
+    _warn_of_photos(folder, "set aside", outcome.queries.set_aside, results)
+    _warn_of_photos(folder, "unreadable", outcome.failures, results)
+    unlocated = [
+        SetAside(path, "no coordinates in its name")
+        for path, located, readable in zip(
+            outcome.queries.paths, outcome.queries.located, outcome.readable, strict=True
+        )
+        if readable and not located
+    ]
+    _warn_of_photos(folder, "predicted but not scored", unlocated, results)
+    if outcome.queries.reprojected:
+        zone = outcome.classes.zone
+        results.warn(f"{folder}: {outcome.queries.reprojected} photos of a neighbouring UTM zone reprojected to {zone}")
+    results.outcomes.append(outcome)
+    results.rows.append(row)
+    if row["scored"] == 0:
+        results.error(f"{checkpoint} on {folder}: no readable query with coordinates, so no LR@N")
+
+
+def _warn_of_photos(folder: str, kind: str, photos: Sequence[SetAside], results: Results) -> None:
+    for photo in photos[:_LINES_A_KIND]:
+        results.warn(f"{photo.path}: {kind}: {photo.reason}")
+    if len(photos) > _LINES_A_KIND:
+        results.warn(f"{folder}: {len(photos) - _LINES_A_KIND} more photos {kind}")
+
+
+def write_results(results: Results, *, report: bool = True, shards: Path | None = None) -> None:
+    """Write all files, print the table and where the files are."""
+    out, rows = results.job.out, results.rows
+    facts: dict[str, Any] = {
+        "settings": asdict(results.job.settings),
+        "chosen_forms": results.chosen,
+        "problems": results.problems,
+        "failed": results.failed,
+        "provenance": provenance(),
+    }
+    write_json(out / "results.json", rows, **facts)
+    write_csv(out / "results.csv", rows)
+    write_predictions(out / "predictions.parquet", results.outcomes)
+    written = ["results.json", "results.csv", "predictions.parquet"]
+    if report and rows:
+        try:
+            write_report(out / "report.html", results.outcomes, rows, facts, shards=shards)
+            written.append("report.html")
+        except JobError as error:
+            results.error(str(error))
+    print(f"\n{format_table(rows)}\n")
+    for path, choice in results.chosen.items():
+        lr = ", ".join(f"{form} {value:.1f}" for form, value in choice["lr"].items())
+        print(f"{path}: {choice['form']} scores, the best of {lr} on {choice['queries']}")
+    print(f"written to {out}: {', '.join(written)}")

@@ -1,0 +1,191 @@
+"""Retrieval of database images, exhaustively and within the cells that the classifier names.
+
+python evaluation/retrieve.py --checkpoint RUN --database DIR --queries DIR --out DIR [--top-cells 5]
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import tyro
+
+from evaluation.gallery import Gallery, Images, database_images, describe_folder, read_descriptors
+from evaluation.localiser import Localiser
+from evaluation.result_files import write_json
+from evaluation.searchers import CellSearcher, FaissSearcher, Searcher, load_faiss
+from shards.console import JobError, entry, format_bytes, printable
+from shards.provenance import provenance
+from training.scoring import RECALL_NS, THRESHOLD_METRES, recall_at
+
+Method = Literal["exhaustive", "ivf", "hnsw", "within-cells"]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """R@N, time and memory of image retrieval: over all database images, and within the classifier's top cells.
+
+    R@N: percent of queries with one of the first N images within the threshold. One query at a time on one thread;
+    the time of within-cells includes the classifier's ranking.
+    """
+
+    checkpoint: Path
+    """Run (its best checkpoint is taken) or a single checkpoint folder."""
+    database: Path
+    """Folder of photos named by UTM position, a data set of shards, or descriptors (.npz, or .npy beside .txt)."""
+    queries: Path
+    """Folder of query photos named by UTM position."""
+    out: Path
+    """Folder for retrieval.json and the database's descriptors."""
+    query_descriptors: Path | None = None
+    """Descriptors of the queries by the model that made those of the database, where that is another one."""
+    top_cells: int = 5
+    """Cells that within-cells searches."""
+    methods: tuple[Method, ...] = ("exhaustive", "ivf", "hnsw", "within-cells")
+    """Ways of searching to compare."""
+    threshold: float = THRESHOLD_METRES
+    """Metres within which an image is right."""
+    batch_size: int = 32
+    """Photos described at once."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a way of searching gives: R@N in percent, milliseconds a query (mean), bytes of memory, images."""
+
+    name: str
+    r_at_1: float
+    r_at_5: float
+    r_at_10: float
+    r_at_20: float
+    milliseconds_per_query: float
+    bytes: int
+    images: int
+
+
+def main() -> None:
+    """Describe, search in every way, and compare."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    if arguments.top_cells < 1 or arguments.batch_size < 1 or not arguments.threshold > 0:
+        print("error: --top-cells, --batch-size and --threshold must be more than 0", file=sys.stderr)
+        raise SystemExit(2)
+    localiser = Localiser.load(arguments.checkpoint, torch.device("cpu"))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    reading = {"batch_size": arguments.batch_size, "threads": len(os.sched_getaffinity(0))}
+    database = database_images(localiser, arguments.database, arguments.out / "database.npz", _warn, **reading)
+    queries = describe_folder(localiser, arguments.queries, _warn, **reading)
+    vectors = _other_descriptors(arguments.query_descriptors, queries) or queries
+    if vectors.vectors.shape[1] != database.vectors.shape[1]:
+        raise JobError(
+            f"queries have descriptors of {vectors.vectors.shape[1]} numbers and the database of "
+            f"{database.vectors.shape[1]}; give --query-descriptors by the same model"
+        )
+    gallery = Gallery.of(database, localiser.index)
+    rows = compare(localiser, gallery, queries, vectors.vectors, arguments)
+    facts = {"settings": {k: str(v) for k, v in asdict(arguments).items()}, "provenance": provenance()}
+    write_json(arguments.out / "retrieval.json", [asdict(row) for row in rows], outside=gallery.outside, **facts)
+    print(format_rows(rows, len(queries), gallery.outside))
+
+
+def compare(
+    localiser: Localiser, gallery: Gallery, queries: Images, vectors: np.ndarray, arguments: Arguments
+) -> list[Row]:
+    """One row for every way of searching; `vectors` float32 [Q, D] are the queries' descriptors for retrieval."""
+    torch.set_num_threads(1)
+    rows = []
+    for method in arguments.methods:
+        searcher: Searcher
+        if method == "within-cells":
+            searcher = CellSearcher(gallery, *class_weights(localiser), arguments.top_cells)
+        else:
+            searcher = FaissSearcher(gallery, method)
+            load_faiss().omp_set_num_threads(1)
+        rows.append(measure(searcher, gallery, queries, vectors, arguments.threshold))
+    return rows
+
+
+def class_weights(localiser: Localiser) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights [C, D] (and biases [C] of FC_CE) whose products with a descriptor rank all classes by the own form."""
+    heads = localiser.heads.values()
+    weight = torch.cat([head.weight.detach() for head in heads])
+    if localiser.form == "cosine":
+        return torch.nn.functional.normalize(weight, dim=1), None
+    biases = [head.bias.detach() for head in heads if head.bias is not None]
+    return weight, torch.cat(biases) if biases else None
+
+
+def measure(searcher: Searcher, gallery: Gallery, queries: Images, vectors: np.ndarray, threshold: float) -> Row:
+    """Search for every query, one at a time."""
+    count = max(RECALL_NS)
+    found = []
+    searcher.search(vectors[0], queries.vectors[0], count)
+    begun = time.perf_counter()
+    for vector, classifier_vector in zip(vectors, queries.vectors, strict=True):
+        found.append(searcher.search(vector, classifier_vector, count))
+    seconds = time.perf_counter() - begun
+    recall = recall_at(distances_to(found, gallery, queries, count), RECALL_NS, threshold)
+    return Row(
+        searcher.name,
+        recall[1],
+        recall[5],
+        recall[10],
+        recall[20],
+        milliseconds_per_query=1000 * seconds / len(queries),
+        bytes=searcher.bytes,
+        images=len(gallery.images),
+    )
+
+
+def distances_to(found: Sequence[np.ndarray], gallery: Gallery, queries: Images, count: int) -> np.ndarray:
+    """float32 [Q, count]: metres from the queries to the images found for them, infinite where fewer were found."""
+    distances = np.full((len(found), count), np.inf, np.float32)
+    for i, numbers in enumerate(found):
+        east = gallery.images.east[numbers] - queries.east[i]
+        distances[i, : len(numbers)] = np.hypot(east, gallery.images.north[numbers] - queries.north[i])
+    return distances
+
+
+def _other_descriptors(path: Path | None, queries: Images) -> Images | None:
+    """Another model's descriptors in the order of the queries, matched by file name; JobError for one that lacks."""
+    if path is None:
+        return None
+    others = read_descriptors(path)
+    number = {Path(name).name: i for i, name in enumerate(others.names)}
+    try:
+        order = [number[Path(name).name] for name in queries.names]
+    except KeyError as error:
+        raise JobError(f"{path}: no descriptor of the query {error}") from error
+    return Images(others.vectors[order], queries.east, queries.north, queries.names)
+
+
+def format_rows(rows: Sequence[Row], queries: int, outside: int) -> str:
+    """The comparison as a table for the console."""
+    recalls = "  ".join(f"{name:>5}" for name in ("R@1", "R@5", "R@10", "R@20"))
+    lines = [f"\n{'search':<13}  {recalls}  {'ms a query':>10}  {'memory':>9}  {'speed':>7}"]
+    slowest = next((row.milliseconds_per_query for row in rows if row.name == "exhaustive"), None)
+    for row in rows:
+        speed = f"{slowest / row.milliseconds_per_query:6.1f}x" if slowest else ""
+        lines.append(
+            f"{row.name:<13}  {row.r_at_1:5.1f}  {row.r_at_5:5.1f}  {row.r_at_10:5.1f}  {row.r_at_20:5.1f}  "
+            f"{row.milliseconds_per_query:10.3f}  {format_bytes(row.bytes):>9}  {speed:>7}"
+        )
+    images = rows[0].images if rows else 0
+    lines.append(
+        f"\n{queries:,} queries one at a time on one thread, {images:,} images ({outside:,} of them in no class)"
+    )
+    return "\n".join(lines)
+
+
+def _warn(message: str) -> None:
+    print(f"note: {printable(message)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,252 @@
+"""evaluation/evaluate.py as a user runs it: its files, what it leaves out and says, and its exit codes."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from tiny import ROOT, SOUTH, WEST, class_table, write_queries
+from tiny_run import write_run
+
+from evaluation import evaluate
+from shards.console import JobError
+from shards.names import PhotoName, format_name
+
+
+@pytest.fixture(scope="module")
+def run_and_queries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("evaluate")
+    return write_run(folder / "run"), write_queries(folder / "queries", each=2)
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The exit code of evaluate.py with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--cpu", "--threads", "1"])
+    return evaluate.main()
+
+
+def test_a_row_has_lr_at_n_beside_chance_and_ceiling(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, queries = run_and_queries
+    assert run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "o") == 0
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    (row,) = results["rows"]
+    assert (row["checkpoint"], row["queries"], row["form"]) == (str(run), str(queries), "cosine")
+    assert row["lr_at_1"] > 80
+    assert row["lr_at_5"] == row["lr_at_10"] == row["lr_at_20"] == row["ceiling"] == 100
+    assert row["lr_at_1"] == row["forms"]["cosine"]["lr_at_1"]
+    assert row["forms"]["raw"]["lr_at_1"] > 80
+    # Between one and five of the sixteen centres lie within 25 m of a photo near a cell's middle.
+    assert 100 / 16 <= row["chance"]["lr_at_1"] <= 500 / 16
+    assert row["chance"]["lr_at_20"] == 100
+    assert row["scored"] == row["photos"] == 32
+    assert row["median_error_m"] == pytest.approx(np.hypot(2, 2), abs=1e-3)
+    assert sum(line["queries"] for line in row["by_group"]) == 32
+    assert results["provenance"]["command"].startswith("evaluate.py")
+    printed = capsys.readouterr().out
+    assert "chance" in printed
+    assert f"{row['lr_at_1']:.1f}" in printed
+
+
+def test_csv_and_parquet_say_the_same_as_json(
+    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, queries = run_and_queries
+    run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, "--no-report")
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    (line,) = csv.DictReader((tmp_path / "results.csv").open())
+    assert float(line["lr_at_1"]) == row["lr_at_1"]
+    assert float(line["chance_lr_at_5"]) == row["chance"]["lr_at_5"]
+    assert float(line["raw_lr_at_1"]) == row["forms"]["raw"]["lr_at_1"]
+    table = pq.read_table(tmp_path / "predictions.parquet")
+    assert len(table) == 32
+    errors = table["error_m"].to_numpy()
+    assert 100 * np.mean(errors <= 25) == row["lr_at_1"]
+    expected = np.hypot(
+        table["predicted_east"].to_numpy() - table["true_east"].to_numpy(),
+        table["predicted_north"].to_numpy() - table["true_north"].to_numpy(),
+    )
+    np.testing.assert_allclose(errors, expected, rtol=1e-5)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_photos_that_cannot_be_scored_are_said_and_left_out(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, queries = run_and_queries
+    folder = shutil.copytree(queries, tmp_path / "q")
+    good = sorted(folder.iterdir())[0]
+    (folder / "plain.jpg").write_bytes(good.read_bytes())
+    (folder / f"@{WEST + 9}@{SOUTH + 9}@cut@.jpg").write_bytes(good.read_bytes()[:400])
+    (folder / format_name(PhotoName(381523.0, 3946790.0, 54, "S"))).write_bytes(good.read_bytes())
+    assert run_here(monkeypatch, "--checkpoints", run, "--queries", folder, "--out", tmp_path / "o") == 0
+    (row,) = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
+    assert (row["scored"], row["photos"]) == (32, 35)
+    assert (row["unlocated"], row["unreadable"], row["set_aside"]) == (1, 1, 1)
+    assert row["lr_at_1"] > 80
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert any("plain.jpg" in line and "no coordinates" in line for line in said)
+    assert any("cut" in line and "unreadable" in line for line in said)
+    assert any("zone 54" in line for line in said)
+    predictions = pq.read_table(tmp_path / "o" / "predictions.parquet").to_pylist()
+    (plain,) = (p for p in predictions if p["photo"] == "plain.jpg")
+    assert plain["readable"]
+    assert plain["predicted_latitude"] == pytest.approx(37.7, abs=0.2)
+    assert plain["error_m"] is None
+    (cut,) = (p for p in predictions if "cut" in p["photo"])
+    assert cut["predicted_east"] is None
+    assert cut["labels"] is None
+
+
+def test_what_cannot_be_evaluated_is_one_line_and_the_rest_goes_on(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, queries = run_and_queries
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    unnamed = tmp_path / "unnamed"
+    unnamed.mkdir()
+    shutil.copy(next(queries.iterdir()), unnamed / "a.jpg")
+    damaged = shutil.copytree(run, tmp_path / "damaged")
+    next(damaged.rglob("model.safetensors")).write_bytes(b"")
+    words = [
+        "--checkpoints",
+        tmp_path / "none",
+        damaged,
+        run,
+        "--queries",
+        empty,
+        unnamed,
+        queries,
+        "--out",
+        tmp_path / "o",
+    ]
+    assert run_here(monkeypatch, *words) == 1
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert [Path(row["queries"]).name for row in results["rows"]] == ["unnamed", "queries"]
+    assert results["rows"][0]["lr_at_1"] is None
+    assert results["rows"][1]["lr_at_1"] > 80
+    assert results["failed"] == 2 * 3 + 2
+    said = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("error: ") for line in said) == 4
+    assert results["problems"] == said
+    assert (tmp_path / "o" / "report.html").exists()
+
+
+def test_the_form_that_is_best_on_validation_gives_the_main_figures(
+    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, queries = run_and_queries
+    words = ["--checkpoints", run, "--queries", queries, "--out", tmp_path, "--choose-form-on", queries, "--no-report"]
+    assert run_here(monkeypatch, *words) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    (row,) = results["rows"]
+    assert sorted(row["forms"]) == ["cosine", "raw", "softmax", "zscore"]
+    assert row["lr_at_1"] == max(form["lr_at_1"] for form in row["forms"].values())
+    assert results["chosen_forms"][str(run)]["form"] == row["form"]
+
+
+def test_n_and_threshold_can_be_chosen(
+    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, queries = run_and_queries
+    words = [
+        "--checkpoints",
+        run,
+        "--queries",
+        queries,
+        "--out",
+        tmp_path,
+        "--ns",
+        3,
+        1,
+        "--threshold",
+        1,
+        "--no-report",
+    ]
+    assert run_here(monkeypatch, *words) == 0
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [name for name in row if name.startswith("lr_at")] == ["lr_at_1", "lr_at_3"]
+    assert row["lr_at_3"] == row["ceiling"] == 0  # photos are taken 2.8 m from the centres
+
+
+def test_class_maps_in_another_place_have_no_answer_within_reach(
+    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = write_run(tmp_path / "run", class_table(shift=50))
+    words = ["--checkpoints", other, "--queries", run_and_queries[1], "--out", tmp_path / "o", "--no-report"]
+    assert run_here(monkeypatch, *words) == 0
+    (row,) = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
+    assert row["ceiling"] == row["lr_at_20"] == row["chance"]["lr_at_20"] == 0
+    assert row["outside_every_class"] == 100
+    assert row["median_error_m"] > 900
+
+
+def test_an_output_folder_that_holds_a_data_set_or_is_a_file_is_refused(
+    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, queries = run_and_queries
+    (tmp_path / "dataset.json").write_text("{}")
+    with pytest.raises(JobError, match="holds a data set"):
+        run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path)
+    with pytest.raises(JobError, match="is a file"):
+        run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "dataset.json")
+
+
+@pytest.mark.parametrize("words", [["--ns", "0"], ["--threshold", "-1"], ["--batch-size", "0"], ["--forms", "best"]])
+def test_wrong_arguments_exit_with_2(
+    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    run, queries = run_and_queries
+    with pytest.raises(SystemExit, match="2"):
+        run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, *words)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_row_of_one(run_and_queries: tuple[Path, Path], tmp_path: Path) -> None:
+    run, queries = run_and_queries
+    words = [
+        "evaluation/evaluate.py",
+        "--checkpoints",
+        tmp_path / "none",
+        run,
+        "--queries",
+        queries,
+        "--cpu",
+        "--no-report",
+    ]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    launch += ["--rdzv-endpoint", "localhost:0"]
+    rows = []
+    for command, out in (([], tmp_path / "one"), (launch, tmp_path / "two")):
+        done = subprocess.run(
+            [sys.executable, *command, *map(str, words), "--out", str(out)],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 1
+        assert done.stderr.count("error: ") == 1
+        rows.append(json.loads((out / "results.json").read_text())["rows"][0])
+    assert (rows[0]["processes"], rows[1]["processes"]) == (1, 2)
+    for name in ("lr_at_1", "lr_at_20", "forms", "scored", "median_error_m", "by_group"):
+        assert rows[0][name] == rows[1][name]

@@ -1,0 +1,90 @@
+"""Exported models answer as the checkpoint does."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import ROOT, write_queries
+from tiny_run import write_run
+
+from evaluation import export
+from evaluation.localiser import Localiser
+from shards.console import JobError
+from training.queries import decode_query
+
+
+def export_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, words)])
+    export.main()
+
+
+def answer_of(localiser: Localiser, photo: Path) -> tuple[torch.Tensor, np.ndarray]:
+    """The photo as an exported model takes it, and the checkpoint's own scores in table order."""
+    pixels = torch.from_numpy(decode_query(photo, localiser.shorter_side).copy())
+    count = len(localiser.classes)
+    answers = localiser.answer(localiser.describe([photo]).vectors, top_k=count)[localiser.form]
+    scores = np.empty(count, np.float32)
+    scores[answers.rows[0]] = answers.scores[0]
+    return pixels.permute(2, 0, 1)[None].float() / 255, scores
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("to", ["onnx", "torchscript"])
+@pytest.mark.parametrize(("head", "form"), [("AAMC", "cosine"), ("AAMC", "raw"), ("FC_CE", "raw")])
+def test_an_exported_model_scores_a_photo_as_the_checkpoint_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, head: str, form: str
+) -> None:
+    run = write_run(tmp_path / "run", head=head, form=form)  # type: ignore[arg-type]
+    localiser = Localiser.load(run, torch.device("cpu"))
+    photo = next(write_queries(tmp_path / "queries", size=48).iterdir())
+    Image.open(photo).crop((0, 0, 48, 40)).save(photo)
+    images, expected = answer_of(localiser, photo)
+    if to == "onnx":
+        pytest.importorskip("onnxscript")
+        runtime = pytest.importorskip("onnxruntime")
+        export_here(monkeypatch, run, "--to", to, "--out", tmp_path / "out")
+        scores = runtime.InferenceSession(str(tmp_path / "out" / "model.onnx")).run(
+            ["scores"], {"images": images.numpy()}
+        )[0]
+    else:
+        export_here(monkeypatch, run, "--to", to, "--out", tmp_path / "out")
+        scores = torch.jit.load(tmp_path / "out" / "model.pt")(images)[1].detach().numpy()
+    np.testing.assert_allclose(scores[0], expected, atol=1e-4)
+    lines = list(csv.DictReader((tmp_path / "out" / "classes.csv").open()))
+    assert [float(line["east"]) for line in lines] == localiser.classes.center_east.tolist()
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["shorter_side_pixels"] == localiser.shorter_side
+
+
+def test_a_hub_folder_is_read_back_and_its_card_holds_the_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run")
+    results = tmp_path / "results.json"
+    row = {f"lr_at_{n}": 10.0 * n for n in (1, 5, 10, 20)} | {"queries": "a/night", "chance": {"lr_at_1": 1.25}}
+    results.write_text(json.dumps({"rows": [row]}))
+    export_here(monkeypatch, run, "--to", "hub", "--out", tmp_path / "hub", "--results", results)
+    files = {path.name for path in (tmp_path / "hub").iterdir()}
+    assert {"config.json", "model.safetensors", "heads.safetensors", "classes.parquet", "README.md"} <= files
+    assert "| night | 10.0 | 50.0 | 100.0 | 200.0 | 1.2 |" in (tmp_path / "hub" / "README.md").read_text()
+    photo = next(write_queries(tmp_path / "queries").iterdir())
+    ours, theirs = (answer_of(Localiser.from_pretrained(path), photo)[1] for path in (run, tmp_path / "hub"))
+    np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(JobError, match="exists already"):
+        export_here(monkeypatch, run, "--to", "hub", "--out", tmp_path / "hub")
+
+
+def test_torch_hub_loads_a_run_from_the_checkout(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    model = torch.hub.load(str(ROOT), "model", source="local", checkpoint=run)
+    assert model(torch.zeros(1, 3, 32, 40)).shape == (1, 32)
+
+
+def test_a_name_that_is_neither_folder_nor_repository_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="no such folder"):
+        Localiser.from_pretrained(tmp_path / "absent")

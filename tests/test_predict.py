@@ -1,0 +1,147 @@
+"""evaluation/predict.py as a user runs it."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny import SOUTH, WEST, ZONE, class_table, photo, write_queries
+from tiny_run import write_run
+
+from evaluation import predict
+from evaluation.places import exif_position, great_circle, known_position
+from shards.console import JobError
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("predict") / "run")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_queries(tmp_path / "photos")
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The exit code of predict.py with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words), "--cpu"])
+    return predict.main()
+
+
+def with_gps(path: Path, latitude: tuple[float, ...], north: str, longitude: tuple[float, ...], east: str) -> Path:
+    """A photo of the first cell with a GPS position in its EXIF data."""
+    exif = Image.Exif()
+    exif.get_ifd(0x8825).update({1: north, 2: latitude, 3: east, 4: longitude})
+    Image.fromarray(photo(WEST, SOUTH, 32, 3)).save(path, exif=exif, quality=95)
+    return path
+
+
+def test_json_names_places_in_degrees_with_metres_and_confidence(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(monkeypatch, "--checkpoint", run, folder, "--json", "--top", 3) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert len(said["photos"]) == 16
+    assert said["failed"] == []
+    near = 0
+    for answered in said["photos"]:
+        places = answered["places"]
+        assert 1 <= len(places) <= 3
+        assert all(0 < place["confidence"] <= 1 for place in places)
+        for i, place in enumerate(places):
+            assert place["uncertainty_m"] >= 14
+            for other in places[:i]:
+                assert abs(place["east"] - other["east"]) + abs(place["north"] - other["north"]) > 25
+        assert answered["known_position"]["source"] == "name"
+        best = places[0]
+        near += best["distance_m"] <= 25
+        # tiny's names hold a rough latitude and longitude; the position comes from their UTM fields.
+        assert best["latitude"] == pytest.approx(37.77, abs=0.05)
+        assert best["longitude"] == pytest.approx(-122.5, abs=0.05)
+    assert near >= 13
+
+
+def test_geojson_has_longitude_before_latitude(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = sorted(folder.iterdir())[0]
+    assert run_here(monkeypatch, "--checkpoint", run, first, "--geojson", "--top", 1) == 0
+    (feature,) = json.loads(capsys.readouterr().out)["features"]
+    longitude, latitude = feature["geometry"]["coordinates"]
+    assert (longitude, latitude) == (pytest.approx(-122.5, abs=0.05), pytest.approx(37.77, abs=0.05))
+    assert feature["properties"]["rank"] == 1
+
+
+def test_bad_photos_are_one_line_each_and_the_rest_is_answered(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = sorted(folder.iterdir())
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "cut.jpg").write_bytes(good[0].read_bytes()[:300])
+    (folder / "text.jpg").write_text("no photo")
+    words = ["--checkpoint", run, folder, folder / "absent.jpg", folder.parent / "*.none"]
+    assert run_here(monkeypatch, *words) == 1
+    said = capsys.readouterr()
+    assert len(said.err.splitlines()) == 5
+    assert all(line.startswith("error: ") for line in said.err.splitlines())
+    assert "16 photos answered, 5 failed" in said.out
+
+
+def test_patterns_and_folders_name_each_photo_once(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = sorted(folder.iterdir())[0]
+    assert run_here(monkeypatch, "--checkpoint", run, folder / "*.jpg", folder, first) == 0
+    assert "16 photos answered" in capsys.readouterr().out
+
+
+def test_the_distance_to_the_exif_position_is_printed(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = with_gps(tmp_path / "a.jpg", (37.0, 46.0, 1.2), "N", (122.0, 30.0, 0.0), "W")
+    assert run_here(monkeypatch, "--checkpoint", run, path) == 0
+    assert "EXIF GPS: 37.76700, -122.50000" in capsys.readouterr().out
+
+
+def test_exif_positions_are_read_in_all_quarters_and_nonsense_is_none(tmp_path: Path) -> None:
+    south = exif_position(with_gps(tmp_path / "s.jpg", (33.0, 30.0, 0.0), "S", (70.0, 0.0, 36.0), "E"))
+    assert south is not None
+    assert (south.latitude, south.longitude) == (-33.5, pytest.approx(70.01))
+    assert exif_position(with_gps(tmp_path / "n.jpg", (95.0, 0.0, 0.0), "N", (1.0, 0.0, 0.0), "E")) is None
+    assert exif_position(with_gps(tmp_path / "z.jpg", (0.0, 0.0, 0.0), "N", (0.0, 0.0, 0.0), "E")) is None
+    (tmp_path / "t.jpg").write_text("no photo")
+    assert exif_position(tmp_path / "t.jpg") is None
+    assert exif_position(tmp_path / "absent.jpg") is None
+
+
+def test_a_name_without_a_zone_lies_in_that_of_the_classes() -> None:
+    name = Path(f"@{WEST}@{SOUTH}@x@.jpg")
+    with_zone = known_position(Path(f"@{WEST}@{SOUTH}@{ZONE}@S@.jpg"), 33)
+    assert known_position(name, ZONE) == with_zone
+    assert known_position(name, 0) is None
+    assert known_position(Path("plain.jpg"), ZONE) is None
+
+
+def test_great_circles_are_those_of_a_sphere() -> None:
+    assert great_circle(0, 0, 0, 90) == pytest.approx(6_371_008.8 * 3.14159265 / 2)
+    assert great_circle(48, 11, 48, 11) == 0
+    assert great_circle(10, 179.9995, 10, -179.9995) == pytest.approx(109.5, abs=0.1)
+
+
+def test_a_class_map_without_a_zone_answers_in_metres_but_not_as_geojson(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plane = write_run(tmp_path / "plane", replace(class_table(), zone=0))
+    assert run_here(monkeypatch, "--checkpoint", plane, folder) == 0
+    assert "easting m" in capsys.readouterr().out
+    with pytest.raises(JobError, match="no UTM zone"):
+        run_here(monkeypatch, "--checkpoint", plane, folder, "--geojson")
+
+
+@pytest.mark.parametrize("words", [[], ["a.jpg", "--top", "0"], ["a.jpg", "--json", "--geojson"]])
+def test_wrong_arguments_exit_with_2(run: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_here(monkeypatch, "--checkpoint", run, *words)

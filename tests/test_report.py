@@ -1,0 +1,118 @@
+"""The HTML report, opened in a real browser where there is one."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import simplejpeg
+from tiny import SOUTH, WEST, ZONE, photo, write_dataset, write_queries
+from tiny_run import write_run
+
+from evaluation import evaluate
+from evaluation.report import to_script
+from evaluation.thumbnails import data_url, thumbnails
+
+BROWSER = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report over two query sets, one of them with hostile, unreadable and unlocated photos."""
+    folder = tmp_path_factory.mktemp("report")
+    run, queries = write_run(folder / "run"), write_queries(folder / "queries")
+    odd = write_queries(folder / "odd")
+    good = next(queries.iterdir()).read_bytes()
+    (odd / f"@{WEST + 300}@{SOUTH + 300}@{ZONE}@S@{HOSTILE}.jpg").write_bytes(good)
+    (odd / "plain.jpg").write_bytes(good)
+    (odd / f"@{WEST}@{SOUTH}@empty.jpg").write_bytes(b"")
+    shards = write_dataset(folder / "shards").path
+    words = ["--checkpoints", run, "--queries", queries, odd, "--out", folder / "out", "--shards", shards, "--cpu"]
+    before, sys.argv = sys.argv, ["evaluate.py", *map(str, words)]
+    try:
+        assert evaluate.main() == 0
+    finally:
+        sys.argv = before
+    return folder / "out" / "report.html"
+
+
+def open_page(page: Path, profile: Path) -> str:
+    """The page's elements after its scripts have run, as HTML."""
+    assert BROWSER is not None
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    flags += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
+    done = subprocess.run(
+        [BROWSER, *flags, f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"HOME": str(profile)},
+    )
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+def test_a_browser_shows_the_figures_the_map_and_the_galleries(report: Path, tmp_path: Path) -> None:
+    page = open_page(report, tmp_path)
+    rows = json.loads((report.parent / "results.json").read_text())["rows"]
+    assert 'data-ready="yes"' in page
+    for i, row in enumerate(rows):
+        shown = re.search(rf'id="row-{i}-lr-at-1">([^<]*)<', page)
+        assert shown is not None
+        assert float(shown[1]) == pytest.approx(row["lr_at_1"], abs=0.051)
+    assert f'data-queries-on-map="{rows[0]["scored"]}"' in page
+    body = page.split('<script type="application/json"')[0]
+    assert body.count("<figure") >= 12
+    assert body.count("<svg") == 3
+    assert "<img src=x" not in body.replace(html.escape(HOSTILE), "")
+
+
+def test_the_report_loads_nothing_from_outside(report: Path) -> None:
+    text = report.read_text()
+    links = set(re.findall(r"https?://[^\"'\s)]+", text))
+    assert links <= {"http://www.w3.org/2000/svg"}  # a namespace, never fetched
+    assert "default-src 'none'" in text
+    assert not re.search(r"<(script|link|iframe)[^>]+(src|href)=", text)
+
+
+def test_names_from_outside_cannot_end_the_script() -> None:
+    text = to_script({"name": "</script><script>alert(1)</script>", "odd": "\u2028", "error": float("nan")})
+    assert "<" not in text
+    assert json.loads(text) == {"name": "</script><script>alert(1)</script>", "odd": "\u2028", "error": None}
+
+
+def test_mistakes_show_a_photo_of_the_answer_and_of_the_true_cell(report: Path) -> None:
+    text = re.search(r'<script type="application/json" id="data">(.*?)</script>', report.read_text(), re.DOTALL)
+    assert text is not None
+    data = json.loads(text[1])
+    for row, answers in zip(data["rows"], data["answers"], strict=True):
+        assert len(answers["error"]) == row["photos"] - row["set_aside"]
+        for item in answers["confident"]:
+            assert item["answer"].startswith("data:image/jpeg;base64,")
+    assert all(item["truth"] for item in data["answers"][0]["confident"])
+
+
+def test_thumbnails_stay_within_their_budget_and_cover_the_list_evenly(tmp_path: Path) -> None:
+    paths = []
+    for i in range(300):
+        paths.append(tmp_path / f"{i}.jpg")
+        paths[-1].write_bytes(simplejpeg.encode_jpeg(photo(i, 0, 64, 0), quality=90))
+    everything = thumbnails(paths, 10**9)
+    assert all(everything)
+    half = thumbnails(paths, sum(map(len, everything)) // 2)
+    assert sum(map(len, half)) <= sum(map(len, everything)) // 2
+    assert 100 < sum(map(bool, half)) < 200
+    assert 20 < sum(map(bool, half[:100])) < 80
+
+
+def test_a_photo_that_cannot_be_read_has_no_thumbnail(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"nothing")
+    assert data_url(tmp_path / "a.jpg", 64) == ""
+    assert data_url(b"", 64) == ""

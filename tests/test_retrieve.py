@@ -1,0 +1,136 @@
+"""Retrieval within cells against brute force, and evaluation/retrieve.py as a user runs it."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import SOUTH, WEST, class_table, write_dataset, write_queries
+from tiny_run import write_run
+
+from evaluation import retrieve
+from evaluation.cell_index import CellIndex
+from evaluation.gallery import Gallery, Images, read_descriptors
+from evaluation.searchers import CellSearcher, FaissSearcher
+from shards.console import JobError
+
+try:
+    import faiss  # noqa: F401
+
+    METHODS = ["exhaustive", "ivf", "hnsw", "within-cells"]
+except ImportError:
+    METHODS = ["within-cells"]
+needs_faiss = pytest.mark.skipif(len(METHODS) == 1, reason="FAISS is not installed")
+
+
+def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    vectors = rng.normal(size=shape).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+
+@pytest.fixture
+def gallery() -> Gallery:
+    """Four hundred images over sixteen cells and their surroundings."""
+    rng = np.random.default_rng(0)
+    east, north = WEST + rng.uniform(-20, 100, 400), SOUTH + rng.uniform(-20, 100, 400)
+    return Gallery.of(Images(unit(rng, 400, 24), east, north), CellIndex(class_table()))
+
+
+def test_a_gallery_holds_each_cell_s_images_in_one_run(gallery: Gallery) -> None:
+    index = CellIndex(class_table())
+    rows = index.holding(gallery.images.east, gallery.images.north)
+    for row in range(16):
+        assert set(rows[gallery.starts[row] : gallery.starts[row + 1]]) <= {row}
+    assert gallery.outside == (rows < 0).sum() > 0
+    assert gallery.starts[16] == (rows >= 0).sum()
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_within_cells_finds_what_brute_force_over_these_cells_finds(gallery: Gallery, with_bias: bool) -> None:
+    rng = np.random.default_rng(1)
+    weights = torch.from_numpy(unit(rng, 16, 8))
+    bias = torch.from_numpy(rng.normal(size=16).astype(np.float32)) if with_bias else None
+    searcher = CellSearcher(gallery, weights, bias, 3)
+    rows = CellIndex(class_table()).holding(gallery.images.east, gallery.images.north)
+    for vector, own in zip(unit(rng, 20, 24), unit(rng, 20, 8), strict=True):
+        scores = weights.numpy() @ own + (0 if bias is None else bias.numpy())
+        inside = np.flatnonzero(np.isin(rows, np.argsort(-scores)[:3]))
+        best = inside[np.argsort(-(gallery.images.vectors[inside] @ vector))]
+        np.testing.assert_array_equal(searcher.search(vector, own, 10), best[:10])
+        assert len(searcher.search(vector, own, 1000)) == len(inside)
+
+
+@needs_faiss
+def test_exhaustive_search_is_brute_force_over_everything(gallery: Gallery) -> None:
+    searcher = FaissSearcher(gallery, "exhaustive")
+    for vector in unit(np.random.default_rng(2), 10, 24):
+        best = np.argsort(-(gallery.images.vectors @ vector))[:7]
+        np.testing.assert_array_equal(searcher.search(vector, vector, 7), best)
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["retrieve.py", *map(str, words), "--methods", *METHODS])
+    retrieve.main()
+
+
+@pytest.mark.parametrize("from_shards", [False, True])
+def test_a_table_compares_the_ways_of_searching(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], from_shards: bool
+) -> None:
+    run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    if from_shards:
+        database = write_dataset(tmp_path / "shards").path
+    else:
+        database = write_queries(tmp_path / "database", each=3)
+        (database / "plain.jpg").write_bytes(next(queries.iterdir()).read_bytes())
+    words = ["--checkpoint", run, "--database", database, "--queries", queries, "--out", tmp_path / "out"]
+    run_here(monkeypatch, *words)
+    rows = json.loads((tmp_path / "out" / "retrieval.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == METHODS
+    within = rows[-1]
+    assert within["r_at_1"] > 80
+    assert within["images"] == (160 if from_shards else 48)
+    assert within["milliseconds_per_query"] > 0
+    said = capsys.readouterr()
+    assert "within-cells" in said.out
+    if not from_shards:
+        assert "1 photos left out" in said.err
+        run_here(monkeypatch, *words)
+        assert "48 descriptors made before" in capsys.readouterr().err
+
+
+def test_descriptors_of_another_model_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    names = np.array([path.name for path in sorted(queries.iterdir())])
+    vectors = unit(np.random.default_rng(0), 16, 5) * 7
+    np.savez(tmp_path / "database.npz", descriptors=vectors, names=names)
+    np.save(tmp_path / "queries.npy", vectors[::-1])
+    (tmp_path / "queries.txt").write_text("\n".join(names[::-1]))
+    words = [
+        "--checkpoint",
+        run,
+        "--database",
+        tmp_path / "database.npz",
+        "--queries",
+        queries,
+        "--out",
+        tmp_path / "o",
+    ]
+    run_here(monkeypatch, *words, "--query-descriptors", tmp_path / "queries.npy", "--top-cells", 16)
+    rows = json.loads((tmp_path / "o" / "retrieval.json").read_text())["rows"]
+    assert rows[-1]["r_at_1"] == 100
+    with pytest.raises(JobError, match="give --query-descriptors by the same model"):
+        run_here(monkeypatch, *words)
+
+
+def test_files_that_hold_no_descriptors_are_clear_errors(tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_text("nothing")
+    np.save(tmp_path / "b.npy", np.zeros((2, 3)))
+    np.savez(tmp_path / "c.npz", descriptors=np.zeros((2, 3)), names=np.array(["@1@2@.jpg"]))
+    np.savez(tmp_path / "d.npz", descriptors=np.zeros((1, 3)), names=np.array(["plain.jpg"]))
+    np.savez(tmp_path / "e.npz", descriptors=np.array([{}], dtype=object), names=np.array(["@1@2@.jpg"]))
+    for name in ("a.npz", "b.npy", "c.npz", "d.npz", "e.npz"):
+        with pytest.raises(JobError, match=name):
+            read_descriptors(tmp_path / name)
