@@ -14,7 +14,7 @@ python preprocessing/build_shards.py --source "$out/city/train/database" --out "
 
 echo "3/4  training from random weights"
 accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-  training/train.py --preset quickstart \
+  --num_cpu_threads_per_process "$(nproc)" training/train.py --preset quickstart \
   --shards "$out/shards" --val-queries "$out/city/val/queries" --out "$out/run"
 
 echo "4/4  evaluating on queries from a year and from positions that training never saw"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import utm
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from shards.console import JobError
 from shards.names import BadName, PhotoName, parse_name
@@ -188,6 +188,8 @@ def _decode_in_order(
 def _decode_or_reason(path: Path, shorter_side: int) -> np.ndarray | str:
     try:
         return decode_query(path, shorter_side)
+    except UnidentifiedImageError:
+        return "not an image" if path.stat().st_size else "an empty file"
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         return " ".join(str(error).split()) or type(error).__name__
 
