@@ -1,34 +1,45 @@
-"""Cut a folder of street photos into classes and groups and write them as WebDataset tar shards.
+"""Cut street photos into classes and groups and write them as WebDataset tar shards.
 
 python preprocessing/build_shards.py --source photos/train/database --out shards/city
+python preprocessing/build_shards.py --out shards/city --add more_photos
 """
 
 import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from preprocessing.build import Summary, build
+from preprocessing import engine, ray_engine
+from preprocessing.build import assemble, build, build_share, dry_run
 from preprocessing.plan import Settings
 from preprocessing.resize import ResizeFilter
-from shards.console import JobError, entry, format_bytes, format_count, format_duration
+from preprocessing.shard_run import Machinery
+from preprocessing.sources import Source
+from preprocessing.summaries import print_forecast, print_gain, print_recovery, print_summary
+from preprocessing.updates import add, retry_quarantined
+from shards.console import WrongArguments, entry
+
+ENGINES = {"process": engine.run_tasks, "ray": ray_engine.run_tasks}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Cut a folder of street photos into classes and groups and write them as WebDataset tar shards.
+    """Cut street photos into classes and groups and write them as WebDataset tar shards.
 
-    Names carry the place (@EAST@NORTH@ZONE@BAND@..., UTM metres). The same command again goes on where an
-    interrupted one stopped.
+    Names carry the place (@EAST@NORTH@ZONE@BAND@..., UTM metres), or a list does. The same command again goes on
+    where an interrupted one stopped.
     """
 
-    source: Path
-    """Folder of photos (.jpg, .jpeg, .png in all folders below)."""
     out: Path
     """Folder of the data set: a new one, or one that this command began."""
+    source: str | None = None
+    """Folder of photos (.jpg, .jpeg, .png in all folders below; a path or a URL that fsspec knows), or a list: CSV or
+    Parquet with the columns path and east, north (zone) or latitude, longitude; heading and timestamp where known."""
+    root: str | None = None
+    """Folder or URL that the paths in a list are relative to (default: the list's own)."""
     M: Annotated[int, tyro.conf.arg(name="M")] = 20
     """Side of a cell in metres; a cell is a class."""
     N: Annotated[int, tyro.conf.arg(name="N")] = 2
@@ -43,8 +54,28 @@ class Arguments:
     """fast: scaled decoding, then linear; bicubic and lanczos: from the full-size photo, exact and slow."""
     seed: int = 0
     """Seed of the order of photos within a class."""
+    crops: int = 0
+    """Photos are panoramas of 360 degrees: cut each into so many square crops (SF-XL: 12). 0: take photos whole."""
+    zone: int = 0
+    """UTM zone of the plane, 1 to 60. 0: the zone that most photos are in."""
+    limit: int = 0
+    """Make a trial slice: whole cells around the middle of the city, up to this many images. 0: everything."""
+    dry_run: bool = False
+    """Say what would be made, how long it would take and whether the disk has room."""
+    add: str | None = None
+    """Bring the photos of this folder or list into the finished data set; labels stay, new classes follow."""
+    retry_quarantined: bool = False
+    """Try photos again that were bad, after fetching them anew."""
+    task_index: int | None = None
+    """Write the share of one of several tasks at a time, on any machines: this one, from 0. Then --finish."""
+    task_count: int | None = None
+    """How many tasks there are."""
+    finish: bool = False
+    """Finish the data set after all tasks, or say which shards are missing."""
+    engine: Literal["process", "ray"] = "process"
+    """process: on this machine; ray: on the Ray cluster of RAY_ADDRESS (or a local one), over shared folders."""
     workers: int = len(os.sched_getaffinity(0))
-    """Processes that resize; the default is one for each core."""
+    """Processes that resize; the default is one for each core. (ray: as many as the cluster has cores.)"""
     max_bad_share: float | None = None
     """Stop when more than this share of the photos is bad (default: 0.01, but not for fewer than 25 photos)."""
     rescan: bool = False
@@ -52,47 +83,43 @@ class Arguments:
 
     def __post_init__(self) -> None:
         for name, low, high in (("M", 1, 100_000), ("N", 1, 100), ("min_images", 1, 10**9), ("image_size", 16, 4096),
-                                ("quality", 1, 100), ("workers", 1, 4096), ("seed", 0, 2**63)):  # fmt: skip
+                                ("quality", 1, 100), ("workers", 1, 4096), ("seed", 0, 2**63), ("crops", 0, 360),
+                                ("zone", 0, 60), ("limit", 0, 10**12)):  # fmt: skip
             if not low <= getattr(self, name) <= high:
-                raise JobError(f"--{name.replace('_', '-')} must be from {low} to {high}")
+                raise WrongArguments(f"--{name.replace('_', '-')} must be from {low} to {high}")
+        changes = (self.add is not None) + self.retry_quarantined
+        if changes + self.dry_run + self.finish + (self.task_index is not None) > 1:
+            raise WrongArguments(
+                "--add, --retry-quarantined, --dry-run, --task-index and --finish are for one command each"
+            )
+        if self.source is None and not changes:
+            raise WrongArguments("name the photos with --source")
+        if self.task_index is not None and not 0 <= self.task_index < (self.task_count or 0):
+            raise WrongArguments("--task-index must be from 0 to below --task-count")
+        if self.task_count is not None and self.task_index is None and not self.finish:
+            raise WrongArguments("--task-count goes with --task-index or --finish")
 
 
 def main() -> None:
     arguments = tyro.cli(Arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    settings = Settings(
-        arguments.M, arguments.N, arguments.min_images, arguments.image_size, arguments.quality,
-        arguments.resize_filter, arguments.seed,
-    )  # fmt: skip
-    summary = build(
-        arguments.source,
-        arguments.out,
-        settings,
-        workers=arguments.workers,
-        max_bad_share=arguments.max_bad_share,
-        rescan=arguments.rescan,
-    )
-    print_summary(summary, arguments.out)
-
-
-def print_summary(summary: Summary, out: Path) -> None:
-    """What was built, for a person."""
-    made = summary.manifest
-    print(f"\n{'group':>5}  {'classes':>9}  {'images':>12}  {'images a class':>14}")
-    for group, classes in summary.classes_per_group.items():
-        images = summary.images_per_group[group]
-        print(f"{group:5}  {format_count(classes):>9}  {format_count(images):>12}  {images / classes:14.1f}")
-    print(f"{'all':>5}  {format_count(made.classes):>9}  {format_count(made.images):>12}  "
-          f"{made.images / made.classes:14.1f}\n")  # fmt: skip
-    print(f"skipped     {format_count(made.skipped)} photos in cells with fewer than {made.min_images} photos")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.most_common())
-    print(f"set aside   {format_count(made.quarantined)} bad photos{f' ({reasons})' if reasons else ''}")
-    if summary.other_files:
-        print(f"ignored     {format_count(summary.other_files)} files that are no photos")
-    print(f"bytes       {format_bytes(summary.source_bytes)} of photos -> {format_bytes(made.bytes)} in {made.shards} "
-          f"shards ({summary.jpeg_bytes / max(made.images, 1):,.0f} bytes of JPEG a photo)")  # fmt: skip
-    fresh = "" if summary.shards_before == 0 else f" ({summary.shards_before} shards were done before)"
-    print(f"finished    {out} in {format_duration(summary.seconds)}{fresh}")
+    settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
+    machinery = Machinery(arguments.workers, arguments.max_bad_share, ENGINES[arguments.engine])
+    out, rescan, index, count = arguments.out, arguments.rescan, arguments.task_index, arguments.task_count
+    source = Source.of(arguments.add or arguments.source or ".", arguments.root, arguments.crops)
+    if arguments.dry_run:
+        print_forecast(dry_run(source, out, settings, workers=arguments.workers, rescan=rescan), out)
+    elif arguments.add:
+        print_gain(add(source, out, machinery), out)
+    elif arguments.retry_quarantined:
+        print_recovery(retry_quarantined(out, machinery), out)
+    elif index is not None and count:
+        shards = build_share(source, out, settings, machinery, index=index, count=count, rescan=rescan)
+        print(f"task {index} of {count}: its {shards} shards are done; after all tasks, --finish")
+    elif arguments.finish:
+        print_summary(assemble(source, out, settings, machinery, count=count), out)
+    else:
+        print_summary(build(source, out, settings, machinery=machinery, rescan=rescan), out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from preprocessing.photos import Bad
 from preprocessing.plan import ShardTask
 from preprocessing.resize import Resizer
 from preprocessing.shard_task import ShardResult, Stopped, write_shard
+from preprocessing.sources import Source
 from shards.console import JobError
 
 _POLL_SECONDS = 0.2
@@ -28,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 class Job:
     """What every task of a build shares."""
 
-    source: Path
+    sources: tuple[Source, ...]
     out: Path
     resizer: Resizer
 
@@ -132,4 +133,4 @@ def _start_worker(job: Job, stop: Event, counters: list["Synchronized[int]"], pa
 
 def _work(task: ShardTask) -> ShardResult:
     job = _worker.job
-    return write_shard(task, job.source, job.out, job.resizer, _worker.monitor)
+    return write_shard(task, job.sources, job.out, job.resizer, _worker.monitor)

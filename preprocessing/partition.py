@@ -12,6 +12,7 @@ from shards.classes import ClassTable
 from shards.console import JobError
 
 _DENSE_CELLS = 1 << 26
+_STEP = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,19 @@ class Partition:
 
 def cell_index(metres: np.ndarray, M: int) -> np.ndarray:
     """`floor(metres / M)` exactly, int64, same shape: the quotient's rounding never moves a point over an edge."""
-    index = np.floor(metres / M)
-    index -= index * M > metres
-    return index.astype(np.int64)
+    out = np.empty(np.shape(metres), np.int64)
+    flat = out.reshape(-1)
+    for first in range(0, flat.size, _STEP):  # in steps, since 41 million photos leave no memory to waste
+        part = np.ravel(metres)[first : first + _STEP]
+        index = np.floor(part / M)
+        index -= index * M > part
+        flat[first : first + _STEP] = index
+    return out
+
+
+def group_of(east_index: np.ndarray, north_index: np.ndarray, N: int) -> np.ndarray:
+    """The group of each cell, by its position (int64 [n]) in the grid of cells."""
+    return (east_index % N) * N + north_index % N
 
 
 def make_partition(east: np.ndarray, north: np.ndarray, *, M: int, N: int, min_images: int, zone: int) -> Partition:
@@ -45,6 +56,7 @@ def make_partition(east: np.ndarray, north: np.ndarray, *, M: int, N: int, min_i
     cell_east += cell_north
     cell_east -= first_north
     code = cell_east
+    del cell_north
     if rows * columns <= _DENSE_CELLS:
         counts = np.bincount(code, minlength=rows * columns)
         codes = np.flatnonzero(counts)
@@ -56,7 +68,7 @@ def make_partition(east: np.ndarray, north: np.ndarray, *, M: int, N: int, min_i
         codes, of_photo, counts = np.unique(code, return_inverse=True, return_counts=True)
     kept = np.flatnonzero(counts >= min_images)
     east_index, north_index = codes[kept] // rows + first_east, codes[kept] % rows + first_north
-    group = (east_index % N) * N + north_index % N
+    group = group_of(east_index, north_index, N)
     order = np.argsort(group, kind="stable")
     group = group[order]
     classes = ClassTable(

@@ -3,11 +3,12 @@
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from shards.console import JobError, describe_os_error, printable
@@ -19,39 +20,93 @@ _BATCH = 100_000
 
 @dataclass(frozen=True)
 class Bad:
-    """A photo that was set aside: its path relative to the source, a reason to count by, and what was seen."""
+    """A photo that was set aside: its path relative to the source, a reason to count by, and what was seen.
+
+    `sample`: what was planned for it (group, label, east, north, heading, timestamp); None where it was set aside
+    before it had a label, by its name or its row in a list.
+    """
 
     source: str
     reason: str
     detail: str = ""
+    sample: dict[str, Any] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """The values as JSON, without those that are missing."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass
+class Places:
+    """Where and when photos were taken, row by row, [n]: `east` and `north` in metres (float64, NaN where unusable),
+    `zones` (int8, 0 where unknown), `southern` (bool), `heading` in degrees (float32, NaN where unknown) and
+    `timestamp` (string). None: the names say it."""
+
+    east: np.ndarray
+    north: np.ndarray
+    zones: np.ndarray
+    southern: np.ndarray | None = None
+    heading: np.ndarray | None = None
+    timestamp: pa.Array | None = None
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The photos below `root`: `paths` (large_string [n], relative, in order of a sorted walk), those set aside by
-    name, how many other files there were, and the time stamp of every folder (nanoseconds)."""
+    """The photos of a source: `paths` (large_string [n], relative to the folder or URL `root`), those set aside
+    already, how many other files there were, the time stamp of every folder (nanoseconds), and what a list says of
+    each photo (`places`, None where the names say it)."""
 
-    root: Path
+    root: Path | str
     paths: pa.Array
     bad: list[Bad]
-    others: int
-    folders: dict[str, int]
+    others: int = 0
+    folders: dict[str, int] = field(default_factory=dict)
+    places: Places | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
 
 
-def list_photos(root: Path, cache: Path | None, progress: Callable[[int], None]) -> Listing:
-    """List the photos below `root`, from `cache` where no folder has changed since it was written.
+class PathColumn:
+    """Gathers paths into one Arrow array without a second copy of them: 41 million take 4 GB."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._ends = [np.zeros(1, np.int64)]
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, paths: pa.Array) -> None:
+        """Append a large_string array."""
+        _, offsets, data = paths.buffers()
+        ends = np.frombuffer(offsets, np.int64)[paths.offset : paths.offset + len(paths) + 1]
+        self._count += len(paths)
+        if len(paths):
+            self._ends.append(ends[1:] - ends[0] + len(self._data))
+            self._data += memoryview(data)[ends[0] : ends[-1]]
+
+    def array(self) -> pa.Array:
+        """All paths, large_string [n]; nothing may be added afterwards."""
+        ends = np.concatenate(self._ends)
+        return pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(self._data))
+
+
+def list_photos(
+    root: Path, cache: Path | None, progress: Callable[[int], None], *, as_recorded: bool = False
+) -> Listing:
+    """List the photos below `root`, from `cache` where no folder has changed since it was written, or in any case
+    where `as_recorded`.
 
     `progress` is called with the number of photos found so far. Raises `JobError` where a folder cannot be read.
     """
     if not root.is_dir():
         raise JobError(f"{root}: no such folder of photos")
-    if cache is not None and (listing := _load(root, cache)) is not None:
+    if cache is not None and (listing := load_listing(root, cache, as_recorded)) is not None:
         progress(len(listing))
         return listing
-    chunks: list[pa.Array] = []
+    paths = PathColumn()
     batch: list[str] = []
     bad: list[Bad] = []
     folders: dict[str, int] = {}
@@ -60,19 +115,18 @@ def list_photos(root: Path, cache: Path | None, progress: Callable[[int], None])
         if kind == "photo":
             batch.append(path)
             if len(batch) == _BATCH:
-                chunks.append(pa.array(batch, pa.large_string()))
+                paths.add(pa.array(batch, pa.large_string()))
                 batch.clear()
-                progress(len(chunks) * _BATCH)
+                progress(len(paths))
         elif kind == "other":
             others += 1
         else:
             bad.append(Bad(printable(path), kind))
-    chunks.append(pa.array(batch, pa.large_string()))
-    paths = pa.concat_arrays(chunks)
+    paths.add(pa.array(batch, pa.large_string()))
     progress(len(paths))
-    listing = Listing(root, paths, bad, others, folders)
+    listing = Listing(root, paths.array(), bad, others, folders)
     if cache is not None:
-        _store(listing, cache)
+        store_listing(listing, cache)
     return listing
 
 
@@ -115,57 +169,48 @@ def _is_text(path: str) -> bool:
     return True
 
 
-def _store(listing: Listing, cache: Path) -> None:
-    table = pa.table(
-        {
-            "path": pa.chunked_array(
-                [
-                    listing.paths,
-                    pa.array([b.source for b in listing.bad], pa.large_string()),
-                    pa.array(list(listing.folders), pa.large_string()),
-                ]
-            ),
-            "reason": pa.chunked_array(
-                [
-                    pa.nulls(len(listing), pa.string()),
-                    pa.array([b.reason for b in listing.bad], pa.string()),
-                    pa.array(["folder"] * len(listing.folders), pa.string()),
-                ]
-            ),
-            "time": pa.chunked_array(
-                [
-                    pa.nulls(len(listing) + len(listing.bad), pa.int64()),
-                    pa.array(list(listing.folders.values()), pa.int64()),
-                ]
-            ),
-        }
+def store_listing(listing: Listing, cache: Path) -> None:
+    """Write the photos, then those set aside (with a reason), then the folders (with their time)."""
+    bad, folders = listing.bad, listing.folders
+    paths = [listing.paths, *(pa.array(part, pa.large_string()) for part in ([b.source for b in bad], list(folders)))]
+    reasons = pa.chunked_array(
+        [pa.nulls(len(listing), pa.string()), pa.array([b.reason for b in bad] + [None] * len(folders), pa.string())]
     )
-    facts = {"root": str(listing.root.resolve()), "others": str(listing.others)}
+    times = pa.chunked_array(
+        [pa.nulls(len(listing) + len(bad), pa.int64()), pa.array(list(folders.values()), pa.int64())]
+    )
+    facts = {"root": _absolute(listing.root), "others": str(listing.others), "photos": str(len(listing))}
+    table = pa.table({"path": pa.chunked_array(paths), "reason": reasons, "time": times})
     with atomic_path(cache) as partial:
         pq.write_table(table.replace_schema_metadata(facts), partial)
 
 
-def _load(root: Path, cache: Path) -> Listing | None:
+def _absolute(root: Path | str) -> str:
+    return root if isinstance(root, str) else str(root.resolve())
+
+
+def load_listing(root: Path | str, cache: Path, as_recorded: bool) -> Listing | None:
     """The cached listing, or None where there is none for this root or a folder's time has changed."""
     try:
-        table = pq.read_table(cache)
-        facts = table.schema.metadata or {}
-        if facts[b"root"].decode() != str(root.resolve()):
+        file = pq.ParquetFile(cache)
+        facts = file.schema_arrow.metadata or {}
+        photos, others = int(facts[b"photos"]), int(facts[b"others"])
+        if facts[b"root"].decode() != _absolute(root):
             return None
     except (FileNotFoundError, KeyError, pa.ArrowInvalid):
         return None
-    of_folder = table.filter(pc.equal(table["reason"], "folder"))
-    folders = dict(zip(of_folder["path"].to_pylist(), of_folder["time"].to_pylist(), strict=True))
-    for folder, time in folders.items():
+    paths, rest = PathColumn(), []
+    for batch in file.iter_batches(_BATCH):
+        own = min(photos - len(paths), len(batch))
+        paths.add(batch["path"].slice(0, own))
+        rest += batch.slice(own).to_pylist()
+    folders = {row["path"]: row["time"] for row in rest if row["time"] is not None}
+    for folder, time in () if as_recorded else folders.items():
         try:
-            status = os.stat(root / folder)
+            status = os.stat(os.path.join(root, folder))
         except OSError:
             return None
         if not stat.S_ISDIR(status.st_mode) or status.st_mtime_ns != time:
             return None
-    photos = table.filter(pc.is_null(table["reason"]))["path"].combine_chunks()
-    if isinstance(photos, pa.ChunkedArray):
-        photos = pa.concat_arrays(photos.chunks) if photos.num_chunks else pa.array([], pa.large_string())
-    others = table.filter(pc.and_(pc.is_valid(table["reason"]), pc.not_equal(table["reason"], "folder")))
-    bad = [Bad(p, r) for p, r in zip(others["path"].to_pylist(), others["reason"].to_pylist(), strict=True)]
-    return Listing(root, photos, bad, int(facts[b"others"]), folders)
+    bad = [Bad(row["path"], row["reason"]) for row in rest if row["time"] is None]
+    return Listing(root, paths.array(), bad, others, folders)

@@ -8,25 +8,32 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import utm
 
+from preprocessing.coordinates import locate
 from preprocessing.partition import Partition, make_partition
-from preprocessing.photos import Bad, Listing
+from preprocessing.photos import Bad, Listing, Places
 from preprocessing.resize import ResizeFilter, codec_name
+from preprocessing.sources import turns
 from shards.classes import ClassTable
-from shards.console import JobError, printable
+from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
-from shards.names import BadName, hash_names, parse_name, parse_utm
+
+_STEP = 1 << 20
 
 
 @dataclass(frozen=True)
 class Settings:
     """What decides a data set's bytes, besides the photos: cell size `M` in metres, group grid `N`, least photos
-    of a class, photo size in pixels, JPEG quality, filter, and the seed of the order within a class."""
+    of a class, photo size in pixels, JPEG quality, filter, and the seed of the order within a class.
+
+    `crops`: into how many each panorama is cut (0: photos are taken whole); `zone`: the UTM zone of the plane (0: the
+    one most photos are in); `limit`: keep whole cells of a district, up to about this many images (0: all).
+    """
 
     M: int
     N: int
@@ -35,11 +42,17 @@ class Settings:
     quality: int
     resize_filter: ResizeFilter
     seed: int
+    crops: int = 0
+    zone: int = 0
+    limit: int = 0
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: planned samples `first` onwards of a group. Columns have shape [k]; metres."""
+    """One shard to write: planned samples `first` onwards of a group. Columns have shape [k]; metres, degrees.
+
+    A timestamp of None means that the photo's name says it, and the heading too; a heading of None is unknown.
+    """
 
     group: int
     number: int
@@ -48,21 +61,38 @@ class ShardTask:
     labels: list[int]
     east: list[float]
     north: list[float]
+    headings: list[float | None] = field(default_factory=list)
+    timestamps: list[str | None] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for column in (self.headings, self.timestamps):
+            column += [None] * (len(self.sources) - len(column))
+
+    def sample(self, i: int) -> dict[str, Any]:
+        """What is planned for sample i, as JSON values; see `Bad.sample`."""
+        return {
+            "group": self.group,
+            "label": self.labels[i],
+            "east": self.east[i],
+            "north": self.north[i],
+            "heading": self.headings[i],
+            "timestamp": self.timestamps[i],
+        }
 
 
 @dataclass(frozen=True)
 class Plan:
     """Everything that is decided before a photo is read.
 
-    `order` int64 [planned]: rows of `paths` by group, label and a seeded shuffle within the class;
-    `group_starts` maps a group to where it begins in `order`; `skipped`: rows in cells with too few photos.
+    `order` int64 [planned]: samples by group, label and a seeded shuffle within the class; a sample is a row of
+    `paths`, or row * crops + crop. `label` int32 [n]: of each photo, below 0 without a class. `group_starts` maps a
+    group to where it begins in `order`; `skipped`: rows in cells with too few photos.
     """
 
     settings: Settings
     classes: ClassTable
     paths: pa.Array
-    east: np.ndarray
-    north: np.ndarray
+    places: Places
     order: np.ndarray
     label: np.ndarray
     group_starts: dict[int, int]
@@ -72,155 +102,174 @@ class Plan:
 
     @property
     def photos(self) -> int:
-        """Photos listed, those set aside by name included."""
-        return len(self.paths)
+        """Photos listed (crops, of panoramas), those set aside by name included."""
+        return len(self.paths) * max(self.settings.crops, 1)
 
     def group_size(self, group: int) -> int:
         """Planned samples of a group."""
         later = [start for start in self.group_starts.values() if start > self.group_starts[group]]
         return min(later, default=len(self.order)) - self.group_starts[group]
 
+    def shards(self) -> list[tuple[int, int, int]]:
+        """Group, number and planned samples of every shard, in order."""
+        return [
+            (group, number, min(SHARD_SAMPLES, size - number * SHARD_SAMPLES))
+            for group, size in ((g, self.group_size(g)) for g in self.group_starts)
+            for number in range(math.ceil(size / SHARD_SAMPLES))
+        ]
+
     def shard_count(self) -> int:
         """How many shards there will be."""
-        return sum(math.ceil(self.group_size(g) / SHARD_SAMPLES) for g in self.group_starts)
+        return len(self.shards())
 
     def tasks(self) -> Iterator[ShardTask]:
         """The shards to write, in order of group and number."""
-        for group, start in self.group_starts.items():
-            for first in range(0, self.group_size(group), SHARD_SAMPLES):
-                count = min(SHARD_SAMPLES, self.group_size(group) - first)
-                rows = self.order[start + first : start + first + count]
-                yield ShardTask(
-                    group,
-                    first // SHARD_SAMPLES,
-                    first,
-                    self.paths.take(pa.array(rows)).to_pylist(),
-                    self.label[rows].tolist(),
-                    self.east[rows].tolist(),
-                    self.north[rows].tolist(),
-                )
+        return (self.task(group, number) for group, number, _ in self.shards())
+
+    def task(self, group: int, number: int) -> ShardTask:
+        """One shard to write."""
+        first = number * SHARD_SAMPLES
+        start = self.group_starts[group] + first
+        return self.task_of(
+            group, first, self.order[start : start + min(SHARD_SAMPLES, self.group_size(group) - first)]
+        )
+
+    def task_of(self, group: int, first: int, samples: np.ndarray) -> ShardTask:
+        """A task of planned `samples` (values of `order`), of which the first is number `first` of its group."""
+        crops = self.settings.crops
+        rows = samples // crops if crops else samples
+        sources = self.paths.take(pa.array(rows)).to_pylist()
+        if crops:
+            turn = turns(crops)
+            sources = [f"{path}#{turn[i]}" for path, i in zip(sources, (samples % crops).tolist(), strict=True)]
+        return ShardTask(
+            group,
+            first // SHARD_SAMPLES,
+            first,
+            sources,
+            self.label[rows].tolist(),
+            self.places.east[rows].tolist(),
+            self.places.north[rows].tolist(),
+            *when_and_whither(self.places, rows),
+        )
+
+
+def when_and_whither(places: Places, rows: np.ndarray) -> tuple[list[float | None], list[str | None]]:
+    """Headings and timestamps of photos as JSON values: as a list gave them, or None where the names say it."""
+    if places.heading is None or places.timestamp is None:
+        return [None] * len(rows), [None] * len(rows)
+    headings = [None if math.isnan(h) else h for h in places.heading[rows].tolist()]
+    return headings, places.timestamp.take(pa.array(rows)).to_pylist()
 
 
 def make_plan(listing: Listing, settings: Settings) -> Plan:
-    """Plan a data set from a listing; raises `JobError` where no cell has enough photos."""
+    """Plan a data set; raises `JobError` where there is nothing to make one of."""
     if not len(listing):
-        raise JobError(f"{listing.root}: no photos found (looked for .jpg, .jpeg and .png in all folders below)")
-    east, north, zones = parse_utm(listing.paths)
-    zone = _common_zone(zones, np.isfinite(east))
-    bad: list[Bad] = list(listing.bad)
-    bad += _without_coordinates(listing.paths, east)
-    bad += _unify_zones(listing.paths, east, north, zones, zone)
-    names = hash_names(listing.paths)
-    bad += _duplicates(listing.paths, east, names)
-    usable = np.flatnonzero(np.isfinite(east))
-    if not len(usable):
+        raise JobError(f"{listing.root}: no photos found (.jpg, .jpeg, .png in all folders below)")
+    places, zone, names, named_bad = locate(listing, settings.zone)
+    bad = [*listing.bad, *named_bad]
+    finite = np.isfinite(places.east)
+    usable = slice(None) if finite.all() else np.flatnonzero(finite)
+    if not finite.any():
         example = f"; e.g. {bad[0].source}: {bad[0].detail or bad[0].reason}" if bad else ""
         raise JobError(f"{listing.root}: none of {len(listing)} photos has usable coordinates in its name{example}")
+    crops = max(settings.crops, 1)
     part = make_partition(
-        east[usable], north[usable], M=settings.M, N=settings.N, min_images=settings.min_images, zone=zone
-    )
+        places.east[usable], places.north[usable],
+        M=settings.M, N=settings.N, min_images=math.ceil(settings.min_images / crops), zone=zone,
+    )  # fmt: skip
     if not len(part.classes):
         raise JobError(
             f"{listing.root}: no cell of {settings.M} m has {settings.min_images} photos, so there is nothing to "
             "learn; lower --min-images or raise --M"
         )
-    order, label = _order(part, usable, names, settings.seed, len(listing))
-    group = part.classes.group[part.row[part.row >= 0]]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(group, minlength=settings.N**2))])
+    part = _district(part, settings.limit / crops) if settings.limit else part
+    row = part.row
+    if not finite.all():
+        row = np.full(len(listing), -2, np.int32)
+        row[usable] = part.row
+    label = np.where(row >= 0, part.classes.label[np.maximum(row, 0)], row)
+    classes = replace(part.classes, images=part.classes.images * crops)
+    sizes = np.bincount(classes.group, weights=classes.images, minlength=settings.N**2).astype(np.int64)
+    starts = np.cumsum(sizes) - sizes
     return Plan(
         settings,
-        part.classes,
+        classes,
         listing.paths,
-        east,
-        north,
-        order,
+        places,
+        class_order(row, names, settings.seed, crops),
         label,
-        {g: int(starts[g]) for g in part.classes.groups},
-        usable[part.row < 0],
+        {g: int(starts[g]) for g in classes.groups},
+        np.flatnonzero(row == -1),
         bad,
         _fingerprint(listing, settings),
     )
 
 
-def _order(
-    part: Partition, usable: np.ndarray, names: np.ndarray, seed: int, photos: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows by class and, within it, in an order shuffled by seed and name, so that a run of neighbours in a shard
-    is a random sample of its class; and the label of each photo (int32, -1 without a class)."""
-    label = np.full(photos, -1, np.int32)
-    kept = part.row >= 0
-    rows = usable[kept]
-    label[rows] = part.classes.label[part.row[kept]]
+def class_order(row: np.ndarray, names: np.ndarray, seed: int, crops: int) -> np.ndarray:
+    """Samples by class and, within it, in an order shuffled by seed and name, so that a run of neighbours in a shard
+    is a random sample of its class.
+
+    `row`: the class of each photo (int32 [n], below 0 without one), `names`: its hash (uint64 [n]). Returns
+    photo * crops + crop, int64 [planned]. Class, some twenty bits of shuffle and sample are sorted as one number.
+    """
+    kept = np.flatnonzero(row >= 0)
+    if not len(kept):
+        return kept
     salt = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "little")
-    shuffled = (names[rows] ^ np.uint64(salt)) * np.uint64(0x9FB21C651E98DF25)
-    key = (part.row[kept].astype(np.uint64) << np.uint64(32)) | (shuffled >> np.uint64(32))
-    return rows[np.argsort(key, kind="stable")], label
+    index_bits = (len(row) * crops).bit_length()
+    class_bits = int(row.max()).bit_length()
+    keys = np.empty((len(kept), crops), np.uint64)
+    for first in range(0, len(kept), _STEP):
+        rows = kept[first : first + _STEP]
+        for crop in range(crops):
+            key = names[rows] ^ np.uint64((salt + crop * 0x9E3779B97F4A7C15) % 2**64)
+            key *= np.uint64(0x9FB21C651E98DF25)
+            key >>= np.uint64(class_bits + index_bits)
+            key <<= np.uint64(index_bits)
+            key |= rows.astype(np.uint64) * np.uint64(crops) + np.uint64(crop)
+            key |= row[rows].astype(np.uint64) << np.uint64(64 - class_bits)
+            keys[first : first + _STEP, crop] = key
+    order = keys.ravel()
+    order.sort()
+    order &= np.uint64((1 << index_bits) - 1)
+    return order.view(np.int64)
 
 
-def _common_zone(zones: np.ndarray, usable: np.ndarray) -> int:
-    """The zone most photos are in; 0 where no name has one."""
-    counts = np.bincount(zones[usable], minlength=61)
-    return int(np.argmax(counts[1:]) + 1) if counts[1:].any() else 0
-
-
-def _without_coordinates(paths: pa.Array, east: np.ndarray) -> list[Bad]:
-    bad = []
-    for row in np.flatnonzero(~np.isfinite(east)):
-        path = paths[row].as_py()
-        try:
-            parse_name(path)
-        except BadName as error:
-            bad.append(Bad(path, "no coordinates", str(error)))
-    return bad
-
-
-def _unify_zones(paths: pa.Array, east: np.ndarray, north: np.ndarray, zones: np.ndarray, zone: int) -> list[Bad]:
-    """Carry photos of the neighbouring zones into `zone`'s plane, in place; set those of farther zones aside."""
-    bad = []
-    others = (zones != 0) & (zones != zone) & np.isfinite(east)
-    for other in np.unique(zones[others]).tolist():
-        rows = np.flatnonzero(others & (zones == other))
-        if abs(other - zone) in (1, 59):
-            bands = [parse_name(paths[row].as_py()).band for row in rows]
-            southern = np.array([band < "N" for band in bands])
-            for half, is_northern in ((rows[southern], False), (rows[~southern], True)):
-                if len(half):
-                    latitude, longitude = utm.to_latlon(
-                        east[half], north[half], other, northern=is_northern, strict=False
-                    )
-                    east[half], north[half], _, _ = utm.from_latlon(
-                        latitude, longitude, force_zone_number=zone, force_northern=is_northern
-                    )
-        else:
-            east[rows] = north[rows] = np.nan
-            detail = f"UTM zone {other} where most photos are in zone {zone}"
-            bad += [Bad(paths[row].as_py(), "zone mismatch", detail) for row in rows]
-    return bad
-
-
-def _duplicates(paths: pa.Array, east: np.ndarray, names: np.ndarray) -> list[Bad]:
-    """Set aside all but the first of the photos that share a base name, in place in `east`."""
-    order = np.argsort(names, kind="stable")
-    hashes = names[order]
-    bad = []
-    for repeated in np.unique(hashes[1:][hashes[1:] == hashes[:-1]]):
-        rows = order[np.searchsorted(hashes, repeated) : np.searchsorted(hashes, repeated, side="right")]
-        first: dict[str, str] = {}
-        for row in rows:
-            path = paths[row].as_py()
-            base = path.rpartition("/")[2]
-            if base in first and np.isfinite(east[row]):
-                east[row] = np.nan
-                bad.append(Bad(path, "duplicate name", f"the same name as {printable(first[base])}"))
-            first.setdefault(base, path)
-    return bad
+def _district(part: Partition, images: float) -> Partition:
+    """The cells nearest to the middle of the city, whole, as many as hold `images` photos and one at least; the
+    photos of others are in row -2."""
+    classes = part.classes
+    centers = classes.centers()
+    distance = abs(centers - np.median(centers, axis=0)).max(axis=1)
+    nearest = np.argsort(distance, kind="stable")
+    count = max(1, int(np.searchsorted(np.cumsum(classes.images[nearest]), images, side="right")))
+    chosen = np.sort(nearest[:count])
+    kept = classes.take(chosen)
+    kept = replace(kept, label=(np.arange(count) - np.searchsorted(kept.group, kept.group)).astype(np.int32))
+    new_row = np.full(len(classes) + 1, -2, np.int32)
+    new_row[chosen] = np.arange(count, dtype=np.int32)
+    new_row[-1] = -1
+    return Partition(kept, new_row[part.row])
 
 
 def _fingerprint(listing: Listing, settings: Settings) -> str:
     """A hash of everything that decides the bytes: settings, codec and the list of photos."""
     facts = {"format": FORMAT_VERSION, "samples": SHARD_SAMPLES, "codec": codec_name(), **asdict(settings)}
-    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
-    for first in range(0, len(listing), 1 << 16):
-        digest.update("\0".join(listing.paths.slice(first, 1 << 16).to_pylist()).encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    _hash_strings(digest, listing.paths)
+    if (places := listing.places) is not None:
+        for column in (places.east, places.north, places.zones, places.heading):
+            digest.update(b"" if column is None else column.tobytes())
+        if places.timestamp is not None:
+            _hash_strings(digest, places.timestamp.cast(pa.large_string()))
+    return digest.hexdigest()[:32]
+
+
+def _hash_strings(digest: "hashlib._Hash", texts: pa.Array) -> None:
+    _, offsets, data = texts.buffers()
+    ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    for first in range(0, len(ends) - 1, 1 << 20):
+        digest.update(np.diff(ends[first : first + (1 << 20) + 1]).tobytes())
+    if data:
+        digest.update(memoryview(data)[ends[0] : ends[-1]])

@@ -1,8 +1,8 @@
 """Turns a photo's bytes into a small square JPEG, or says why it cannot be one.
 
-The fast path decodes a JPEG at a fraction of its size (libjpeg-turbo's scaled IDCT) and does the rest with
-OpenCV, four bytes a pixel since its kernels are faster so; anything unusual (PNG, CMYK) goes through Pillow. Photos are stretched to a square, as the reference
-does, and turned upright where EXIF says so.
+The fast path decodes a JPEG at a fraction of its size (libjpeg-turbo's scaled IDCT) and does the rest with OpenCV,
+four bytes a pixel since its kernels are faster so; anything unusual (PNG, CMYK) goes through Pillow. Photos are
+stretched to a square, as the reference does, and turned upright where EXIF says so.
 """
 
 import io
@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 ResizeFilter = Literal["fast", "bicubic", "lanczos"]
 
+MAX_FILE_BYTES = 1 << 28
 MAX_PIXELS = 1 << 27
 _MAX_SCANS = 64
 _MOST_CUBIC = 1.6  # scaled decoding leaves less than a factor of 2, of which this much needs no area filter
@@ -88,7 +89,7 @@ class Resizer:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF"))
+                image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF"))
             self._check_size(*image.size)
             orientation = image.getexif().get(_ORIENTATION_TAG, 1)
             if image.mode.startswith("I;16"):

@@ -11,6 +11,10 @@ class JobError(Exception):
     """A job cannot go on. The message is one line that names the file or field and the way out."""
 
 
+class WrongArguments(JobError):
+    """The command line asks for something that cannot be; the exit code is 2."""
+
+
 def entry(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and exit: 0 on success, 1 on a failed job, 130 on Ctrl-C.
 
@@ -21,7 +25,7 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except JobError as error:
-        code = _fail(str(error))
+        code = _fail(str(error), 2 if isinstance(error, WrongArguments) else 1)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
@@ -49,9 +53,9 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{what}{advice}"
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = 1) -> int:
     print(f"error: {message}", file=sys.stderr)
-    return 1
+    return code
 
 
 def printable(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     On an error the temporary file is removed and `path` is left as it was.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
+    partial = _partial(path)
     try:
         yield partial
         _flush(partial)
@@ -36,8 +37,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     `path` must not exist when the block ends; the folder is removed on an error.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = _partial(path)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -76,6 +76,11 @@ def remove_partials(folder: Path | str) -> int:
         else:
             leftover.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def _partial(path: Path) -> Path:
+    """A name beside `path` that no other process uses, on this host or another."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
 
 
 def _flush(path: Path) -> None:

@@ -98,16 +98,16 @@ def _gather(tables: list[Path], group: int) -> dict[str, np.ndarray]:
 
 
 def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -> None:
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    with atomic_folder(folder) as partial:
-        for group, arrays in groups.items():
-            for name in _ARRAYS:
-                np.save(partial / f"{group_name(group)}.{name}.npy", arrays[name])
-        (partial / "state").write_text(state)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with atomic_folder(folder) as partial:
+            for group, arrays in groups.items():
+                for name in _ARRAYS:
+                    np.save(partial / f"{group_name(group)}.{name}.npy", arrays[name])
+            (partial / "state").write_text(state)
+    except OSError:
+        if not _is_current(folder, state):  # else another host was faster
+            raise
 
 
 def _map(folder: Path, group: int) -> dict[str, np.ndarray]:

@@ -1,6 +1,9 @@
 """Fixtures: a rendered city and a data set built from it, made once for all tests."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: float sums depend on it, and tests run side by side
 
 import pytest
 

@@ -52,12 +52,16 @@ def test_classes_groups_and_labels_follow_the_plain_formulas(points, M, N, min_i
         for e, n, g, label in zip(table.cell_east, table.cell_north, table.group, table.label, strict=True)
     }
     assert found == expected
-    assert [(int(g), int(label)) for g, label in zip(table.group, table.label, strict=True)] == sorted(expected.values())
+    assert [(int(g), int(label)) for g, label in zip(table.group, table.label, strict=True)] == sorted(
+        expected.values()
+    )
     for cell, row in zip(cells, made.row, strict=True):
         assert (row == -1) == (cell not in expected)
         if row >= 0:
             assert (table.cell_east[row], table.cell_north[row]) == cell
-    assert table.images.tolist() == [Counter(cells)[e, n] for e, n in zip(table.cell_east, table.cell_north, strict=True)]
+    assert table.images.tolist() == [
+        Counter(cells)[e, n] for e, n in zip(table.cell_east, table.cell_north, strict=True)
+    ]
 
 
 def test_cells_that_touch_never_share_a_group():

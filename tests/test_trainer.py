@@ -77,7 +77,7 @@ def test_a_run_learns_and_its_best_checkpoint_reproduces_its_recall(
     model.load_state_dict(weights.model)
     heads = {}
     for group, tensors in weights.heads.items():
-        heads[group] = make_head("AAMC", 512, weights.classes.count(group))
+        heads[group] = make_head("AAMC", model.descriptor_dim, weights.classes.count(group))
         heads[group].load_state_dict(tensors)
     found = list_queries(queries, ZONE)
     described = describe_queries(
@@ -88,7 +88,13 @@ def test_a_run_learns_and_its_best_checkpoint_reproduces_its_recall(
     assert outcome.recall[20] > 90
 
 
-@pytest.mark.parametrize("settings", [{}, {"schedule": "joint", "ema": 0.9, "lr_schedule": "cosine"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"schedule": "joint", "ema": 0.9, "lr_schedule": "cosine", "channels_last": True, "colour_jitter": 0.2},
+    ],
+)
 def test_a_resumed_run_has_the_losses_of_one_that_never_stopped_bit_for_bit(
     shards: Path, tmp_path: Path, settings: dict[str, object]
 ) -> None:

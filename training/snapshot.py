@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -84,6 +85,9 @@ def _restore(saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
     values = training_values(saved.training)
     engine.model.load_state_dict(saved.model | values["raw"])
     engine.optimizer.load_state_dict(values["model_optimizer"])
+    for parameter, moments in engine.optimizer.state.items():  # fused Adam pairs memory, not elements
+        for name in ("exp_avg", "exp_avg_sq"):
+            moments[name] = torch.empty_like(parameter).copy_(moments[name])
     engine.rates.load_state_dict(values["rates"])
     if before.lr != run.config.lr:
         for group in engine.optimizer.param_groups:

@@ -2,19 +2,15 @@
 
 import multiprocessing as mp
 import random
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tiny import arguments, configure, start_training, train_here, write_dataset
+from tiny import configure, train_here, write_dataset
 
-from training.checkpoint import list_checkpoints
 from training.run_folder import read_losses
 
 pytestmark = pytest.mark.slow
@@ -51,23 +47,3 @@ def test_twenty_kills_at_random_moments_leave_the_losses_bit_for_bit(shards: Pat
         run(shards, out)
         assert read_losses(out) == read_losses(tmp_path / "whole")
         assert not [path.name for path in (out / "checkpoints").iterdir() if path.name.startswith(".")]
-
-
-def workers_of(launcher: subprocess.Popen[str]) -> list[int]:
-    """The processes that torchrun started."""
-    listing = subprocess.run(["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True, check=False)
-    return [int(word) for word in listing.stdout.split()]
-
-
-def test_torchrun_restarts_after_a_rank_was_killed(shards: Path, tmp_path: Path) -> None:
-    words = arguments(shards, tmp_path / "r", epochs=4, resume=True)
-    launcher = start_training(words, processes=2, restarts=3)
-    while not list_checkpoints(tmp_path / "r"):
-        assert launcher.poll() is None
-        time.sleep(0.02)
-    victim = workers_of(launcher)[-1]
-    subprocess.run(["kill", f"-{signal.SIGKILL.value}", str(victim)], check=True)
-    out, err = launcher.communicate(timeout=180)
-    assert launcher.returncode == 0, err
-    assert "goes on from" in out
-    assert len(read_losses(tmp_path / "r")) == 32

@@ -1,0 +1,181 @@
+"""Plans what new photos change in a finished data set: which join classes, which cells become classes, what stays
+skipped. Labels that exist stay; new classes follow those of their group, sorted among themselves."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from preprocessing.coordinates import locate
+from preprocessing.finishing import State
+from preprocessing.partition import cell_index, group_of
+from preprocessing.photos import Bad, Listing
+from preprocessing.plan import class_order, when_and_whither
+from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, read_bad
+from preprocessing.sources import Source, prefix, split_sample, turns
+from shards.classes import ClassTable
+from shards.layout import QUARANTINE, SHARD_SAMPLES, group_name, shard_tables
+from shards.names import hash_names
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What an addition brings: photos that were new and those known before, images planned, and the new classes."""
+
+    new: int
+    known: int
+    images: int
+    classes: ClassTable
+
+
+def plan_addition(
+    out: Path, state: State, sources: list[Source], source: Source, listing: Listing
+) -> tuple[Revision, Gain]:
+    """The revision that adds the photos of `listing` to the data set `out` with these `sources` so far."""
+    number = sources.index(source) if source in sources else len(sources)
+    places, _, names, named_bad = locate(listing, state.classes.zone)
+    usable = np.isfinite(places.east)
+    fresh = np.flatnonzero(usable & ~np.isin(names, _known(out, sources, source)))
+    headings, timestamps = when_and_whither(places, fresh)
+    paths = pc.binary_join_element_wise(prefix(number), listing.paths.take(pa.array(fresh)).cast(pa.string()), "")
+    columns = {
+        "source": paths,
+        "east": places.east[fresh],
+        "north": places.north[fresh],
+        "heading": headings,
+        "timestamp": timestamps,
+    }
+    candidates = pa.concat_tables([pa.table(columns, SKIPPED_COLUMNS), state.skipped])
+    crops = _crops(candidates["source"], [*sources, source])
+    row, classes, added = _classify(candidates, crops, state)
+    samples = plan_samples(_samples(candidates, row, classes, crops), state.settings.seed, out)
+    seen = {b.source for b in state.bad}
+    bad = [Bad(prefix(number) + b.source, b.reason, b.detail) for b in [*listing.bad, *named_bad]]
+    revision = Revision(
+        2 + len(state.revisions),
+        source,
+        samples,
+        classes,
+        candidates.take(pa.array(np.flatnonzero(row < 0))),
+        state.bad + [b for b in bad if b.source not in seen],
+        len(listing),
+    )
+    return revision, Gain(len(fresh), int(usable.sum()) - len(fresh), len(samples), added)
+
+
+def plan_samples(samples: pa.Table, seed: int, out: Path) -> pa.Table:
+    """Deal samples (columns `PLANNED`, `number` yet unset) out to new shards of their groups, in order of label and a
+    seeded shuffle within it."""
+    group, label = samples["group"].to_numpy().astype(np.int64), samples["label"].to_numpy()
+    _, row = np.unique(group << 32 | label, return_inverse=True)
+    order = class_order(row.astype(np.int32), hash_names(_large(samples["source"])), seed, 1)
+    samples, group = samples.take(pa.array(order)), group[order]
+    position = np.arange(len(group)) - np.searchsorted(group, group)
+    shards = {g: len(list((out / group_name(g)).glob("group-*.parquet"))) for g in np.unique(group).tolist()}
+    first = np.array([shards[g] for g in group.tolist()], np.int64)
+    numbers = pa.array((first + position // SHARD_SAMPLES).astype(np.int32))
+    return samples.set_column(PLANNED.names.index("number"), PLANNED.field("number"), numbers)
+
+
+def _classify(candidates: pa.Table, crops: np.ndarray, state: State) -> tuple[np.ndarray, ClassTable, ClassTable]:
+    """The row of each candidate in the class table from now on (-1: in none), that table, and what is new in it."""
+    old, M, N = state.classes, state.settings.M, state.settings.N
+    code = _cell_code(*(cell_index(candidates[axis].to_numpy(), M) for axis in ("east", "north")))
+    codes, of_candidate = np.unique(code, return_inverse=True)
+    images = np.bincount(of_candidate, weights=crops, minlength=len(codes))
+    is_new = (images >= state.settings.min_images) & ~np.isin(
+        codes, _cell_code(old.cell_east // M, old.cell_north // M)
+    )
+    east_index, north_index = codes[is_new] >> 32, (codes[is_new] & 0xFFFFFFFF) - (1 << 31)
+    group = group_of(east_index, north_index, N)
+    by_group = np.argsort(group, kind="stable")
+    group = group[by_group]
+    rank = np.arange(len(group)) - np.searchsorted(group, group)
+    added = ClassTable(
+        M,
+        N,
+        old.zone,
+        group.astype(np.int32),
+        (np.array([old.count(g) for g in group.tolist()], np.int64) + rank).astype(np.int32),
+        east_index[by_group] * M,
+        north_index[by_group] * M,
+        np.zeros(len(group), np.int64),
+    )
+    names = ("group", "label", "cell_east", "cell_north", "images")
+    columns = {name: np.concatenate([getattr(old, name), getattr(added, name)]) for name in names}
+    order = np.lexsort((columns["label"], columns["group"]))
+    classes = ClassTable(M, N, old.zone, **{name: values[order] for name, values in columns.items()})
+    class_codes = _cell_code(classes.cell_east // M, classes.cell_north // M)
+    sorted_rows = np.argsort(class_codes)
+    at = sorted_rows[np.minimum(np.searchsorted(class_codes[sorted_rows], codes), len(classes) - 1)]
+    row_of_cell = np.where(class_codes[at] == codes, at, -1)
+    return row_of_cell[of_candidate], classes, added
+
+
+def _cell_code(east_index: np.ndarray, north_index: np.ndarray) -> np.ndarray:
+    """One number for each cell, in order of (east, north)."""
+    return (east_index << 32) + north_index + (1 << 31)
+
+
+def _samples(candidates: pa.Table, row: np.ndarray, classes: ClassTable, crops: np.ndarray) -> pa.Table:
+    """Candidates that are in a class, panoramas crop by crop, with the columns `PLANNED`."""
+    photos = np.flatnonzero(row >= 0)
+    times = crops[photos]
+    repeated = np.repeat(photos, times)
+    table = candidates.take(pa.array(repeated))
+    if (times > 1).any():
+        names = table["source"].to_pylist()
+        each = (turns(count) if count > 1 else [""] for count in times.tolist())
+        ends = (turn for crop_turns in each for turn in crop_turns)
+        table = table.set_column(
+            0,
+            SKIPPED_COLUMNS.field("source"),
+            pa.array([f"{n}#{t}" if t else n for n, t in zip(names, ends, strict=True)]),
+        )
+    of_class = row[repeated]
+    columns = {name: table[name] for name in SKIPPED_COLUMNS.names}
+    columns |= {"group": classes.group[of_class], "label": classes.label[of_class]}
+    columns["number"] = np.zeros(len(repeated), np.int32)
+    return pa.table({name: columns[name] for name in PLANNED.names}, PLANNED)
+
+
+def _crops(samples: pa.ChunkedArray, sources: list[Source]) -> np.ndarray:
+    """Into how many samples each photo is cut, int64 [n]."""
+    crops = [max(source.crops, 1) for source in sources]
+    if len(set(crops)) == 1:
+        return np.full(len(samples), crops[0], np.int64)
+    return np.array([crops[split_sample(sample)[0]] for sample in samples.to_pylist()], np.int64)
+
+
+def _known(out: Path, sources: list[Source], source: Source) -> np.ndarray:
+    """Hashes of what the data set knows of the photos that `source` may hold: samples, skipped and quarantined ones."""
+    quarantined = pa.array([b.source for b in read_bad(out / QUARANTINE) if b.sample], pa.string())
+    tables = [pa.chunked_array([quarantined]), pq.read_table(out / "skipped.parquet", columns=["source"])["source"]]
+    hashes = [_identities(names, sources, source) for names in tables]
+    for table in shard_tables(out):
+        hashes.append(_identities(pq.read_table(table, columns=["source"])["source"], sources, source))
+    return np.concatenate(hashes)
+
+
+def _identities(samples: pa.ChunkedArray, sources: list[Source], source: Source) -> np.ndarray:
+    """`hash_identities` of samples' photos: of all, or of those below the same root where a list names the photos."""
+    if any(s.crops for s in sources):
+        samples = pc.replace_substring_regex(samples, r"#\d+(\.\d+)?$", "")
+    if not source.is_list:
+        return hash_names(_large(samples))
+    parts = [np.empty(0, np.uint64)]
+    for number, other in enumerate(sources):
+        if other.is_list and other.root == source.root:
+            start = prefix(number)
+            own = samples.filter(pc.starts_with(samples, start) if start else pc.invert(pc.starts_with(samples, "//")))
+            paths = _large(pc.utf8_slice_codeunits(own, len(start)))
+            parts.append(hash_names(pc.replace_substring(paths, "/", "\\")))
+    return np.concatenate(parts)
+
+
+def _large(texts: pa.ChunkedArray) -> pa.Array:
+    chunks = texts.cast(pa.large_string()).chunks
+    return pa.concat_arrays(chunks) if chunks else pa.array([], pa.large_string())

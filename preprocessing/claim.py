@@ -1,0 +1,97 @@
+"""Who an output folder belongs to: the plan that began it, and which of several machines is at work on the plan."""
+
+import errno
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from preprocessing.plan import Plan, Settings
+from preprocessing.resize import codec_name
+from preprocessing.sources import Source
+from shards.console import JobError
+from shards.files import atomic_write_json
+from shards.layout import MANIFEST, PLAN, PROVENANCE
+from shards.provenance import provenance
+
+LISTING = "listing.parquet"
+_LOCK = ".lock"
+_PLACES = ("source", "root")
+
+
+def check_output(source: Source, out: Path) -> None:
+    """Raise `JobError` where `out` is no folder for a data set."""
+    if out.exists() and not out.is_dir():
+        raise JobError(f"{out}: is a file; --out takes a folder")
+    source.check(out)
+    ours = any((out / name).exists() for name in (MANIFEST, PLAN, LISTING, _LOCK))
+    if out.is_dir() and not ours and any(out.iterdir()):
+        raise JobError(f"{out}: not empty and not a data set; choose an empty or new folder")
+
+
+def claim(out: Path, source: Source, plan: Plan) -> None:
+    """Mark `out` as this plan's; raises `JobError` where it holds another data set."""
+    facts = {"fingerprint": plan.fingerprint, "codec": codec_name(), **asdict(plan.settings)}
+    absolute = source.resolved()
+    facts |= {"source": absolute.place, "root": absolute.root if source.is_list else None}
+    before = _read(out)
+    if before is None:
+        atomic_write_json(out / PLAN, facts)
+        atomic_write_json(out / PROVENANCE, provenance())
+        return
+    differing = [
+        f"{k} was {before.get(k)}, is {v}" for k, v in facts.items() if before.get(k) != v and k not in _PLACES
+    ]
+    if before.get("fingerprint") != plan.fingerprint:
+        differing = [d for d in differing if not d.startswith("fingerprint")] or ["the list of photos changed"]
+        raise JobError(
+            f"{out}: holds another data set ({'; '.join(differing)}); choose another --out or delete that folder"
+        )
+    if any(before.get(name) != facts[name] for name in _PLACES):
+        atomic_write_json(out / PLAN, facts)
+
+
+def claimed(out: Path) -> tuple[Source, Settings, str]:
+    """The first source, the settings and the fingerprint of the data set in `out`; raises `JobError`."""
+    facts = _read(out)
+    try:
+        if facts is None:
+            raise KeyError("no such file")
+        settings = Settings(**{name: facts[name] for name in Settings.__dataclass_fields__})
+        return Source.of(facts["source"], facts["root"], settings.crops), settings, facts["fingerprint"]
+    except KeyError as error:
+        raise JobError(f"{out / PLAN}: {error.args[0]!r} is missing; name the photos with --source once more") from None
+
+
+def _read(out: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((out / PLAN).read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise JobError(f"{out / PLAN}: damaged ({error}); run shards/verify.py --repair") from None
+
+
+@contextmanager
+def one_at_a_time(out: Path) -> Iterator[None]:
+    """Of several machines at work on `out`, let one after the other into the block.
+
+    The kernel frees the lock when its holder dies. On a file system without locks all enter at once: they then list
+    the same photos and write the same files, which costs time and does no harm.
+    """
+    with open(out / _LOCK, "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                print("waiting for another task that lists the photos", flush=True)
+                fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def unlock(out: Path) -> None:
+    """Take the lock's file away, when no machine is at work on `out` any more."""
+    (out / _LOCK).unlink(missing_ok=True)

@@ -1,0 +1,123 @@
+"""Brings the photos of a source into one plane: UTM metres of one zone, from names or from a list."""
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import utm
+
+from preprocessing.photos import Bad, Listing, Places
+from shards.console import printable
+from shards.names import BadName, hash_names, parse_name, parse_utm
+
+
+def locate(listing: Listing, zone: int) -> tuple[Places, int, np.ndarray, list[Bad]]:
+    """Where the photos of a listing are: places in the plane of one zone, that zone, `hash_identities`, and the photos
+    that were set aside (their easting becomes NaN).
+
+    `zone`: the zone to use; 0 means the one that most photos are in. The zone is 0 where nothing tells it.
+    """
+    if listing.places is not None:
+        places = replace(listing.places, east=listing.places.east.copy(), north=listing.places.north.copy())
+        bad = []
+    else:
+        places = Places(*parse_utm(listing.paths))
+        bad = _without_coordinates(listing.paths, places.east)
+    zone = zone or _common_zone(places.zones, places.east)
+    bad += _unify_zones(listing.paths, places, zone)
+    names = hash_identities(listing)
+    bad += _duplicates(listing, places.east, names)
+    return places, zone, names, bad
+
+
+def hash_identities(listing: Listing) -> np.ndarray:
+    """A hash of what makes a photo one and the same, uint64 [n]: its base name, or its path where a list names it."""
+    return hash_names(listing.paths if listing.places is None else pc.replace_substring(listing.paths, "/", "\\"))
+
+
+def zone_of(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
+    """The UTM zone of every point in degrees, int8 [n], with the wide zones of Norway and Svalbard."""
+    zone = (np.floor((longitude + 180) / 6) % 60 + 1).astype(np.int8)
+    zone[(latitude >= 56) & (latitude < 64) & (longitude >= 3) & (longitude < 12)] = 32
+    svalbard = (latitude >= 72) & (longitude >= 0) & (longitude < 42)
+    zone[svalbard] = np.array([31, 33, 35, 37])[np.searchsorted([9, 21, 33], longitude[svalbard], side="right")]
+    return zone
+
+
+def _common_zone(zones: np.ndarray, east: np.ndarray) -> int:
+    counts = np.bincount(zones, minlength=61)
+    if np.count_nonzero(counts[1:]) > 1:
+        counts = np.bincount(zones[np.isfinite(east)], minlength=61)
+    return int(np.argmax(counts[1:]) + 1) if counts[1:].any() else 0
+
+
+def _without_coordinates(paths: pa.Array, east: np.ndarray) -> list[Bad]:
+    bad = []
+    for row in np.flatnonzero(np.isnan(east)):
+        path = paths[row].as_py()
+        try:
+            parse_name(path)
+        except BadName as error:
+            bad.append(Bad(path, "no coordinates", str(error)))
+    return bad
+
+
+def _unify_zones(paths: pa.Array, places: Places, zone: int) -> list[Bad]:
+    """Carry photos of the neighbouring zones into `zone`'s plane, in place; set those of farther zones aside."""
+    bad: list[Bad] = []
+    east, north = places.east, places.north
+    others = (places.zones != 0) & (places.zones != zone)
+    if not others.any():
+        return bad
+    others &= np.isfinite(east)
+    for other in np.unique(places.zones[others]).tolist():
+        rows = np.flatnonzero(others & (places.zones == other))
+        if abs(other - zone) in (1, 59):
+            if places.southern is not None:
+                southern = places.southern[rows]
+            else:
+                southern = np.array([parse_name(paths[row].as_py()).band < "N" for row in rows])
+            for half, is_northern in ((rows[southern], False), (rows[~southern], True)):
+                if len(half):
+                    latitude, longitude = utm.to_latlon(
+                        east[half], north[half], other, northern=is_northern, strict=False
+                    )
+                    east[half], north[half], _, _ = utm.from_latlon(
+                        latitude, longitude, force_zone_number=zone, force_northern=is_northern
+                    )
+        else:
+            east[rows] = north[rows] = np.nan
+            detail = f"UTM zone {other} where most photos are in zone {zone}"
+            bad += [Bad(paths[row].as_py(), "zone mismatch", detail) for row in rows]
+    return bad
+
+
+def _duplicates(listing: Listing, east: np.ndarray, names: np.ndarray) -> list[Bad]:
+    """Set aside all but the first of the photos that are one and the same, in place in `east`."""
+    hashes = np.sort(names)
+    repeated = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    del hashes
+    if not len(repeated):
+        return []
+    bad = []
+    first: dict[str, str] = {}
+    for row in _rows_of(names, repeated):
+        path = listing.paths[row].as_py()
+        name = path.rpartition("/")[2] if listing.places is None else path
+        if name in first and np.isfinite(east[row]):
+            east[row] = np.nan
+            bad.append(Bad(path, "duplicate name", f"the same name as {printable(first[name])}"))
+        first.setdefault(name, path)
+    return bad
+
+
+def _rows_of(names: np.ndarray, sought: np.ndarray) -> np.ndarray:
+    """Where `names` holds one of `sought` (sorted); `np.isin` would sort all names once more, with twice the memory."""
+    step = 1 << 20
+    rows = []
+    for first in range(0, len(names), step):
+        part = names[first : first + step]
+        at = np.minimum(np.searchsorted(sought, part), len(sought) - 1)
+        rows.append(first + np.flatnonzero(sought[at] == part))
+    return np.concatenate(rows)

@@ -1,0 +1,154 @@
+"""Finishes a data set whose shards are all there: class table, skipped and bad photos, index, manifest."""
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocessing.claim import claimed
+from preprocessing.photos import Bad
+from preprocessing.plan import Plan, Settings, when_and_whither
+from preprocessing.resize import codec_name
+from preprocessing.revisions import SKIPPED_COLUMNS, Revision, read_bad, revisions, write_bad, write_table
+from preprocessing.shard_task import ShardResult
+from shards.checksums import seal
+from shards.classes import ClassTable
+from shards.dataset import Manifest
+from shards.index import build_index
+from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST, QUARANTINE, SKIPPED, group_name, shard_tables
+from shards.writer import shard_facts
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a build did: the manifest, photos set aside by reason, bytes read, and the time it took in seconds."""
+
+    manifest: Manifest
+    classes_per_group: dict[int, int]
+    images_per_group: dict[int, int]
+    reasons: Counter[str]
+    other_files: int
+    source_bytes: int
+    jpeg_bytes: int
+    seconds: float
+    shards_before: int
+
+
+@dataclass(frozen=True)
+class State:
+    """What a data set's tables follow from, besides its shards: classes, skipped photos (`SKIPPED_COLUMNS`), photos
+    that were set aside by their names, and what has changed since the first build."""
+
+    settings: Settings
+    fingerprint: str
+    classes: ClassTable
+    skipped: pa.Table
+    bad: list[Bad]
+    revisions: list[Revision]
+
+    @staticmethod
+    def of_plan(plan: Plan) -> "State":
+        """The state after the first build."""
+        headings, timestamps = when_and_whither(plan.places, plan.skipped)
+        columns = {
+            "source": plan.paths.take(pa.array(plan.skipped)).cast(pa.string()),
+            "east": plan.places.east[plan.skipped],
+            "north": plan.places.north[plan.skipped],
+            "heading": headings,
+            "timestamp": timestamps,
+        }
+        skipped = pa.table(columns, SKIPPED_COLUMNS)
+        return State(plan.settings, plan.fingerprint, plan.classes, skipped, plan.bad, [])
+
+    @staticmethod
+    def of_dataset(out: Path) -> "State":
+        """The state of a finished data set, or of one whose last revision was interrupted."""
+        _, settings, fingerprint = claimed(out)
+        Manifest.load(out / MANIFEST)
+        by_name = [b for b in read_bad(out / QUARANTINE) if b.sample is None]
+        skipped = pq.read_table(out / SKIPPED)
+        state = State(settings, fingerprint, ClassTable.load(out / CLASSES), skipped, by_name, [])
+        return state.after(revisions(out))
+
+    def after(self, revisions: list[Revision]) -> "State":
+        """The state after the last of `revisions`, all there are."""
+        if not revisions:
+            return self
+        last = revisions[-1]
+        return replace(self, classes=last.classes, skipped=last.skipped, bad=last.bad, revisions=revisions)
+
+
+def finish(
+    out: Path, state: State, *, other_files: int = 0, shards_before: int = 0, start: float | None = None
+) -> Summary:
+    """Write the tables, the index and, last of all, the manifest.
+
+    `start`: when the job began, by `time.monotonic`; it and the other numbers are for the summary alone.
+    """
+    classes, results = _count(out, state.classes)
+    classes.save(out / CLASSES)
+    write_table(state.skipped, out / SKIPPED)
+    bad = state.bad + _bad_photos(results, state.revisions)
+    write_bad(bad, out / QUARANTINE)
+    build_index(out, classes.groups)
+    known = Manifest.__dataclass_fields__
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        revision=1 + len(state.revisions),
+        **{name: value for name, value in asdict(state.settings).items() if name in known},
+        codec=codec_name(),
+        utm_zone=classes.zone,
+        groups=len(classes.groups),
+        classes=len(classes),
+        shards=len(results),
+        images=sum(r.images for r in results),
+        skipped=len(state.skipped),
+        quarantined=len(bad),
+        bytes=sum(r.tar_bytes for r in results),
+        fingerprint=state.fingerprint,
+    )
+    seal(out, manifest)
+    manifest.save(out / MANIFEST)
+    return Summary(
+        manifest,
+        {g: classes.count(g) for g in classes.groups},
+        {g: sum(r.images for r in results if r.group == g) for g in classes.groups},
+        Counter(b.reason for b in bad),
+        other_files,
+        sum(r.source_bytes for r in results),
+        sum(r.jpeg_bytes for r in results),
+        time.monotonic() - start if start else 0.0,
+        shards_before,
+    )
+
+
+def _count(out: Path, classes: ClassTable) -> tuple[ClassTable, list[ShardResult]]:
+    """The class table with the images that its shards hold, and what each shard holds."""
+    images = np.zeros(len(classes), np.int64)
+    results = []
+    for table in shard_tables(out):
+        result = ShardResult.from_facts(shard_facts(table))
+        results.append(result)
+        first = int(np.searchsorted(classes.group, result.group))
+        count = classes.count(result.group)
+        labels = pq.read_table(table, columns=["label"])["label"].to_numpy()
+        images[first : first + count] += np.bincount(labels, minlength=count)
+        assert table.parent.name == group_name(result.group)
+    return replace(classes, images=images), results
+
+
+def _bad_photos(results: list[ShardResult], revisions: list[Revision]) -> list[Bad]:
+    """What shards set aside, less the samples that a later revision got."""
+    bad = {b.source: b for result in results for b in result.bad}
+    of_shard = {(r.group, r.number): {b.source for b in r.bad} for r in results}
+    for revision in revisions:
+        if revision.source is None:
+            still_bad = set().union(*(of_shard[t.group, t.number] for t in revision.tasks()))
+            for source in revision.samples["source"].to_pylist():
+                if source not in still_bad:
+                    bad.pop(source, None)
+    return list(bad.values())

@@ -1,0 +1,163 @@
+"""Photos named by a list, CSV or Parquet: a path and a place in each row.
+
+Columns: `path`, and either `east`, `north` (UTM metres; `zone` as 10 or 10S where it is known) or `latitude`,
+`longitude` (degrees, WGS84); `heading` (degrees clockwise from north) and `timestamp` where there are any.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+import utm
+
+from preprocessing.coordinates import zone_of
+from preprocessing.photos import Bad, Listing, PathColumn, Places
+from shards.console import JobError, describe_os_error, printable
+
+LIST_EXTENSIONS = (".csv", ".parquet")
+_COLUMNS = ("path", "east", "north", "zone", "latitude", "longitude", "heading", "timestamp")
+_NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
+_ZONE = r"^\s*(?P<number>[1-9]|0[1-9]|[1-5]\d|60)\s*(?P<band>[C-HJ-NP-Xc-hj-np-x]?)\s*$"
+_LARGEST_METRES = 1e8
+
+
+def read_list(file: Path, root: Path | str, zone: int) -> Listing:
+    """The photos in a list; their paths are relative to `root` (a folder or URL), or absolute.
+
+    `zone`: the UTM zone that latitudes and longitudes are converted to; 0 means the one that most of them are in.
+    Rows without usable values are set aside with the reason. Raises `JobError` where the list cannot be read.
+    """
+    table = _read(file)
+    paths = _paths(table)
+    empty = np.asarray(pc.equal(pc.binary_length(paths), 0))
+    places, unusable = (_from_metres if "east" in table.column_names else _from_degrees)(table, zone)
+    bad = []
+    for reason, rows in (("no path", empty), *((reason, rows & ~empty) for reason, rows in unusable)):
+        for row in np.flatnonzero(rows):
+            values = ", ".join(f"{name}={table[name][row].as_py()}" for name in table.column_names if name != "path")
+            bad.append(Bad(printable(paths[row].as_py()) or f"row {row + 1}", reason, printable(values)))
+    places.heading = _numbers(table, "heading").astype(np.float32)
+    places.timestamp = _text(table, "timestamp")
+    good = ~empty & np.isfinite(places.east)
+    if not good.all():
+        rows = pa.array(np.flatnonzero(good))
+        paths, places.timestamp = paths.take(rows), places.timestamp.take(rows)
+        for name in ("east", "north", "zones", "southern", "heading"):
+            setattr(places, name, getattr(places, name)[good])
+    return Listing(root, paths, bad, places=places)
+
+
+def _read(file: Path) -> pa.Table:
+    try:
+        if file.suffix.lower() == ".parquet":
+            names = pq.read_schema(file).names
+            wanted = {n: n.strip().lower() for n in names if n.strip().lower() in _COLUMNS}
+            table = pq.read_table(file, columns=list(wanted))
+        else:
+            with csv.open_csv(file) as reader:
+                names = reader.schema.names
+            wanted = {n: n.strip().lower() for n in names if n.strip().lower() in _COLUMNS}
+            table = csv.read_csv(
+                file,
+                parse_options=csv.ParseOptions(newlines_in_values=True),
+                convert_options=csv.ConvertOptions(
+                    include_columns=list(wanted),
+                    column_types=dict.fromkeys(wanted, pa.string()),
+                    strings_can_be_null=False,
+                ),
+            )
+    except OSError as error:
+        raise JobError(f"cannot read the list: {describe_os_error(error)}") from None
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        raise JobError(f"{file}: not a list of photos ({' '.join(str(error).split())})") from None
+    table = table.rename_columns(list(wanted.values()))
+    found = set(table.column_names)
+    if "path" not in found or not ({"east", "north"} <= found or {"latitude", "longitude"} <= found):
+        raise JobError(
+            f"{file}: has the columns {', '.join(map(printable, names))}; it needs path and either east, north or "
+            "latitude, longitude"
+        )
+    return table
+
+
+def _paths(table: pa.Table) -> pa.Array:
+    """The paths as one array, each with at most one leading slash (two mark a photo of a later source)."""
+    column = PathColumn()
+    for chunk in table["path"].chunks:
+        text = pc.fill_null(chunk.cast(pa.large_string()), "")
+        column.add(pc.replace_substring_regex(text, r"^\s+$|^/+(/)", r"\1"))
+    return column.array()
+
+
+def _from_metres(table: pa.Table, zone: int) -> tuple[Places, list[tuple[str, np.ndarray]]]:
+    east, north = _numbers(table, "east"), _numbers(table, "north")
+    missing = ~(np.isfinite(east) & np.isfinite(north))
+    outside = ~missing & ((abs(east) > _LARGEST_METRES) | (abs(north) > _LARGEST_METRES))
+    zones, southern = np.full(len(table), zone, np.int8), np.zeros(len(table), bool)
+    if "zone" in table.column_names:
+        text = _text(table, "zone")
+        parts = pc.extract_regex(text, _ZONE)
+        known = np.asarray(pc.is_valid(parts))
+        numbers = pc.fill_null(pc.struct_field(parts, "number").cast(pa.int8()), 0)
+        zones = np.where(known, np.asarray(numbers), 0).astype(np.int8)
+        band = pc.fill_null(pc.utf8_upper(pc.struct_field(parts, "band")), "")
+        southern = np.asarray(pc.and_(pc.greater(pc.binary_length(band), 0), pc.less(band, "N")))
+        unknown = (
+            ~known & np.asarray(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(text)), 0)) & ~missing & ~outside
+        )
+    else:
+        unknown = np.zeros(len(table), bool)
+    east[outside | unknown | missing] = np.nan
+    reasons = [("no coordinates", missing), ("coordinates out of range", outside), ("no UTM zone", unknown)]
+    return Places(east, north, zones, southern), reasons
+
+
+def _from_degrees(table: pa.Table, zone: int) -> tuple[Places, list[tuple[str, np.ndarray]]]:
+    """One zone and one hemisphere's plane for all, so that no border of zones runs through a city."""
+    latitude, longitude = _numbers(table, "latitude"), _numbers(table, "longitude")
+    missing = ~(np.isfinite(latitude) & np.isfinite(longitude))
+    inside = (latitude >= -80) & (latitude <= 84) & (longitude >= -180) & (longitude <= 180)
+    good = ~missing & inside
+    east, north = np.full((2, len(table)), np.nan)
+    zones = np.zeros(len(table), np.int8)
+    far = np.zeros(len(table), bool)
+    if good.any():
+        own = zone_of(latitude[good], longitude[good])
+        zone = zone or int(np.argmax(np.bincount(own)))
+        apart = abs(own.astype(int) - zone)
+        far[good] = np.minimum(apart, 60 - apart) > 1
+        good &= ~far
+        if good.any():
+            east[good], north[good], _, _ = utm.from_latlon(
+                latitude[good],
+                longitude[good],
+                force_zone_number=zone,
+                force_northern=bool(np.median(latitude[good]) >= 0),
+            )
+            zones[good] = zone
+    reasons = [("no coordinates", missing), ("coordinates out of range", ~missing & ~inside), ("zone mismatch", far)]
+    return Places(east, north, zones, latitude < 0), reasons
+
+
+def _text(table: pa.Table, name: str) -> pa.Array:
+    """A column as strings; empty where a field or the column is missing."""
+    if name not in table.column_names:
+        return pa.array([""] * len(table), pa.string())
+    return _whole(pc.fill_null(table[name].cast(pa.string()), ""))
+
+
+def _numbers(table: pa.Table, name: str) -> np.ndarray:
+    """A column as float64 [n]; NaN where a field is no number or the column is missing."""
+    if name not in table.column_names:
+        return np.full(len(table), np.nan)
+    column = table[name]
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        column = pc.if_else(pc.match_substring_regex(column, _NUMBER), pc.utf8_trim_whitespace(column), None)
+    return np.array(_whole(pc.fill_null(column.cast(pa.float64()), np.nan)))
+
+
+def _whole(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)

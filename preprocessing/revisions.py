@@ -1,0 +1,144 @@
+"""Revisions of a finished data set: photos that `--add` brought or `--retry-quarantined` got back, as new shards.
+
+revisions/NNNNNN.parquet           planned samples: shard, label, place and source of each; it says "begun"
+revisions/NNNNNN-classes.parquet   the class table from then on
+revisions/NNNNNN-skipped.parquet   photos of cells with too few photos from then on
+revisions/NNNNNN-bad.jsonl         photos that were set aside by their names, all until then
+
+The first build is revision 1 and has no such files. New shards are written in a folder of their own and moved into
+the data set when all of them are done, so readers never see half of a revision.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from preprocessing.photos import Bad
+from preprocessing.plan import ShardTask
+from preprocessing.sources import Source
+from shards.classes import ClassTable
+from shards.files import atomic_path, atomic_write_text
+from shards.layout import SHARD_SAMPLES, shard_stem
+
+FOLDER = "revisions"
+_STAGE = ".revision"
+
+PLANNED = pa.schema(
+    [
+        ("group", pa.int32()),
+        ("number", pa.int32()),
+        ("label", pa.int32()),
+        ("east", pa.float64()),
+        ("north", pa.float64()),
+        ("heading", pa.float32()),
+        ("timestamp", pa.string()),
+        ("source", pa.string()),
+    ]
+)
+SKIPPED_COLUMNS = pa.schema([PLANNED.field(name) for name in ("source", "east", "north", "heading", "timestamp")])
+
+
+@dataclass(frozen=True)
+class Revision:
+    """What a revision brings: `samples` (columns `PLANNED`, in order of shard), of which source (None: those of the
+    revisions before), and classes, skipped photos and bad names from then on. `photos`: how many were looked at."""
+
+    number: int
+    source: Source | None
+    samples: pa.Table
+    classes: ClassTable
+    skipped: pa.Table
+    bad: list[Bad]
+    photos: int
+
+    def save(self, out: Path) -> None:
+        """Begin the revision: from here on it is finished before anything else is done with the data set."""
+        stem = _stem(out, self.number)
+        stem.parent.mkdir(exist_ok=True)
+        self.classes.save(f"{stem}-classes.parquet")
+        write_table(self.skipped, Path(f"{stem}-skipped.parquet"))
+        write_bad(self.bad, Path(f"{stem}-bad.jsonl"))
+        facts = {"photos": self.photos, "source": asdict(self.source) if self.source else None}
+        write_table(self.samples.replace_schema_metadata({"revision": json.dumps(facts)}), Path(f"{stem}.parquet"))
+
+    @staticmethod
+    def load(out: Path, number: int) -> "Revision":
+        """Read a revision that `save` wrote."""
+        stem = _stem(out, number)
+        samples = pq.read_table(f"{stem}.parquet")
+        facts = json.loads(samples.schema.metadata[b"revision"])
+        return Revision(
+            number,
+            Source(**facts["source"]) if facts["source"] else None,
+            samples,
+            ClassTable.load(f"{stem}-classes.parquet"),
+            pq.read_table(f"{stem}-skipped.parquet"),
+            read_bad(Path(f"{stem}-bad.jsonl")),
+            facts["photos"],
+        )
+
+    def shards(self) -> list[tuple[int, int]]:
+        """Group and number of every new shard, in order."""
+        pairs = zip(*(self.samples[name].to_pylist() for name in ("group", "number")), strict=True)
+        return list(dict.fromkeys(pairs))
+
+    def tasks(self) -> Iterator[ShardTask]:
+        """The new shards, in order of group and number."""
+        names = ("source", "label", "east", "north", "heading", "timestamp")
+        group_of, number_of = self.samples["group"].to_numpy(), self.samples["number"].to_numpy()
+        for group, number in self.shards():
+            rows = np.flatnonzero((group_of == group) & (number_of == number))
+            columns = self.samples.take(pa.array(rows)).to_pydict()
+            yield ShardTask(group, number, number * SHARD_SAMPLES, *(columns[name] for name in names))
+
+
+def revisions(out: Path) -> list[Revision]:
+    """The revisions that a data set has begun or finished, oldest first."""
+    numbers = sorted(int(path.stem) for path in (out / FOLDER).glob("[0-9]*.parquet") if path.stem.isdigit())
+    return [Revision.load(out, number) for number in numbers]
+
+
+def stage(out: Path) -> Path:
+    """The folder in which the shards of an unfinished revision are gathered."""
+    return out / _STAGE
+
+
+def publish(out: Path, shards: Iterable[tuple[int, int]]) -> None:
+    """Move staged shards into the data set, each with its table last; what was moved before stays."""
+    for group, number in shards:
+        stem = shard_stem(group, number)
+        (out / stem).parent.mkdir(parents=True, exist_ok=True)
+        if (stage(out) / f"{stem}.parquet").exists():
+            for kind in ("tar", "idx", "parquet"):
+                if (stage(out) / f"{stem}.{kind}").exists():
+                    os.replace(stage(out) / f"{stem}.{kind}", out / f"{stem}.{kind}")
+    shutil.rmtree(stage(out), ignore_errors=True)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a Parquet file, whole or not at all."""
+    with atomic_path(path) as partial:
+        pq.write_table(table, partial)
+
+
+def write_bad(bad: list[Bad], path: Path) -> None:
+    """Write photos that were set aside, a line of JSON each, whole or not at all."""
+    atomic_write_text(path, "".join(json.dumps(b.facts(), ensure_ascii=True) + "\n" for b in bad))
+
+
+def read_bad(path: Path) -> list[Bad]:
+    """Read photos that `write_bad` wrote."""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+    return [Bad(**facts) for facts in lines]
+
+
+def _stem(out: Path, number: int) -> Path:
+    return out / FOLDER / f"{number:06d}"

@@ -1,0 +1,83 @@
+"""Makes the small JPEGs of a shard's samples: of photos as they are, or of crops cut out of panoramas."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from preprocessing.resize import BadPhoto, Resizer
+from preprocessing.sources import Source, split_sample
+
+
+class SampleMaker:
+    """Makes the samples of one shard. A panorama is read and decoded once for all of its crops in `wanted`, the
+    shard's samples: the crops wait here as small JPEGs, at most those of one shard."""
+
+    def __init__(self, sources: Sequence[Source], resizer: Resizer, wanted: Sequence[str]) -> None:
+        self._sources = sources
+        self._resizer = resizer
+        self._waiting: dict[str, bytes | BadPhoto] = {}
+        self._crops: dict[str, list[str]] = defaultdict(list)
+        if any(source.crops for source in sources):
+            for sample in wanted:
+                if self.turn(sample) is not None:
+                    self._crops[sample.rpartition("#")[0]].append(sample)
+
+    def turn(self, sample: str) -> float | None:
+        """By how many degrees a crop is turned from its panorama's middle; None of a whole photo."""
+        number, rest = split_sample(sample)
+        return float(rest.rpartition("#")[2]) if self._sources[number].crops else None
+
+    def photo(self, sample: str) -> str:
+        """The path of a sample's photo below its source's root."""
+        number, rest = split_sample(sample)
+        return rest.rpartition("#")[0] if self._sources[number].crops else rest
+
+    def read(self, sample: str) -> bytes:
+        """The bytes of a sample's photo; none where they were read before. Raises `BadPhoto`, `JobError`."""
+        if sample in self._waiting:
+            return b""
+        try:
+            return self._sources[split_sample(sample)[0]].read(self.photo(sample))
+        except BadPhoto as bad:
+            for other in self._crops.get(sample.rpartition("#")[0], ()):
+                self._waiting[other] = bad
+            raise
+
+    def small(self, sample: str, data: bytes) -> bytes:
+        """The sample's small JPEG, of the `data` that `read` gave; raises `BadPhoto`."""
+        if sample not in self._waiting:
+            panorama = sample.rpartition("#")[0]
+            if panorama not in self._crops or self.turn(sample) is None:
+                return self._resizer(data)
+            self._cut(self._crops[panorama], data)
+        made = self._waiting[sample]
+        if isinstance(made, BadPhoto):
+            raise made
+        del self._waiting[sample]
+        return made
+
+    def _cut(self, samples: list[str], data: bytes) -> None:
+        try:
+            strip = self._resizer.decode(data)
+            for sample in samples:
+                crop = cut_crop(strip, float(sample.rpartition("#")[2]))
+                self._waiting[sample] = self._resizer.encode(self._resizer.resize(crop))
+        except BadPhoto as bad:
+            for sample in samples:
+                self._waiting[sample] = bad
+
+
+def cut_crop(strip: np.ndarray, turn: float) -> np.ndarray:
+    """The square crop (uint8 [h, h, c]) of a panorama (uint8 [h, w, c], 360 degrees wide) that is centred `turn`
+    degrees to the right of its middle, as SF-XL's are cut: columns of the strip, without reprojection.
+
+    Raises `BadPhoto` where the strip is not at least twice as wide as high.
+    """
+    height, width = strip.shape[:2]
+    if width < 2 * height:
+        raise BadPhoto("not a panorama", f"{width} x {height} pixels")
+    left = round(width / 2 + turn * width / 360 - height / 2) % width
+    if left + height <= width:
+        return np.ascontiguousarray(strip[:, left : left + height])
+    return np.concatenate([strip[:, left:], strip[:, : left + height - width]], axis=1)

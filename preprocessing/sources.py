@@ -1,0 +1,133 @@
+"""Folders that photos are read from, and the names that samples have in the tables.
+
+A sample's `source` is the photo's path below the root of the data set's first source; `//K/path` is a photo of source
+K, which `--add` brought. Of a panorama, `path#90` is the crop that looks 90 degrees to the right of its middle.
+"""
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from preprocessing.photo_list import LIST_EXTENSIONS, read_list
+from preprocessing.photos import Listing, list_photos
+from preprocessing.remote import is_url, list_remote, read_remote
+from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
+from shards.console import JobError, describe_os_error
+
+_BAD_SECTOR_ERRORS = (errno.EACCES, errno.EIO, errno.ELOOP, errno.EPERM, errno.ENAMETOOLONG, errno.EUCLEAN)
+_OF_LATER_SOURCE = re.compile(r"//(\d+)/(.*)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Photos to take: `place` is a folder (a path, or a URL that fsspec knows), or a CSV or Parquet file whose paths
+    are relative to `root`. `crops`: into how many each panorama is cut; 0 where photos are taken whole."""
+
+    place: str
+    root: str
+    crops: int = 0
+
+    @staticmethod
+    def of(place: Path | str, root: Path | str | None = None, crops: int = 0) -> "Source":
+        """The source at `place`; paths in a list are relative to the list's folder where `root` is None."""
+        place = str(place)
+        if not _is_list(place):
+            root = place
+        elif root is None:
+            root = Path(place).parent
+        return Source(place, str(root), crops)
+
+    def resolved(self) -> "Source":
+        """The same source by absolute paths."""
+        place, root = (p if is_url(p) else str(Path(p).resolve()) for p in (self.place, self.root))
+        return Source(place, root, self.crops)
+
+    @property
+    def is_list(self) -> bool:
+        """Whether the photos are named by a CSV or Parquet file."""
+        return _is_list(self.place)
+
+    def check(self, out: Path) -> None:
+        """Raise `JobError` where the source is not there, or holds the folder `out` of the data set."""
+        if is_url(self.place):
+            return
+        place = Path(self.place)
+        if not place.exists():
+            raise JobError(f"{place}: no such folder of photos")
+        if not self.is_list and out.resolve().is_relative_to(place.resolve()):
+            raise JobError(f"{out}: lies inside the source {place}; choose another folder")
+
+    def photos(
+        self, cache: Path | None, zone: int, progress: Callable[[int], None], as_recorded: bool = False
+    ) -> Listing:
+        """List the photos; see `list_photos`, `list_remote` and `read_list`."""
+        if is_url(self.place):
+            return list_remote(self.place, cache, progress)
+        if not self.is_list:
+            return list_photos(Path(self.place), cache, progress, as_recorded=as_recorded)
+        listing = read_list(Path(self.place), self.root, zone)
+        progress(len(listing))
+        return listing
+
+    def read(self, photo: str) -> bytes:
+        """The bytes of a photo below the root; raises `BadPhoto`, or `JobError` where the whole source has vanished."""
+        if is_url(self.root):
+            return read_remote(self.root, photo)
+        root = Path(self.root)
+        return read_photo(root / photo, root if self.is_list else None)
+
+
+def _is_list(place: str) -> bool:
+    return not is_url(place) and place.lower().endswith(LIST_EXTENSIONS) and not os.path.isdir(place)
+
+
+def prefix(number: int) -> str:
+    """What the names of samples of source `number` begin with."""
+    return f"//{number}/" if number else ""
+
+
+def split_sample(sample: str) -> tuple[int, str]:
+    """The number of a sample's source, and the rest of its name."""
+    match = _OF_LATER_SOURCE.fullmatch(sample) if sample.startswith("//") else None
+    return (int(match[1]), match[2]) if match else (0, sample)
+
+
+def turns(crops: int) -> list[str]:
+    """By how many degrees each crop of a panorama is turned from its middle, as written in samples' names."""
+    return [f"{360 * i / crops:g}" for i in range(crops)]
+
+
+def read_photo(path: Path, folder: Path | None = None) -> bytes:
+    """A photo's bytes; raises `BadPhoto`, or `JobError` where the whole source has vanished: where the photo is not
+    there and neither is anything else in `folder` (by default the photo's own)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        with open(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadPhoto("not a regular file")
+            if status.st_size > MAX_FILE_BYTES:
+                raise BadPhoto("too large", f"a file of {status.st_size} bytes")
+            return file.read()
+    except ValueError:  # a NUL character in a list's path
+        raise BadPhoto("unreadable", "no possible name of a file") from None
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and _holds_files(folder or path.parent):
+            raise BadPhoto("missing", "listed, but gone when it was read") from None
+        if error.errno in _BAD_SECTOR_ERRORS:
+            raise BadPhoto("unreadable", error.strerror or str(error)) from None
+        raise JobError(
+            f"the source folder went away ({describe_os_error(error)}); bring it back and run the same command again"
+        ) from None
+
+
+def _holds_files(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entries)
+    except OSError:
+        return False

@@ -1,0 +1,84 @@
+"""What a person reads at the end of a build, of a trial run or of a change."""
+
+from pathlib import Path
+
+from preprocessing.addition import Gain
+from preprocessing.finishing import Summary
+from preprocessing.trial import Forecast
+from shards.console import format_bytes, format_count, format_duration
+
+_LISTED_CLASSES = 20
+
+
+def print_summary(summary: Summary, out: Path) -> None:
+    """What was built."""
+    made = summary.manifest
+    _print_groups(summary.classes_per_group, summary.images_per_group)
+    print(f"skipped     {format_count(made.skipped)} photos in cells with fewer than {made.min_images} photos")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.most_common())
+    print(f"set aside   {format_count(made.quarantined)} bad photos{f' ({reasons})' if reasons else ''}")
+    if summary.other_files:
+        print(f"ignored     {format_count(summary.other_files)} files that are no photos")
+    print(f"bytes       {format_bytes(summary.source_bytes)} of photos -> {format_bytes(made.bytes)} in {made.shards} "
+          f"shards ({summary.jpeg_bytes / max(made.images, 1):,.0f} bytes of JPEG a photo)")  # fmt: skip
+    fresh = "" if summary.shards_before == 0 else f" ({summary.shards_before} shards were done before)"
+    print(f"finished    {out} in {format_duration(summary.seconds)}{fresh}")
+
+
+def print_forecast(made: Forecast, out: Path) -> None:
+    """What a build would make."""
+    plan, trial = made.plan, made.trial
+    of_group = {g: plan.classes.of_group(g) for g in plan.classes.groups}
+    _print_groups({g: len(c) for g, c in of_group.items()}, {g: int(c.images.sum()) for g, c in of_group.items()})
+    print(f"skipped     {format_count(len(plan.skipped))} photos in cells with fewer than {plan.settings.min_images}")
+    print(f"set aside   {format_count(len(plan.bad))} photos by their names")
+    reasons = ", ".join(f"{count} {reason}" for reason, count in trial.bad.most_common()) or "none bad"
+    print(f"trial       {trial.tried} images ({reasons}), {trial.images_per_second:,.0f} a second with one worker")
+    print(f"reads       about {format_bytes(trial.source_bytes_per_image * len(plan.order))} of photos")
+    verdict = "enough" if made.bytes_free > made.bytes_needed else "NOT ENOUGH"
+    print(
+        f"disk        about {format_bytes(made.bytes_needed)} needed, {format_bytes(made.bytes_free)} free: {verdict}"
+    )
+    print(
+        f"time        about {format_duration(made.seconds)} with {made.workers} workers, where disk and network keep up"
+    )
+    print(f"dry run     nothing was written to {out} but the list of photos, which the build reuses")
+
+
+def print_recovery(done: tuple[Summary, int, int] | None, out: Path) -> None:
+    """What trying quarantined photos again brought."""
+    if done is None:
+        print(f"{out}: none of the quarantined photos can be used yet")
+        return
+    summary, recovered, tried = done
+    print_summary(summary, out)
+    print(f"recovered   {format_count(recovered)} of {format_count(tried)} photos that were tried again")
+
+
+def print_gain(done: tuple[Summary, Gain] | None, out: Path) -> None:
+    """What an addition brought, and which cells became classes."""
+    if done is None:
+        print(f"{out}: has all of these photos already")
+        return
+    summary, gain = done
+    print_summary(summary, out)
+    print(
+        f"added       {format_count(gain.images)} images to classes; {format_count(gain.new)} photos were new, "
+        f"{format_count(gain.known)} known before"
+    )
+    print(f"new classes {len(gain.classes)}")
+    rows = zip(
+        *(getattr(gain.classes, name).tolist() for name in ("group", "label", "cell_east", "cell_north")), strict=True
+    )
+    for group, label, east, north in list(rows)[:_LISTED_CLASSES]:
+        print(f"            group {group}, label {label}: the cell at {east} east, {north} north")
+    if len(gain.classes) > _LISTED_CLASSES:
+        print(f"            and {len(gain.classes) - _LISTED_CLASSES} more, the last labels in classes.parquet")
+
+
+def _print_groups(classes: dict[int, int], images: dict[int, int]) -> None:
+    print(f"\n{'group':>5}  {'classes':>9}  {'images':>12}  {'images a class':>14}")
+    rows = [(str(group), count, images[group]) for group, count in classes.items()]
+    for name, count, of_group in [*rows, ("all", sum(classes.values()), sum(images.values()))]:
+        print(f"{name:>5}  {format_count(count):>9}  {format_count(of_group):>12}  {of_group / max(count, 1):14.1f}")
+    print()

@@ -1,0 +1,95 @@
+"""A short trial on a few photos: how many bytes and how long a data set takes, and whether the disk has room."""
+
+import shutil
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from preprocessing.plan import Plan
+from preprocessing.resize import BadPhoto, Resizer
+from preprocessing.samples import SampleMaker
+from preprocessing.sources import Source
+from shards.console import JobError, format_bytes, format_count
+
+_TAR_BLOCK = 512
+_TABLE_BYTES = 200  # of sample table, DALI index and flat index, for each image
+_SURELY = 0.8  # photos differ: a disk with less than this share of the estimate is surely too small
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a trial found: images tried, the reasons of those set aside, images a second of one process (reading
+    included), and bytes of a data set and of photos for each image."""
+
+    tried: int
+    bad: Counter[str]
+    images_per_second: float
+    bytes_per_image: float
+    source_bytes_per_image: float
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a build will make of a plan: bytes needed and free, and seconds with a number of workers."""
+
+    plan: Plan
+    trial: Trial
+    bytes_needed: float
+    bytes_free: int
+    seconds: float
+    workers: int
+
+
+def forecast(plan: Plan, source: Source, out: Path, resizer: Resizer, workers: int) -> Forecast:
+    """Try a few hundred photos of a plan, in memory, and tell what building all of it takes."""
+    trial = try_photos(plan, source, resizer, 400)
+    seconds = len(plan.order) / (trial.images_per_second * workers) if trial.images_per_second else 0.0
+    return Forecast(plan, trial, trial.bytes_per_image * len(plan.order), free_bytes(out), seconds, workers)
+
+
+def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Trial:
+    """Make about `count` samples, spread over the plan, in memory."""
+    cv2.setNumThreads(1)
+    spread = np.linspace(0, len(plan.order) - 1, min(count, len(plan.order))).astype(np.int64)
+    if source.crops:  # whole panoramas, as a shard has them
+        rows = np.unique(plan.order[spread[:: source.crops]] // source.crops)
+        samples = (rows[:, None] * source.crops + np.arange(source.crops)).ravel()
+    else:
+        samples = plan.order[spread]
+    task = plan.task_of(0, 0, samples)
+    maker = SampleMaker([source], resizer, task.sources)
+    bad: Counter[str] = Counter()
+    written = read = 0
+    start = time.perf_counter()
+    for sample in task.sources:
+        try:
+            data = maker.read(sample)
+            read += len(data)
+            jpeg = maker.small(sample, data)
+        except BadPhoto as error:
+            bad[error.reason] += 1
+            continue
+        written += 3 * _TAR_BLOCK + len(jpeg) + -len(jpeg) % _TAR_BLOCK + _TABLE_BYTES
+    seconds = time.perf_counter() - start
+    tried = len(task.sources)
+    return Trial(tried, bad, tried / seconds, written / max(tried - bad.total(), 1), read / tried)
+
+
+def check_space(plan: Plan, source: Source, out: Path, resizer: Resizer, images: int) -> None:
+    """Raise `JobError` where the disk surely lacks the room for `images` more images of a plan."""
+    needed, free = try_photos(plan, source, resizer, 32).bytes_per_image * images, free_bytes(out)
+    if free < _SURELY * needed:
+        raise JobError(
+            f"{out}: {format_count(images)} images need about {format_bytes(needed)} and the disk has "
+            f"{format_bytes(free)} free; free some space or choose another --out"
+        )
+
+
+def free_bytes(out: Path) -> int:
+    """Free bytes on the disk that `out` is on, or will be."""
+    place = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    return shutil.disk_usage(place).free

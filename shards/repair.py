@@ -1,0 +1,137 @@
+"""Rebuilds just what is broken in a data set: an index from its tables, a shard from the source photos.
+
+Photos are resized in another room, which this one may not import: repair takes away what is broken, the marker that
+it is done first, and runs the program that made the data set. That makes only what is not there.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from shards.checksums import CHECKSUMS, seal
+from shards.console import JobError, format_count
+from shards.dataset import Manifest
+from shards.files import atomic_write_bytes, atomic_write_json, remove_partials
+from shards.index import build_index
+from shards.layout import CLASSES, INDEX, MANIFEST, PLAN, PROVENANCE, QUARANTINE, SKIPPED, shard_tables
+from shards.provenance import provenance
+from shards.soundness import index_of_table, read_sample_table
+from shards.verification import LISTING, Report
+
+BUILD = Path(__file__).resolve().parent.parent / "preprocessing" / "build_shards.py"
+_FINISHED_BY_BUILD = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, LISTING)
+_NOT_SETTINGS = ("fingerprint", "source", "codec")
+
+
+def repair(dataset: Path, report: Report, source: Path | None, workers: int) -> None:
+    """Rebuild what `report` (of `shards.verification.verify`) found broken; the caller verifies again.
+
+    `source` are the photos that the data set was made from. Nothing is deleted that could not be made again: files
+    that do not belong to the data set move to a folder beside it. Raises `JobError` where photos are needed and not
+    given, where plan and manifest are both lost, or where the build fails; then the same command goes on from there.
+    """
+    broken = {problem.file for problem in report.problems if problem.kind != "extra"}
+    stems = {name.rpartition(".")[0] for name in broken if name.endswith((".tar", ".parquet")) and "/" in name}
+    _set_aside(dataset, [p.file for p in report.problems if p.kind == "extra"])
+    for name in sorted(broken):
+        if name.endswith(".idx") and name.removesuffix(".idx") not in stems:
+            _rebuild_dali_index(dataset / name)
+    if PROVENANCE in broken:
+        atomic_write_json(dataset / PROVENANCE, provenance())
+        print(f"{PROVENANCE}: what made the data set is lost; this repair is recorded instead")
+    if stems or broken & set(_FINISHED_BY_BUILD):
+        _build(dataset, sorted(stems), broken, source, workers)
+    elif any(name.startswith(f"{INDEX}/") for name in broken):
+        groups = sorted({int(t.parent.name.removeprefix("group-")) for t in shard_tables(dataset)})
+        build_index(dataset, groups)
+        print(f"{INDEX}: rebuilt from the tables")
+    if report.sealed or CHECKSUMS in broken:
+        seal(dataset)
+
+
+def _set_aside(dataset: Path, names: list[str]) -> None:
+    if remove_partials(dataset):
+        print("removed what interrupted writers left")
+    aside = dataset.resolve().with_name(f"{dataset.resolve().name}-set-aside")
+    for name in names:
+        if (dataset / name).is_symlink() or (dataset / name).exists():
+            place = aside / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.exists():
+                raise JobError(f"{place}: already there; move it away, so that {name} of the data set can go there")
+            shutil.move(dataset / name, place)
+            print(f"{name}: moved to {place}")
+
+
+def _rebuild_dali_index(path: Path) -> None:
+    table, _ = read_sample_table(path.with_suffix(".parquet"))
+    atomic_write_bytes(path, index_of_table(table))
+    print(f"{path.name}: rebuilt from its table")
+
+
+def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | None, workers: int) -> None:
+    """Take away the broken shards and run the build, which makes them and finishes."""
+    if source is None:
+        what = f"{len(stems)} shards" if stems else ", ".join(sorted(broken & set(_FINISHED_BY_BUILD)))
+        raise JobError(
+            f"{dataset}: rebuilding {what} takes the photos it was made from; name them with --source PHOTOS"
+        )
+    if not source.exists():
+        raise JobError(f"{source}: no such photos; --source takes those that the data set was made from")
+    plan, before = _settings(dataset, broken, source)
+    if PLAN in broken:
+        atomic_write_json(dataset / PLAN, plan)
+    (dataset / MANIFEST).unlink(missing_ok=True)
+    if LISTING in broken:
+        (dataset / LISTING).unlink(missing_ok=True)
+    for stem in stems:
+        for kind in ("parquet", "idx", "tar"):
+            (dataset / f"{stem}.{kind}").unlink(missing_ok=True)
+    command = [sys.executable, str(BUILD), "--source", str(source), "--out", str(dataset), "--workers", str(workers)]
+    for name, value in plan.items():
+        if name not in _NOT_SETTINGS:
+            command += _option(name, value)
+    if before is not None and before.quarantined:
+        photos = before.images + before.skipped + before.quarantined
+        command += ["--max-bad-share", str(min(1.0, max(0.01, (before.quarantined + 1) / photos)))]
+    print(f"rebuilding {len(stems)} shards from {source}", flush=True)
+    code = subprocess.run(command, check=False).returncode
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise JobError(
+            f"{dataset}: the build ended with code {code} (its message is above); mend that and repair again"
+        )
+    after = Manifest.load(dataset / MANIFEST)
+    if before is not None and after.images != before.images:
+        print(f"the data set had {format_count(before.images)} images and now has {format_count(after.images)}")
+
+
+def _settings(dataset: Path, broken: set[str], source: Path) -> tuple[dict[str, Any], Manifest | None]:
+    """The plan's facts (from the manifest where the plan is lost), and the manifest where it is sound."""
+    before = None if MANIFEST in broken else Manifest.load(dataset / MANIFEST)
+    if PLAN not in broken:
+        return json.loads((dataset / PLAN).read_text()), before
+    if before is None:
+        raise JobError(
+            f"{dataset}: plan.json and dataset.json are both lost, and with them the settings; remove them and run "
+            "preprocessing/build_shards.py with the settings that made the data set (provenance.json holds the command)"
+        )
+    counts = ("format_version", "revision", "utm_zone", "groups", "classes", "shards", "images", "skipped",
+              "quarantined", "bytes")  # fmt: skip
+    facts = {name: value for name, value in asdict(before).items() if name not in counts}
+    return facts | {"source": source.resolve().name}, before
+
+
+def _option(name: str, value: Any) -> list[str]:
+    """A setting as an argument of the build."""
+    flag = name.replace("_", "-")
+    if value is None:
+        return []
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", str(value)]

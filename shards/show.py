@@ -1,0 +1,49 @@
+"""Show what is in a data set: counts, sizes, a contact sheet and a map.
+
+python shards/show.py shards/city --out city.png
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from shards.console import JobError, entry
+from shards.dataset import Dataset
+from shards.files import atomic_path
+from shards.overview import describe
+from shards.pictures import cell_map, contact_sheet
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Show what is in a data set: counts, sizes, a contact sheet and a map."""
+
+    dataset: Annotated[Path, tyro.conf.Positional]
+    """Folder of the data set."""
+    out: Path | None = None
+    """Picture to write (.png): a contact sheet of samples; the map of cells goes beside it, as NAME-map.png."""
+
+    def __post_init__(self) -> None:
+        if self.out is not None and self.out.suffix.lower() != ".png":
+            raise JobError(f"--out {self.out}: pictures are PNG; name a file that ends in .png")
+
+
+def main() -> None:
+    arguments = tyro.cli(Arguments)
+    dataset = Dataset.open(arguments.dataset)
+    print(describe(dataset))
+    if arguments.out is None:
+        print("\n--out FILE.png writes a contact sheet and a map")
+        return
+    sheet, map_ = arguments.out, arguments.out.with_name(f"{arguments.out.stem}-map.png")
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    for path, draw in ((sheet, contact_sheet), (map_, cell_map)):
+        with atomic_path(path) as partial:
+            draw(dataset).save(partial, format="PNG", optimize=True)
+    print(f"\npictures  {sheet} (samples), {map_} (cells)")
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,322 @@
+"""Verifies a data set: every shard in parallel, the flat index, the tables above the shards, and what lies around."""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from shards.checksums import CHECKSUMS, DamagedChecksums, files_below, read_checksums
+from shards.classes import ClassTable
+from shards.console import JobError, format_count
+from shards.dataset import Manifest
+from shards.files import TEMPORARY_SUFFIX
+from shards.layout import CLASSES, INDEX, MANIFEST, PLAN, PROVENANCE, QUARANTINE, SKIPPED, group_name, shard_stem
+from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum, one_line
+
+LISTING = "listing.parquet"
+PARALLEL_BYTES = 1 << 29  # of tars: below, starting processes takes longer than checking in this one
+_PR_SET_PDEATHSIG = 1
+_TOP = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, PROVENANCE)
+_OPTIONAL = (LISTING, CHECKSUMS)
+_ROWS = {"skipped": SKIPPED, "quarantined": QUARANTINE}
+_STEM = re.compile(r"(group-\d{2,}/group-\d{2,}-\d{6,})\.(tar|idx|parquet)")
+_ARRAY = re.compile(rf"{INDEX}/(group-\d{{2,}})\.(starts|shard|offset|size|crc32)\.npy")
+
+Show = Callable[[Problem], None]
+
+
+@dataclass
+class Report:
+    """What a verification found: `problems` in the order found; `images` and `bytes` of the shards that were read,
+    `shards` their number; `sealed`: whether there are checksums of the tables; `seconds`: how long it took."""
+
+    problems: list[Problem] = field(default_factory=list)
+    shards: int = 0
+    images: int = 0
+    bytes: int = 0
+    sealed: bool = False
+    seconds: float = 0.0
+
+
+def verify(dataset: Path, workers: int = 1, show: Show = lambda problem: None) -> Report:
+    """Check every byte of a data set that anything depends on; `show` is called with each problem as it is found.
+
+    Tars are compared with their tables, tables and DALI indexes with `checksums.txt` and with each other, the flat
+    index with the tables, the class table and the manifest with all of it. Raises `JobError` where there is no data
+    set. Not checked: whether `index/state` is current (where it is not, the index is rebuilt when it is next opened).
+    """
+    start = time.monotonic()
+    if not dataset.is_dir():
+        raise JobError(f"{dataset}: no such folder")
+    found = set(files_below(dataset))
+    if not any(name in (MANIFEST, PLAN) or _STEM.fullmatch(name) for name in found):
+        raise JobError(f"{dataset}: no data set here; preprocessing/build_shards.py makes one")
+    report = Report()
+
+    def note(problems: Sequence[Problem]) -> None:
+        report.problems += problems
+        for problem in problems:
+            show(problem)
+
+    try:
+        sums = read_checksums(dataset)
+        report.sealed = sums is not None
+    except (DamagedChecksums, OSError) as error:
+        sums = None
+        note([Problem(CHECKSUMS, f"damaged ({one_line(error)})")])
+    top = _check_top(dataset, found, sums)
+    note(top.problems)
+    stems = sorted({m[1] for name in (found if sums is None else sums) if (m := _STEM.fullmatch(name))})
+    note(_extra_files(dataset, found, set(stems), sums, top.classes))
+    tars = (dataset / f"{stem}.tar" for stem in stems)
+    report.bytes = sum(tar.stat().st_size for tar in tars if tar.is_file())
+    if report.bytes < PARALLEL_BYTES:
+        workers = 1
+    shards = _check_shards(dataset, report.bytes, stems, sums, top.classes, workers, note)
+    complete = [s for s in shards if s.complete]
+    report.shards, report.images = len(shards), sum(s.images for s in complete)
+    note(_check_order(shards))
+    if (dataset / INDEX).is_dir():
+        note(_check_index(dataset, shards))
+    if len(complete) == len(shards):
+        note(_check_counts(top, shards))
+    report.seconds = time.monotonic() - start
+    return report
+
+
+@dataclass
+class _Top:
+    """The files above the shards: what was read of those that are sound, by name, and what is wrong with the others."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def manifest(self) -> Manifest | None:
+        return self.values.get(MANIFEST)
+
+    @property
+    def classes(self) -> ClassTable | None:
+        return self.values.get(CLASSES)
+
+
+def _check_top(dataset: Path, found: set[str], sums: dict[str, str] | None) -> _Top:
+    """Check the files above the shards, each by itself, and that plan and manifest agree."""
+    top = _Top()
+    missing = "missing; the data set is not finished, preprocessing/build_shards.py goes on with it"
+    for name in _TOP:
+        if name not in found:
+            top.problems.append(Problem(name, missing if name == MANIFEST else "missing", kind="missing"))
+    readers: dict[str, Callable[[Path], Any]] = {
+        MANIFEST: _read_manifest,
+        PLAN: _read_json,
+        PROVENANCE: _read_json,
+        CLASSES: ClassTable.load,
+        SKIPPED: pq.read_table,
+        QUARANTINE: _read_quarantine,
+        LISTING: pq.read_table,
+    }
+    for name in found & readers.keys():
+        regular = (dataset / name).is_file()
+        problem = check_sum(dataset, name, sums) if regular else Problem(name, "not a regular file")
+        if problem is None:
+            try:
+                top.values[name] = readers[name](dataset / name)
+            except (JobError, *READ_ERRORS) as error:
+                problem = Problem(name, f"damaged ({one_line(error).removeprefix(f'{dataset / name}: ')})")
+        if problem is not None:
+            top.problems.append(problem)
+    if top.manifest is not None:
+        facts = asdict(top.manifest)
+        for name, value in top.values.get(PLAN, {}).items():
+            if facts.get(name, value) != value:
+                top.problems.append(Problem(MANIFEST, f"says {name} {facts[name]}, {PLAN} says {value}"))
+    return top
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file as `atomic_write_json` writes it."""
+    text = path.read_text()
+    value = json.loads(text)
+    if not isinstance(value, dict) or text != json.dumps(value, indent=2, sort_keys=True) + "\n":
+        raise ValueError("not as it was written")
+    return value
+
+
+def _read_manifest(path: Path) -> Manifest:
+    _read_json(path)
+    return Manifest.load(path)
+
+
+def _read_quarantine(path: Path) -> list[dict[str, str]]:
+    photos = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+    for photo in photos:
+        if not photo["reason"] or not photo["source"]:
+            raise ValueError("a photo without a name or reason")
+    return photos
+
+
+def _extra_files(
+    dataset: Path, found: set[str], stems: set[str], sums: dict[str, str] | None, classes: ClassTable | None
+) -> list[Problem]:
+    """Files that no part of the data set accounts for, and what killed writers left."""
+    groups = None if classes is None else {group_name(g) for g in classes.groups}
+    problems = []
+    for name in sorted(found):
+        shard, array = _STEM.fullmatch(name), _ARRAY.fullmatch(name)
+        known = (
+            name in _TOP
+            or name in _OPTIONAL
+            or name == f"{INDEX}/state"
+            or (shard is not None and shard[1] in stems)
+            or (array is not None and (groups is None or array[1] in groups))
+            or name.startswith("revisions/")
+            or name in (sums or ())
+        )
+        if name.endswith(TEMPORARY_SUFFIX):
+            problems.append(Problem(name, "left by a writer that was interrupted", kind="extra"))
+        elif not known or not (dataset / name).is_file():
+            problems.append(Problem(name, "does not belong to the data set", kind="extra"))
+    if f"{INDEX}/state" not in found:
+        problems.append(Problem(f"{INDEX}/state", "missing, or the whole folder", kind="missing"))
+    return problems
+
+
+def _check_shards(
+    dataset: Path,
+    total: int,
+    stems: list[str],
+    sums: dict[str, str] | None,
+    classes: ClassTable | None,
+    workers: int,
+    note: Callable[[Sequence[Problem]], None],
+) -> list[ShardReport]:
+    tasks = []
+    of_groups = {} if classes is None else {g: classes.of_group(g) for g in classes.groups}
+    for stem in stems:
+        own = None if sums is None else {n: sums[n] for n in (f"{stem}.idx", f"{stem}.parquet") if n in sums}
+        tasks.append(partial(check_shard, dataset, stem, own, of_groups.get(_group_of(stem))))
+    reports: list[ShardReport] = []
+    with tqdm(desc="checking shards", total=total, unit="B", unit_scale=True, disable=not stems) as bar:
+        images, start = 0, time.monotonic()
+        for report in _run(tasks, workers):
+            reports.append(report)
+            note(report.problems)
+            images += report.images
+            bar.set_postfix_str(f"{images / (time.monotonic() - start):,.0f} images/s", refresh=False)
+            bar.update(report.tar_bytes)
+    return sorted(reports, key=lambda r: r.stem)
+
+
+def _check_order(shards: list[ShardReport]) -> list[Problem]:
+    """Shards of a group are numbered from 0, and their keys go on from one to the next."""
+    problems = []
+    last: dict[int, ShardReport] = {}
+    for shard in shards:
+        group, number = _group_of(shard.stem), _number_of(shard.stem)
+        before = last.get(group)
+        for absent in range(_number_of(before.stem) + 1 if before else 0, number):
+            problems.append(Problem(f"{shard_stem(group, absent)}.parquet", "missing", kind="missing"))
+        if before and shard.complete and shard.first_key <= before.last_key:
+            what = f"its keys begin at {shard.first_key}, before the last of {before.stem}"
+            problems.append(Problem(f"{shard.stem}.parquet", what))
+        last[group] = shard
+    return problems
+
+
+def _check_index(dataset: Path, shards: list[ShardReport]) -> list[Problem]:
+    """Compare the flat index with the tables of every group whose tables could all be read."""
+    unread = {_group_of(s.stem) for s in shards if not s.complete}
+    problems: list[Problem] = []
+    for group in sorted({_group_of(s.stem) for s in shards} - unread):
+        tables = [dataset / f"{s.stem}.parquet" for s in shards if _group_of(s.stem) == group]
+        problems += check_group_index(dataset, group, tables)
+    return problems
+
+
+def _check_counts(top: _Top, shards: list[ShardReport]) -> list[Problem]:
+    """Compare the class table and the manifest with what the shards hold."""
+    manifest, classes = top.manifest, top.classes
+    problems: list[Problem] = []
+    if classes is not None:
+        problems += _class_counts(classes, shards)
+    if manifest is None:
+        return problems
+    counts = {
+        "shards": len(shards),
+        "images": sum(s.images for s in shards),
+        "bytes": sum(s.tar_bytes_by_table for s in shards),
+    }
+    if classes is not None:
+        counts |= {"classes": len(classes), "groups": len(classes.groups), "utm_zone": classes.zone}
+        counts |= {"M": classes.M, "N": classes.N}
+    counts |= {name: len(top.values[file]) for name, file in _ROWS.items() if file in top.values}
+    for name, count in counts.items():
+        if getattr(manifest, name) != count:
+            problems.append(Problem(MANIFEST, f"says {name} {getattr(manifest, name)}, but it is {count}"))
+    return problems
+
+
+def _class_counts(classes: ClassTable, shards: list[ShardReport]) -> Iterator[Problem]:
+    for group in classes.groups:
+        expected = classes.of_group(group).images
+        images = np.zeros(len(expected), np.int64)
+        for shard in shards:
+            if _group_of(shard.stem) == group:
+                known = shard.labels < len(expected)  # of the others the shard's own check has told
+                images[shard.labels[known]] += shard.images_per_label[known]
+        wrong = np.flatnonzero(images != expected)
+        if len(wrong):
+            label = wrong[0]
+            more = f", and {format_count(len(wrong) - 1)} more labels" if len(wrong) > 1 else ""
+            what = f"group {group}, label {label} has {expected[label]} images, the shards have {images[label]}{more}"
+            yield Problem(CLASSES, what)
+
+
+def _group_of(stem: str) -> int:
+    return int(stem.partition("/")[0].removeprefix("group-"))
+
+
+def _number_of(stem: str) -> int:
+    return int(stem.rpartition("-")[2])
+
+
+def _run(tasks: Sequence[Callable[[], ShardReport]], workers: int) -> Iterator[ShardReport]:
+    """Results of `tasks` as they finish, in this process or in several; raises `JobError` where one was killed."""
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        for task in tasks:
+            yield task()
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),))
+    try:
+        futures: list[Future[ShardReport]] = [pool.submit(task) for task in tasks]
+        for future in as_completed(futures):
+            yield future.result()
+    except BrokenProcessPool:
+        raise JobError("a worker process was killed (out of memory?); fewer --workers need less memory") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(parent: int) -> None:
+    """Leave Ctrl-C to the parent, and end with it however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

@@ -1,0 +1,84 @@
+"""Verify a data set byte for byte; with --repair, rebuild just what is broken from the photos.
+
+python shards/verify.py shards/city
+python shards/verify.py shards/city --repair --source photos/train/database
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from shards.checksums import seal
+from shards.console import JobError, entry, format_bytes, format_count, format_duration
+from shards.repair import repair
+from shards.soundness import Problem
+from shards.verification import Report, verify
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Verify a data set byte for byte; with --repair, rebuild just what is broken from the photos.
+
+    Prints a line for each problem. Exits with 0 where the data set is sound, 1 where it is not.
+    """
+
+    dataset: Annotated[Path, tyro.conf.Positional]
+    """Folder of the data set."""
+    workers: int = len(os.sched_getaffinity(0))
+    """Processes that check shards; the default is one for each core."""
+    repair: bool = False
+    """Rebuild what is broken, then verify again. Files that do not belong there move to a folder beside."""
+    source: Path | None = None
+    """The photos that the data set was made from; --repair needs them for anything but an index."""
+    seal: bool = False
+    """Write checksums.txt for a data set that is sound and has none, so that damage to a table can be found later."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= 4096:
+            raise JobError("--workers must be from 1 to 4096")
+        if self.source is not None and not self.repair:
+            raise JobError("--source is for --repair only")
+
+
+def main() -> int:
+    arguments = tyro.cli(Arguments)
+    report = verify(arguments.dataset, arguments.workers, print_problem)
+    print_summary(report, arguments.dataset)
+    if report.problems and arguments.repair:
+        repair(arguments.dataset, report, arguments.source, arguments.workers)
+        report = verify(arguments.dataset, arguments.workers, print_problem)
+        print_summary(report, arguments.dataset)
+    if arguments.seal and not report.problems and not report.sealed:
+        seal(arguments.dataset)
+        print(f"sealed: {arguments.dataset}/checksums.txt")
+    return 1 if report.problems else 0
+
+
+def print_problem(problem: Problem) -> None:
+    """One line for a problem, above the progress bar."""
+    with tqdm.external_write_mode():
+        print(problem, flush=True)
+
+
+def print_summary(report: Report, dataset: Path) -> None:
+    """What was checked, and the verdict, for a person."""
+    rate = f"{report.images / report.seconds:,.0f} images/s, {format_bytes(report.bytes / report.seconds)}/s"
+    print(
+        f"checked {format_count(report.images)} images in {report.shards} shards ({format_bytes(report.bytes)}) "
+        f"in {format_duration(report.seconds)} ({rate})"
+    )
+    if not report.problems:
+        print(f"{dataset}: sound")
+        if not report.sealed:
+            print("there is no checksums.txt: a changed name of a source photo in a table would go unseen; see --seal")
+        return
+    files = len({problem.file for problem in report.problems})
+    print(f"{dataset}: {len(report.problems)} problems in {files} files; --repair --source PHOTOS rebuilds them")
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,316 @@
+"""Lists of photos, panoramas and zones: what reaches the sample tables."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
+import pytest
+import simplejpeg
+import utm
+from conftest import SETTINGS
+from photos import jpeg, name_at, picture, write_photos
+
+from preprocessing.build import build
+from preprocessing.coordinates import zone_of
+from preprocessing.photo_list import read_list
+from preprocessing.samples import cut_crop
+from preprocessing.sources import Source
+from shards.console import JobError
+from shards.dataset import Dataset
+from shards.index import open_index
+from shards.layout import shard_tables
+from shards.reader import ShardReader
+
+
+def samples(out: Path) -> list[dict]:
+    return [row for table in shard_tables(out) for row in pq.read_table(table).to_pylist()]
+
+
+def write_listed(folder: Path, count: int = 24) -> list[str]:
+    """Photos under names that say nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"IMG_{i:04d}.jpg" for i in range(count)]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(jpeg(96, i))
+    return names
+
+
+def write_csv(file: Path, /, **columns: list) -> Path:
+    csv.write_csv(pa.table(columns), file)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_list_gives_place_heading_and_time_of_photos_whose_names_say_nothing(tmp_path, kind):
+    names = write_listed(tmp_path / "photos")
+    columns = {
+        "path": names,
+        "east": [500003.0 + i % 12 for i in range(12)] + [500023.0 + i % 12 for i in range(12)],
+        "north": [4180003.0] * 24,
+        "zone": ["10S"] * 24,
+        "heading": [float(i) for i in range(23)] + [None],
+        "timestamp": ["201311"] * 24,
+    }
+    place = tmp_path / f"list.{kind}"
+    csv.write_csv(pa.table(columns), place) if kind == "csv" else pq.write_table(pa.table(columns), place)
+    made = build(Source.of(place, tmp_path / "photos"), tmp_path / "out", SETTINGS).manifest
+    rows = {row["source"]: row for row in samples(tmp_path / "out")}
+    assert (made.images, made.classes, made.utm_zone, made.quarantined) == (24, 2, 10, 0)
+    assert rows["IMG_0005.jpg"]["heading"] == 5
+    assert np.isnan(rows["IMG_0023.jpg"]["heading"])
+    assert {row["timestamp"] for row in rows.values()} == {"201311"}
+    assert rows["IMG_0013.jpg"]["east"] == 500024
+
+
+def test_latitude_and_longitude_become_metres_of_the_zone_most_photos_are_in(tmp_path):
+    names = write_listed(tmp_path, 40)
+    latitude = np.full(40, 37.7)
+    longitude = -120 + (np.arange(40) - 30.5) * 1e-6  # 31 in zone 10, 9 in zone 11
+    place = write_csv(tmp_path / "list.csv", path=names, latitude=latitude, longitude=longitude)
+    build(Source.of(place), tmp_path / "out", SETTINGS)
+    dataset = Dataset.open(tmp_path / "out")
+    assert (dataset.manifest.utm_zone, dataset.manifest.images, dataset.manifest.classes) == (10, 40, 1)
+    for row in samples(tmp_path / "out"):
+        i = names.index(row["source"])
+        expected = utm.from_latlon(latitude[i], longitude[i], force_zone_number=10)[:2]
+        assert np.allclose((row["east"], row["north"]), expected, atol=1e-6)
+    build(Source.of(place), tmp_path / "forced", replace(SETTINGS, zone=11))
+    assert Dataset.open(tmp_path / "forced").manifest.utm_zone == 11
+
+
+def test_a_city_on_the_equator_lies_in_one_plane(tmp_path):
+    names = write_listed(tmp_path, 20)
+    latitude = (np.arange(20) - 5) * 2e-6
+    place = write_csv(tmp_path / "list.csv", path=names, latitude=latitude, longitude=np.full(20, 36.001))
+    listing = read_list(place, tmp_path, 0)
+    assert np.ptp(listing.places.north) < 10
+
+
+def test_zones_agree_with_the_utm_package_everywhere():
+    latitude, longitude = (a.ravel() for a in np.meshgrid(np.arange(-79.5, 84, 1.7), np.arange(-180, 180, 1.0)))
+    expected = [utm.latlon_to_zone_number(*point) for point in zip(latitude, longitude, strict=True)]
+    assert zone_of(latitude, longitude).tolist() == expected
+
+
+def test_rows_without_usable_values_are_set_aside_with_their_reason(tmp_path):
+    names = write_listed(tmp_path, 20)
+    latitude = ["37.7"] * 20 + ["", "nan", "91", "37.7", "37.7", "abc", "37.7"]
+    longitude = ["-122.4"] * 20 + ["-122.4", "-122.4", "-122.4", "-190", "10", "-122.4", "-122.4"]
+    path = [*names, "a", "b", "c", "d", "e", "f", ""]
+    place = write_csv(tmp_path / "list.csv", path=path, latitude=latitude, longitude=longitude)
+    listing = read_list(place, tmp_path, 0)
+    assert len(listing) == 20
+    assert {b.source: b.reason for b in listing.bad} == {
+        "a": "no coordinates", "b": "no coordinates", "f": "no coordinates", "c": "coordinates out of range",
+        "d": "coordinates out of range", "e": "zone mismatch", "row 27": "no path",
+    }  # fmt: skip
+
+
+def test_several_zones_in_metres_are_carried_into_one_plane_south_of_the_equator_too(tmp_path):
+    names = write_listed(tmp_path, 30)
+    longitude = 150 + (np.arange(30) - 20.5) * 1e-6  # zones 55 and 56
+    points = [utm.from_latlon(-33.9, x) for x in longitude]
+    place = write_csv(
+        tmp_path / "list.csv",
+        path=names,
+        east=[p[0] for p in points],
+        north=[p[1] for p in points],
+        zone=[f"{p[2]}{p[3]}" for p in points],
+    )
+    build(Source.of(place), tmp_path / "out", SETTINGS)
+    made = Dataset.open(tmp_path / "out")
+    assert (made.manifest.utm_zone, made.manifest.classes, made.manifest.images) == (55, 1, 30)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,x\na,1\n", "it needs path and either east, north or"),
+        ("\x00\xff\n", "list"),
+        ("", "not a list of photos"),
+    ],
+)
+def test_a_file_that_is_no_list_is_named_in_one_line(tmp_path, text, message):
+    (tmp_path / "list.csv").write_text(text, encoding="latin-1")
+    with pytest.raises(JobError, match=message) as error:
+        build(Source.of(tmp_path / "list.csv"), tmp_path / "out", SETTINGS)
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_may_name_what_is_not_there_or_no_file_and_nothing_hangs(tmp_path):
+    names = write_listed(tmp_path, 20)
+    os.mkfifo(tmp_path / "pipe.jpg")
+    path = [*names, "pipe.jpg", "gone/missing.jpg", "//1/x.jpg"]
+    place = write_csv(tmp_path / "list.csv", path=path, east=[500003.0] * 23, north=[4180003.0] * 23)
+    summary = build(Source.of(place), tmp_path / "out", SETTINGS)
+    assert summary.reasons == {"not a regular file": 1, "missing": 2}
+    assert summary.manifest.images == 20
+
+
+def write_panoramas(folder: Path, count: int = 4, width: int = 1248, height: int = 192) -> list[str]:
+    """Panoramas whose colour tells the direction: red grows from west to east of the strip."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for i in range(count):
+        strip = np.zeros((height, width, 3), np.uint8)
+        strip[:, :, 0] = np.linspace(0, 255, width).astype(np.uint8)
+        strip[:, :, 1] = 128
+        names.append(name_at(500003 + i, 4180003, 90 * i))
+        (folder / names[-1]).write_bytes(simplejpeg.encode_jpeg(strip, quality=95, colorsubsampling="444"))
+    return names
+
+
+def test_panoramas_are_cut_into_crops_whose_headings_go_round(tmp_path):
+    write_panoramas(tmp_path / "panos")
+    settings = replace(SETTINGS, crops=12)
+    summary = build(Source.of(tmp_path / "panos", None, 12), tmp_path / "out", settings, workers=2)
+    rows = samples(tmp_path / "out")
+    assert summary.manifest.images == 48
+    assert summary.source_bytes == sum(p.stat().st_size for p in (tmp_path / "panos").iterdir())  # each read once
+    reader = ShardReader(open_index(tmp_path / "out", [rows_group(tmp_path / "out")]))
+    for row_number, row in enumerate(rows):
+        path, _, turn = row["source"].rpartition("#")
+        heading = int(path.split("@")[9] or 0)
+        assert row["heading"] == (heading + float(turn)) % 360
+        crop = simplejpeg.decode_jpeg(reader.read(rows_group(tmp_path / "out"), row_number)).astype(float)
+        red = crop[:, 24:40, 0].mean()  # the crop's middle; the seam of the strip lies at 180 degrees
+        if turn != "180":
+            assert abs(red - 255 * ((float(turn) / 360 + 0.5) % 1)) < 4
+
+
+def rows_group(out: Path) -> int:
+    return Dataset.open(out).classes.groups[0]
+
+
+def test_a_crop_wraps_round_the_seam():
+    strip = np.arange(1000, dtype=np.uint16).astype(np.uint8)[None, :, None].repeat(200, 0)
+    assert cut_crop(strip, 0)[0, :, 0].tolist() == strip[0, 400:600, 0].tolist()
+    assert cut_crop(strip, 180)[0, :, 0].tolist() == np.roll(strip[0, :, 0], 100)[:200].tolist()
+
+
+def test_the_last_panorama_of_a_class_may_be_cut_by_the_end_of_a_shard(tmp_path, monkeypatch):
+    write_panoramas(tmp_path / "panos")
+    settings = replace(SETTINGS, crops=12)
+    source = Source.of(tmp_path / "panos", None, 12)
+    build(source, tmp_path / "whole", settings)
+    monkeypatch.setattr("preprocessing.plan.SHARD_SAMPLES", 7)
+    from preprocessing.plan import make_plan
+
+    plan = make_plan(source.photos(None, 0, lambda n: None), settings)
+    pieces = [s for task in plan.tasks() for s in task.sources]
+    assert pieces == [row["source"] for row in samples(tmp_path / "whole")]
+
+
+def test_what_is_no_panorama_is_set_aside_crop_by_crop(tmp_path):
+    names = write_panoramas(tmp_path / "panos")
+    (tmp_path / "panos" / names[0]).write_bytes(jpeg(256, 1))
+    (tmp_path / "panos" / names[1]).write_bytes(simplejpeg.encode_jpeg(picture(256, 1))[:500])
+    summary = build(
+        Source.of(tmp_path / "panos", None, 12), tmp_path / "out", replace(SETTINGS, crops=12), max_bad_share=1
+    )
+    assert summary.reasons == {"not a panorama": 12, "truncated": 12}
+    assert summary.manifest.images == 24
+
+
+def test_a_limit_takes_whole_cells_of_every_group_and_is_part_of_the_plan(tmp_path):
+    for row in range(6):
+        write_photos_at(tmp_path / "photos", row)
+    whole = build(tmp_path / "photos", tmp_path / "whole", replace(SETTINGS, image_size=32)).manifest
+    made = build(tmp_path / "photos", tmp_path / "out", replace(SETTINGS, image_size=32, limit=135)).manifest
+    assert (whole.images, made.images, made.skipped) == (360, 130, 0)
+    assert Dataset.open(tmp_path / "out").classes.images.tolist() == [10] * 13
+    assert made.groups == 4
+    with pytest.raises(JobError, match="limit was 135, is 0"):
+        build(tmp_path / "photos", tmp_path / "out", replace(SETTINGS, image_size=32))
+
+
+def write_photos_at(folder: Path, row: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for column in range(6):
+        for i in range(10):
+            number = 1000 * row + 100 * column + i
+            name = name_at(500003 + 20 * column, 4180003 + 20 * row, number)
+            (folder / name).write_bytes(jpeg(32, number))
+
+
+def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_command_goes_on(tmp_path, monkeypatch):
+    from preprocessing.plan import make_plan
+    from preprocessing.resize import Resizer
+    from preprocessing.shard_task import write_shard
+
+    photos = tmp_path / "photos"
+    write_photos(photos, cells=1)
+    task = next(make_plan(Source.of(photos).photos(None, 0, lambda n: None), SETTINGS).tasks())
+    seen = []
+
+    def unmount(*_: int) -> bool:
+        seen.append(1)
+        if len(seen) == 5:
+            photos.rename(tmp_path / "elsewhere")
+        return True
+
+    with pytest.raises(JobError, match=r"source folder went away .*same command again"):
+        write_shard(task, photos, tmp_path / "out", Resizer(64, 90), unmount)
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
+    (tmp_path / "elsewhere").rename(photos)
+    assert write_shard(task, photos, tmp_path / "out", Resizer(64, 90), lambda *_: True).images == 12
+
+
+def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
+    write_photos(tmp_path / "photos" / "37.70", cells=1)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("37.70"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr("preprocessing.photos.os.scandir", scandir)
+    with pytest.raises(JobError, match=r"37\.70: Permission denied; check the permissions"):
+        build(tmp_path / "photos", tmp_path / "out", SETTINGS)
+
+
+def test_photos_behind_a_url_make_the_bytes_of_a_folder(tmp_path):
+    write_photos(tmp_path / "photos" / "37.70")
+    (tmp_path / "photos" / "README.txt").write_text("hello")
+    build(tmp_path / "photos", tmp_path / "expected", SETTINGS)
+    summary = build(Source.of(f"file://{tmp_path}/photos"), tmp_path / "out", SETTINGS, workers=2)
+    tars = [t.with_suffix(".tar") for t in shard_tables(tmp_path / "expected")]
+    assert tars
+    assert [(tmp_path / "out" / t.relative_to(tmp_path / "expected")).read_bytes() for t in tars] == [
+        t.read_bytes() for t in tars
+    ]
+    assert summary.other_files == 1
+
+
+def test_a_list_may_name_objects_below_a_url_and_those_that_are_gone_are_set_aside(tmp_path):
+    import fsspec
+
+    from preprocessing.plan import make_plan
+    from preprocessing.resize import Resizer
+    from preprocessing.shard_task import write_shard
+
+    memory = fsspec.filesystem("memory")
+    for i in range(12):
+        memory.pipe_file(f"/bucket/photos/{i}.jpg", jpeg(96, i))
+    place = write_csv(
+        tmp_path / "list.csv", path=[f"{i}.jpg" for i in range(13)], east=[500003.0] * 13, north=[4180003.0] * 13
+    )
+    source = Source.of(place, "memory://bucket/photos")
+    task = next(make_plan(source.photos(None, 0, lambda n: None), SETTINGS).tasks())
+    result = write_shard(task, [source], tmp_path / "out", Resizer(64, 90), lambda *_: True)
+    assert (result.images, [b.reason for b in result.bad]) == (12, ["missing"])
+    memory.rm("/bucket/photos", recursive=True)
+    with pytest.raises(JobError, match=r"memory://bucket/photos: cannot be read .* bring it back"):
+        write_shard(task, [source], tmp_path / "out2", Resizer(64, 90), lambda *_: True)
+
+
+@pytest.mark.parametrize("url", ["nonsense://x/y", "file:///no/such/folder"])
+def test_a_url_that_leads_nowhere_is_one_line(tmp_path, url):
+    with pytest.raises(JobError) as error:
+        build(Source.of(url), tmp_path / "out", SETTINGS)
+    assert "\n" not in str(error.value)

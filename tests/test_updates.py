@@ -1,0 +1,289 @@
+"""Changes of a finished data set: labels stay, samples become those of a clean build, interruptions do no harm."""
+
+import shutil
+import subprocess
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import SETTINGS
+from photos import jpeg, name_at, write_photos
+from test_build import COMMAND, contents, quarantine
+
+from preprocessing.build import build
+from preprocessing.engine import run_tasks
+from preprocessing.shard_run import Machinery
+from preprocessing.sources import Source
+from preprocessing.updates import add, retry_quarantined
+from shards.console import JobError
+from shards.dataset import Dataset
+from shards.index import open_index
+from shards.layout import shard_tables
+from shards.reader import ShardReader
+from shards.verification import verify
+
+ONE = Machinery(1)
+
+
+def samples(out: Path) -> set[tuple]:
+    """Group, source's base name, crop and checksum of every sample."""
+    rows = set()
+    for table in shard_tables(out):
+        for row in pq.read_table(table).to_pylist():
+            rows.add((table.parent.name, row["source"].rpartition("/")[2], row["heading"], row["crc32"]))
+    return rows
+
+
+def labels(out: Path) -> dict[str, tuple[int, int]]:
+    """The cell of every sample's label, by base name."""
+    classes = Dataset.open(out).classes
+    cells = {}
+    for table in shard_tables(out):
+        of_group = classes.of_group(int(table.parent.name[-2:]))
+        for row in pq.read_table(table, columns=["source", "label"]).to_pylist():
+            label = row["label"]
+            cells[row["source"].rpartition("/")[2]] = (int(of_group.cell_east[label]), int(of_group.cell_north[label]))
+    return cells
+
+
+def write_cell(folder: Path, cell: int, count: int, first: int = 0, size: int = 96) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i in range(first, first + count):
+        paths.append(folder / name_at(500000 + 20 * cell + i % 20, 4180003, (cell + 10) * 1000 + i))
+        paths[-1].write_bytes(jpeg(size, abs(cell) * 1000 + i))
+    return paths
+
+
+def sound(out: Path) -> None:
+    """Verification finds nothing wrong, and every photo can be read through the index."""
+    problems = [str(p) for p in verify(out).problems if not p.file.startswith("revisions")]
+    assert not problems
+    index = open_index(out, Dataset.open(out).classes.groups)
+    reader = ShardReader(index)
+    for group, rows in index.items():
+        for row in range(len(rows.size)):
+            reader.read(group, row)
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """Cells 0 to 3 with twelve photos each, cell 4 with six, which are skipped."""
+    write_photos(tmp_path / "photos")
+    write_cell(tmp_path / "photos", 4, 6)
+    build(tmp_path / "photos", tmp_path / "out", SETTINGS)
+    return tmp_path / "out"
+
+
+def test_an_addition_keeps_labels_fills_classes_and_makes_classes_of_cells_that_now_have_enough(begun, tmp_path):
+    before = Dataset.open(begun).classes
+    shards_before = {t: t.read_bytes() for t in shard_tables(begun)}
+    more = tmp_path / "more" / "deep"
+    write_cell(more, 0, 3, first=100)  # joins a class
+    write_cell(more, 4, 5, first=100)  # with the six skipped ones enough
+    write_cell(more, -6, 10)  # a new cell, before the others from west to east
+    write_cell(more, 9, 4)  # too few
+    shutil.copy(next((tmp_path / "photos").iterdir()), more)  # known
+    summary, gain = add(Source.of(tmp_path / "more"), begun, ONE)
+    after = Dataset.open(begun)
+    assert (gain.new, gain.known, gain.images) == (22, 1, 3 + 11 + 10)
+    assert sorted(gain.classes.cell_east.tolist()) == [500000 - 120, 500080]
+    assert (summary.manifest.revision, summary.manifest.images, summary.manifest.skipped) == (2, 48 + 24, 4)
+    for group in before.groups:
+        old, new = before.of_group(group), after.classes.of_group(group)
+        assert new.cell_east[: len(old)].tolist() == old.cell_east.tolist()
+        assert new.label.tolist() == list(range(len(new)))
+    assert sorted(after.classes.images.tolist()) == [10, 11, 12, 12, 12, 15]
+    assert all(table.read_bytes() == data for table, data in shards_before.items())
+    for name, (east, _) in labels(begun).items():
+        assert east <= float(name.split("@")[1]) < east + 20
+    sound(begun)
+
+
+def test_after_an_addition_the_samples_are_those_of_a_clean_build_of_both(begun, tmp_path):
+    write_cell(tmp_path / "more", 0, 3, first=100)
+    write_cell(tmp_path / "more", 4, 5, first=100)
+    add(Source.of(tmp_path / "more"), begun, ONE)
+    both = tmp_path / "both"
+    shutil.copytree(tmp_path / "photos", both / "a")
+    shutil.copytree(tmp_path / "more", both / "b")
+    build(both, tmp_path / "clean", SETTINGS)
+    assert samples(begun) == samples(tmp_path / "clean")
+    assert labels(begun) == labels(tmp_path / "clean")
+
+
+def test_adding_again_changes_nothing_and_what_the_folder_gained_since_is_added(begun, tmp_path):
+    write_cell(tmp_path / "more", 0, 3, first=100)
+    (tmp_path / "more" / "nowhere.jpg").write_bytes(b"x")
+    add(Source.of(tmp_path / "more"), begun, ONE)
+    before = contents(begun)
+    assert add(Source.of(tmp_path / "more"), begun, ONE) is None
+    assert contents(begun) == before
+    write_cell(tmp_path / "more", 1, 2, first=100)
+    summary, _ = add(Source.of(tmp_path / "more"), begun, ONE)
+    assert (summary.manifest.revision, summary.manifest.images, summary.manifest.quarantined) == (3, 53, 1)
+    assert set(quarantine(begun)) == {"//1/nowhere.jpg"}
+    sound(begun)
+
+
+def test_the_first_source_may_grow_and_the_first_command_still_repairs(begun, tmp_path):
+    write_cell(tmp_path / "photos", 2, 5, first=100)
+    add(Source.of(tmp_path / "photos"), begun, ONE)
+    expected = contents(begun)
+    sources = [s for t in shard_tables(begun) for s in pq.read_table(t)["source"].to_pylist()]
+    assert len(sources) == 53
+    assert not [s for s in sources if s.startswith("//")]
+    for table in shard_tables(begun):
+        table.unlink()
+    (begun / "dataset.json").unlink()
+    build(tmp_path / "photos", begun, SETTINGS)
+    assert contents(begun) == expected
+
+
+@pytest.mark.parametrize("moment", ["before the first shard", "after the first shard", "while shards are moved"])
+def test_an_interrupted_addition_leaves_the_old_data_set_and_is_finished_by_any_later_command(
+    begun, tmp_path, monkeypatch, moment
+):
+    for cell in range(4):
+        write_cell(tmp_path / "more", cell, 3, first=100)
+    add(Source.of(tmp_path / "more"), shutil.copytree(begun, tmp_path / "undisturbed"), ONE)
+
+    def killed(*arguments):
+        if moment == "after the first shard":
+            yield next(run_tasks(*arguments))
+        raise KeyboardInterrupt
+
+    before = contents(begun)
+    machinery = ONE if moment == "while shards are moved" else replace(ONE, run_tasks=killed)
+    if moment == "while shards are moved":
+        monkeypatch.setattr("preprocessing.updates.publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        add(Source.of(tmp_path / "more"), begun, machinery)
+    monkeypatch.undo()
+    now = contents(begun)
+    assert {name: now[name] for name in before} == before
+    assert Dataset.open(begun).manifest.revision == 1
+    if moment == "after the first shard":
+        assert add(Source.of(tmp_path / "more"), begun, ONE) is None
+    else:
+        build(tmp_path / "photos", begun, SETTINGS)
+    assert contents(begun) == contents(tmp_path / "undisturbed")
+
+
+@pytest.mark.slow
+def test_an_addition_that_is_killed_at_any_moment_ends_with_the_bytes_of_an_undisturbed_one(begun, tmp_path):
+    for cell in range(4):
+        for i in range(0, 200, 20):
+            write_cell(tmp_path / "more", cell, 20, first=100 + i)
+    command = [*COMMAND, "--out", begun, "--add", tmp_path / "more"]
+    undisturbed = shutil.copytree(begun, tmp_path / "undisturbed")
+    add(Source.of(tmp_path / "more"), undisturbed, ONE)
+    moments = np.random.default_rng(0)
+    for _ in range(8):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(moments.uniform(0.8, 3))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        Dataset.open(begun)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert contents(begun) == contents(undisturbed)
+
+
+def test_photos_fetched_anew_are_appended_under_their_labels_and_leave_quarantine(tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    build(tmp_path / "photos", tmp_path / "clean", SETTINGS)
+    good = {p: p.read_bytes() for p in photos}
+    for photo in photos[::8]:
+        photo.write_bytes(good[photo][:300])
+    (tmp_path / "photos" / "nowhere.jpg").write_bytes(b"x")
+    out = tmp_path / "out"
+    build(tmp_path / "photos", out, SETTINGS)
+    assert len(quarantine(out)) == 7
+    assert retry_quarantined(out, ONE) is None
+    for photo in photos[8::8]:
+        photo.write_bytes(good[photo])
+    summary, recovered, tried = retry_quarantined(out, ONE)
+    assert (recovered, tried, summary.manifest.revision, summary.manifest.images) == (5, 6, 2, 47)
+    assert quarantine(out) == {photos[0].name: "truncated", "nowhere.jpg": "no coordinates"}
+    photos[0].write_bytes(good[photos[0]])
+    retry_quarantined(out, ONE)
+    assert quarantine(out) == {"nowhere.jpg": "no coordinates"}
+    assert samples(out) == samples(tmp_path / "clean")
+    assert labels(out) == labels(tmp_path / "clean")
+    assert Dataset.open(out).classes.fingerprint() == Dataset.open(tmp_path / "clean").classes.fingerprint()
+    sound(out)
+    before = contents(out)
+    build(tmp_path / "photos", out, SETTINGS)
+    assert contents(out) == before
+
+
+def test_panoramas_are_added_and_retried_crop_by_crop(tmp_path):
+    from test_sources import write_panoramas
+
+    names = write_panoramas(tmp_path / "panos", 3)
+    settings = replace(SETTINGS, crops=12)
+    good = (tmp_path / "panos" / names[0]).read_bytes()
+    (tmp_path / "panos" / names[0]).write_bytes(b"")
+    out = tmp_path / "out"
+    build(Source.of(tmp_path / "panos", None, 12), out, settings)
+    (tmp_path / "panos" / names[0]).write_bytes(good)
+    _, recovered, tried = retry_quarantined(out, ONE)
+    assert (recovered, tried) == (12, 12)
+    build(Source.of(tmp_path / "panos", None, 12), tmp_path / "clean", settings)
+    assert samples(out) == samples(tmp_path / "clean")
+    write_cell(tmp_path / "more", 0, 2, first=100)
+    for i in range(2):  # photos and panoramas side by side
+        (tmp_path / "strips").mkdir(exist_ok=True)
+        (tmp_path / "strips" / name_at(500003 + i, 4180003, 900 + i)).write_bytes(good)
+    add(Source.of(tmp_path / "more"), out, ONE)
+    summary, gain = add(Source.of(tmp_path / "strips", None, 12), out, ONE)
+    assert (gain.images, summary.manifest.images, summary.manifest.revision) == (24, 36 + 2 + 24, 4)
+    turns = Counter(row[1].count("#") for row in samples(out))
+    assert turns == {0: 2, 1: 60}
+    sound(out)
+
+
+def test_a_list_is_added_to_a_folder_with_headings_from_the_list(begun, tmp_path):
+    from test_sources import write_csv, write_listed
+
+    names = write_listed(tmp_path / "more", 12)
+    place = write_csv(
+        tmp_path / "more" / "list.csv",
+        path=names,
+        east=[500085.0] * 12,
+        north=[4180003.0] * 12,
+        heading=list(range(12)),
+    )
+    _, gain = add(Source.of(place), begun, ONE)
+    assert gain.images == 18
+    rows = {r["source"]: r for t in shard_tables(begun) for r in pq.read_table(t).to_pylist()}
+    assert rows["//1/IMG_0007.jpg"]["heading"] == 7
+    skipped_before = [r for name, r in rows.items() if "@" in name and 500080 <= r["east"] < 500100]
+    assert [np.isfinite(r["heading"]) for r in skipped_before] == [True] * 6
+    assert add(Source.of(place), begun, ONE) is None
+    sound(begun)
+
+
+def test_what_cannot_be_added_is_refused_and_changes_nothing(begun, tmp_path):
+    before = contents(begun)
+    (tmp_path / "empty").mkdir()
+    for place, message in (
+        (tmp_path / "none", "no such folder"),
+        (tmp_path / "empty", "no photos found"),
+        (tmp_path, "inside"),
+    ):
+        with pytest.raises(JobError, match=message):
+            add(Source.of(place), begun, ONE)
+    for i in range(40):
+        (tmp_path / "empty" / f"{i}.jpg").write_bytes(b"x")
+    with pytest.raises(JobError, match="40 of 40 photos are bad"):
+        add(Source.of(tmp_path / "empty"), begun, ONE)
+    with pytest.raises(JobError, match="no finished data set"):
+        add(Source.of(tmp_path / "photos"), tmp_path / "empty", ONE)
+    assert contents(begun) == before

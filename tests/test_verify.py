@@ -1,0 +1,385 @@
+"""Verification finds any damage, and repair gives back the bytes of a clean build."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import SETTINGS
+from photos import jpeg, write_photos
+
+from preprocessing.build import build
+from shards import verification
+from shards.checksums import CHECKSUMS, DamagedChecksums, read_checksums, seal
+from shards.console import JobError
+from shards.dataset import Dataset
+from shards.layout import shard_tables
+from shards.repair import repair
+from shards.verification import verify
+
+SCRIPT = Path(__file__).resolve().parent.parent / "shards" / "verify.py"
+TAR, IDX, TABLE = (f"group-00/group-00-000000.{kind}" for kind in ("tar", "idx", "parquet"))
+
+
+@pytest.fixture
+def copy(dataset: Dataset, tmp_path: Path) -> Path:
+    """A data set with checksums that a test may damage."""
+    folder = tmp_path / "city"
+    shutil.copytree(dataset.path, folder)
+    seal(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(city: Path) -> Path:
+    return city / "train" / "database"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a data set but the record of the command that made it."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "provenance.json")
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files}
+
+
+def flip(path: Path, at: int, bits: int = 0xFF) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= bits
+    path.write_bytes(data)
+
+
+def files_with_problems(folder: Path) -> set[str]:
+    return {problem.file for problem in verify(folder).problems}
+
+
+def only_problem(folder: Path) -> str:
+    problems = verify(folder).problems
+    assert len(problems) == 1, [str(p) for p in problems]
+    return str(problems[0])
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+
+
+def test_a_built_data_set_is_sound_with_and_without_checksums(dataset, copy):
+    for folder in (dataset.path, copy):
+        report = verify(folder)
+        assert report.problems == []
+        assert (report.images, report.shards) == (dataset.manifest.images, dataset.manifest.shards)
+        assert report.bytes == dataset.manifest.bytes
+    assert report.sealed
+
+
+def test_a_flipped_byte_at_any_of_sixty_random_places_is_found(copy):
+    files = sorted(p for p in copy.rglob("*") if p.suffix in (".tar", ".idx", ".parquet"))
+    assert len(files) >= 15
+    rng = np.random.default_rng(0)
+    for turn in range(60):
+        path = files[turn % len(files)]
+        before = path.read_bytes()
+        at, bits = int(rng.integers(len(before))), int(rng.integers(1, 256))
+        flip(path, at, bits)
+        assert str(path.relative_to(copy)) in files_with_problems(copy), (path, at, bits)
+        path.write_bytes(before)
+    assert verify(copy).problems == []
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "plan.json", "classes.parquet", "quarantine.jsonl", CHECKSUMS, IDX])
+def test_a_file_above_the_shards_that_was_changed_is_found(copy, name):
+    if name == "quarantine.jsonl":
+        (copy / name).write_bytes(b'{"source": "x.jpg", "reason": "truncated", "detail": ""}\n')
+    else:
+        flip(copy / name, len((copy / name).read_bytes()) // 2, 1)
+    assert files_with_problems(copy) == {name}
+
+
+def test_every_part_of_a_tar_is_checked_and_the_sample_named(copy):
+    table = pq.read_table(copy / TABLE)
+    key, offset, size = (table[name][5].as_py() for name in ("key", "offset", "size"))
+    padded = size + -size % 512
+    for at, what in [
+        (offset - 512, "the photo's tar header is damaged"),
+        (offset - 512 + 300, "the photo's tar header is damaged"),
+        (offset, "the photo fails its checksum"),
+        (offset + size - 1, "the photo fails its checksum"),
+        (offset + padded + 10, "the label's tar header is damaged"),
+        (offset + padded + 512, "the label is damaged"),
+        (offset + padded + 1023, "the label is damaged"),
+    ]:
+        flip(copy / TAR, at, 1)
+        assert only_problem(copy) == f"{TAR}: sample {key}: {what}"
+        flip(copy / TAR, at, 1)
+    padding = next(i for i, s in enumerate(table["size"].to_pylist()) if s % 512)
+    flip(copy / TAR, table["offset"][padding].as_py() + table["size"][padding].as_py())
+    assert "the padding after the photo is damaged" in only_problem(copy)
+    flip(copy / TAR, table["offset"][padding].as_py() + table["size"][padding].as_py())
+    flip(copy / TAR, -1)
+    assert only_problem(copy) == f"{TAR}: the end of the archive is damaged"
+
+
+def test_a_truncated_a_longer_and_an_empty_tar_are_found(copy):
+    whole = (copy / TAR).read_bytes()
+    table = pq.read_table(copy / TABLE)
+    offset, key = (table[name][7].as_py() for name in ("offset", "key"))
+    (copy / TAR).write_bytes(whole[: offset + 100])
+    assert only_problem(copy) == (
+        f"{TAR}: sample {key}: the file ends here, at byte {offset + 100}; {len(table) - 7:,} samples are cut off"
+    )
+    (copy / TAR).write_bytes(whole[:-512])
+    assert "bytes long instead of" in only_problem(copy)
+    (copy / TAR).write_bytes(whole + b"x")
+    assert "bytes long instead of" in only_problem(copy)
+    (copy / TAR).write_bytes(b"")
+    assert "sample 000000000: the file ends here, at byte 0" in only_problem(copy)
+
+
+def test_many_damaged_samples_of_one_shard_are_counted_and_not_all_listed(copy):
+    data = bytearray((copy / TAR).read_bytes())
+    offsets = pq.read_table(copy / TABLE)["offset"].to_pylist()
+    for offset in offsets:
+        data[offset] ^= 1
+    (copy / TAR).write_bytes(data)
+    problems = verify(copy).problems
+    assert len(problems) == 11
+    assert f"{len(offsets) - 10:,} more samples" in str(problems[-1])
+
+
+@pytest.mark.parametrize(
+    "name", [TAR, IDX, TABLE, "dataset.json", "classes.parquet", "index/group-00.size.npy", "plan.json"]
+)
+def test_a_missing_file_is_found_and_what_does_not_belong_is_named(copy, name):
+    (copy / name).unlink()
+    (problem,) = verify(copy).problems
+    assert (problem.file, problem.kind) == (name, "missing")
+
+
+def test_extra_files_of_any_kind_are_named(copy):
+    extra = [
+        "notes.txt",
+        "group-00/group-00-000007.tar",
+        "group-09/photo.jpg",
+        "index/old.npy",
+        "group-01/.a.1.partial",
+    ]
+    for name in extra:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("x")
+    os.mkfifo(copy / "pipe")
+    (copy / "group-00" / "deeper").mkdir()
+    for kind in ("tar", "idx", "parquet"):
+        shutil.copy(copy / f"group-00/group-00-000000.{kind}", copy / f"group-00/group-00-000001.{kind}")
+        extra.append(f"group-00/group-00-000001.{kind}")
+    problems = verify(copy).problems
+    assert {p.file for p in problems} == {*extra, "pipe", "group-00/deeper"}
+    assert {p.kind for p in problems} == {"extra"}
+
+
+def test_without_checksums_a_shard_of_another_number_and_wrong_counts_are_found(dataset, tmp_path):
+    folder = tmp_path / "city"
+    shutil.copytree(dataset.path, folder)
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+    for kind in ("tar", "idx", "parquet"):
+        shutil.copy(folder / f"group-00/group-00-000000.{kind}", folder / f"group-00/group-00-000002.{kind}")
+    text = {str(p) for p in verify(folder).problems}
+    assert any("group-00-000002.parquet: notes number 0, but it is 2" in t for t in text)
+    assert any("group-00-000002.parquet: its keys begin at 000000000" in t for t in text)
+    assert "group-00/group-00-000001.parquet: missing" in text
+    assert any("classes.parquet: group 0, label 0 has" in t for t in text)
+    assert any("dataset.json: says shards 4, but it is 5" in t for t in text)
+
+
+def test_a_flat_index_that_disagrees_with_the_tables_is_found_and_rebuilt_without_photos(copy, dataset):
+    flip(copy / "index" / "group-01.offset.npy", 500)
+    assert only_problem(copy) == "index/group-01.offset.npy: does not agree with the sample tables"
+    repair(copy, verify(copy), None, 1)
+    shutil.rmtree(copy / "index")
+    assert only_problem(copy).startswith("index/state: missing")
+    repair(copy, verify(copy), None, 1)
+    assert verify(copy).problems == []
+    assert {k: v for k, v in contents(copy).items() if k != CHECKSUMS} == {
+        k: v for k, v in contents(dataset.path).items() if k != CHECKSUMS
+    }
+
+
+def test_a_dali_index_is_rebuilt_from_its_table_and_no_shard_is_touched(copy):
+    before = contents(copy)
+    times = {p: p.stat().st_mtime_ns for p in copy.rglob("*.tar")}
+    flip(copy / IDX, 40)
+    (copy / "group-01" / "group-01-000000.idx").unlink()
+    repair(copy, verify(copy), None, 1)
+    assert contents(copy) == before
+    assert {p: p.stat().st_mtime_ns for p in times} == times
+
+
+def test_repair_moves_extra_files_beside_the_data_set_and_deletes_none(copy):
+    (copy / "group-00" / "notes.txt").write_text("mine")
+    (copy / "a\nb").write_text("odd")
+    (copy / ".x.1.partial").write_text("left over")
+    repair(copy, verify(copy), None, 1)
+    assert verify(copy).problems == []
+    aside = copy.with_name("city-set-aside")
+    assert (aside / "group-00" / "notes.txt").read_text() == "mine"
+    assert {p.name for p in aside.iterdir()} == {"group-00", "a\nb"}
+
+
+def test_rebuilding_a_shard_without_the_photos_is_refused_and_takes_nothing_away(copy):
+    flip(copy / TAR, 1000)
+    before = contents(copy)
+    with pytest.raises(JobError, match="--source PHOTOS"):
+        repair(copy, verify(copy), None, 1)
+    with pytest.raises(JobError, match="no such photos"):
+        repair(copy, verify(copy), copy / "nowhere", 1)
+    assert contents(copy) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["dataset.json", "plan.json"])
+def test_repair_gives_back_the_bytes_of_a_clean_build_and_leaves_sound_shards_alone(copy, photos, lost):
+    before = contents(copy)
+    tables = [str(t.relative_to(copy)) for t in shard_tables(copy)]
+    flip(copy / tables[0], 300)
+    flip(copy / tables[1].replace("parquet", "tar"), 5000)
+    (copy / tables[2].replace("parquet", "idx")).unlink()
+    flip(copy / "classes.parquet", 50)
+    flip(copy / "listing.parquet", 50)
+    (copy / "skipped.parquet").unlink()
+    (copy / "index" / "state").unlink()
+    flip(copy / lost, 30)
+    untouched = copy / tables[3]
+    time = untouched.stat().st_mtime_ns
+    repair(copy, verify(copy), photos, 1)
+    assert verify(copy).problems == []
+    assert contents(copy) == before
+    assert untouched.stat().st_mtime_ns == time
+
+
+@pytest.mark.slow
+def test_repair_ends_as_a_failed_job_where_the_photos_are_others_and_goes_on_with_the_right_ones(
+    copy, photos, tmp_path
+):
+    before = contents(copy)
+    write_photos(tmp_path / "others")
+    flip(copy / TAR, 1000)
+    done = run(copy, "--repair", "--source", tmp_path / "others")
+    assert done.returncode == 1
+    assert "holds another data set" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (copy / "dataset.json").exists()  # no reader takes it for complete
+    done = run(copy, "--repair", "--source", photos)
+    assert done.returncode == 0, done.stderr
+    assert contents(copy) == before
+
+
+@pytest.mark.slow
+def test_repair_keeps_to_the_share_of_bad_photos_that_the_data_set_had(tmp_path):
+    source, out = tmp_path / "photos", tmp_path / "out"
+    for photo in write_photos(source)[:20]:
+        photo.write_bytes(jpeg(96, 1)[:300])
+    build(source, out, SETTINGS, workers=1, max_bad_share=0.5, rescan=False)
+    seal(out)
+    before = contents(out)
+    tar = next(out.glob("*/*.tar"))
+    tar.unlink()
+    repair(out, verify(out), source, 1)
+    assert contents(out) == before
+
+
+def test_a_seal_keeps_the_checksum_of_what_rotted_and_takes_that_of_what_was_written(copy):
+    long_ago = 1_000_000_000
+    for path in (copy / TABLE, copy / IDX):
+        os.utime(path, (long_ago, long_ago))
+    before = read_checksums(copy)
+    flip(copy / TABLE, 100)
+    os.utime(copy / TABLE, (long_ago, long_ago))  # a disk that forgets does not touch the time
+    flip(copy / "plan.json", 10)
+    seal(copy)
+    after = read_checksums(copy)
+    assert {name for name in after if after[name] != before[name]} == {"plan.json"}
+
+
+def test_the_seal_of_a_build_covers_the_manifest_that_is_about_to_be_written(copy, dataset):
+    sealed = (copy / CHECKSUMS).read_bytes()
+    (copy / "dataset.json").unlink()
+    seal(copy, dataset.manifest)
+    assert (copy / CHECKSUMS).read_bytes() == sealed
+
+
+def test_checksums_are_what_sha256sum_checks(copy):
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum here")
+    done = subprocess.run(["sha256sum", "--check", "--quiet", "--strict", CHECKSUMS], cwd=copy, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    (copy / CHECKSUMS).write_bytes((copy / CHECKSUMS).read_bytes().replace(b"a", b"b", 1))
+    with pytest.raises(DamagedChecksums):
+        read_checksums(copy)
+
+
+@pytest.mark.slow
+def test_several_processes_find_what_one_finds(copy, monkeypatch):
+    monkeypatch.setattr(verification, "PARALLEL_BYTES", 0)
+    flip(copy / TAR, 1000)
+    flip(copy / "index" / "group-02.size.npy", 300)
+    assert set(verify(copy, workers=2).problems) == set(verify(copy, workers=1).problems)
+    assert len(verify(copy, workers=2).problems) == 2
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[: len(data) // 2],
+        lambda data: b"PAR1" + b"\xff" * 200 + b"PAR1",
+        lambda data: bytes(len(data)),
+    ],
+)
+def test_tables_and_manifests_of_any_bytes_are_problems_and_no_crash(copy, damage: Callable[[bytes], bytes]):
+    (copy / CHECKSUMS).unlink()
+    names = {TABLE, "classes.parquet", "skipped.parquet", "dataset.json", "plan.json", "provenance.json"}
+    for name in names:
+        (copy / name).write_bytes(damage((copy / name).read_bytes()))
+    assert names <= files_with_problems(copy)
+
+
+def test_exit_codes_are_0_for_sound_1_for_problems_and_2_for_wrong_arguments(copy, tmp_path):
+    assert run(copy).returncode == 0
+    flip(copy / TAR, 1000, 1)
+    done = run(copy, "--workers", "1")
+    assert done.returncode == 1
+    assert f"{TAR}: sample 000000000: the photo fails its checksum" in done.stdout
+    assert "1 problems in 1 files" in done.stdout
+    assert run(copy, "--nonsense").returncode == 2
+    for folder in (tmp_path / "none", tmp_path):
+        done = run(folder)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ")
+
+
+def test_seal_writes_checksums_of_a_sound_data_set_only(dataset, tmp_path):
+    folder = tmp_path / "city"
+    shutil.copytree(dataset.path, folder)
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+    flip(folder / TAR, 1000)
+    assert run(folder, "--seal").returncode == 1
+    assert not (folder / CHECKSUMS).exists()
+    flip(folder / TAR, 1000)
+    assert "--seal" in run(folder).stdout
+    assert run(folder, "--seal").returncode == 0
+    assert read_checksums(folder)
+
+
+def test_verifying_and_showing_do_not_import_torch():
+    code = "import sys, shards.verify, shards.show; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_unfinished_data_set_is_said_to_be_unfinished(copy):
+    for name in ("dataset.json", "classes.parquet", CHECKSUMS):
+        (copy / name).unlink()
+    assert "not finished" in str(next(p for p in verify(copy).problems if p.file == "dataset.json"))
+    assert json.loads((copy / "plan.json").read_text())["M"] == 20
