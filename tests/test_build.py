@@ -231,7 +231,7 @@ def start(source: Path, out: Path) -> subprocess.Popen[str]:
 def big(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     """Photos that take a second or so to build, and the bytes of an undisturbed build."""
     source = tmp_path_factory.mktemp("big") / "photos"
-    write_photos(source, cells=64, per_cell=12, size=512)
+    write_photos(source, cells=64, per_cell=40, size=512)
     done = start(source, source.parent / "out")
     printed, _ = done.communicate()
     assert done.returncode == 0, printed
