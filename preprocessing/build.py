@@ -5,13 +5,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from preprocessing.claim import LISTING, check_output, claim, one_at_a_time, unlock
+from preprocessing.claim import check_output, claim, one_at_a_time, unlock
 from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
 from preprocessing.photos import Listing
 from preprocessing.plan import Plan, Settings, make_plan
 from preprocessing.resize import Resizer
-from preprocessing.revisions import FOLDER as REVISIONS
 from preprocessing.shard_run import Machinery, write_shards
 from preprocessing.shard_task import ShardResult, finished_shard
 from preprocessing.sources import Source
@@ -19,7 +18,7 @@ from preprocessing.trial import Forecast, check_space, forecast
 from preprocessing.updates import complete_revisions
 from shards.console import JobError
 from shards.files import TEMPORARY_SUFFIX, remove_partials
-from shards.layout import shard_stem
+from shards.layout import LISTING, REVISIONS, shard_stem
 
 
 def build(

@@ -51,7 +51,7 @@ class Arguments:
     quality: int = 90
     """JPEG quality, 1 to 100."""
     resize_filter: ResizeFilter = "fast"
-    """fast: scaled decoding, then linear; bicubic and lanczos: from the full-size photo, exact and slow."""
+    """fast: scaled decoding, then a cubic step; bicubic and lanczos: from the full-size photo, exact and slow."""
     seed: int = 0
     """Seed of the order of photos within a class."""
     crops: int = 0

@@ -14,10 +14,9 @@ from preprocessing.resize import codec_name
 from preprocessing.sources import Source
 from shards.console import JobError
 from shards.files import atomic_write_json
-from shards.layout import MANIFEST, PLAN, PROVENANCE
+from shards.layout import LISTING, MANIFEST, PLAN, PROVENANCE
 from shards.provenance import provenance
 
-LISTING = "listing.parquet"
 _LOCK = ".lock"
 _PLACES = ("source", "root")
 

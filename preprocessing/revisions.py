@@ -26,9 +26,8 @@ from preprocessing.plan import ShardTask
 from preprocessing.sources import Source
 from shards.classes import ClassTable
 from shards.files import atomic_path, atomic_write_text
-from shards.layout import SHARD_SAMPLES, shard_stem
+from shards.layout import REVISIONS, SHARD_SAMPLES, shard_stem
 
-FOLDER = "revisions"
 _STAGE = ".revision"
 
 PLANNED = pa.schema(
@@ -102,7 +101,7 @@ class Revision:
 
 def revisions(out: Path) -> list[Revision]:
     """The revisions that a data set has begun or finished, oldest first."""
-    numbers = sorted(int(path.stem) for path in (out / FOLDER).glob("[0-9]*.parquet") if path.stem.isdigit())
+    numbers = sorted(int(path.stem) for path in (out / REVISIONS).glob("[0-9]*.parquet") if path.stem.isdigit())
     return [Revision.load(out, number) for number in numbers]
 
 
@@ -141,4 +140,4 @@ def read_bad(path: Path) -> list[Bad]:
 
 
 def _stem(out: Path, number: int) -> Path:
-    return out / FOLDER / f"{number:06d}"
+    return out / REVISIONS / f"{number:06d}"

@@ -6,6 +6,8 @@
 <dataset>/group-GG/group-GG-NNNNNN.idx      DALI index of the tar
 <dataset>/group-GG/group-GG-NNNNNN.parquet  sample table, normative, and the marker that the shard is done
 <dataset>/index/                            flat arrays derived from the sample tables
+<dataset>/listing.parquet                    cached list of the source's photos; may be deleted
+<dataset>/revisions/                        what later additions and retries brought
 <dataset>/skipped.parquet                   photos of cells with too few photos
 <dataset>/quarantine.jsonl                  photos that are bad, and why
 """
@@ -24,6 +26,8 @@ SKIPPED = "skipped.parquet"
 QUARANTINE = "quarantine.jsonl"
 PROVENANCE = "provenance.json"
 INDEX = "index"
+REVISIONS = "revisions"
+LISTING = "listing.parquet"
 
 SAMPLE_COLUMNS = pa.schema(
     [

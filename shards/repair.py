@@ -17,10 +17,10 @@ from shards.console import JobError, format_count
 from shards.dataset import Manifest
 from shards.files import atomic_write_bytes, atomic_write_json, remove_partials
 from shards.index import build_index
-from shards.layout import CLASSES, INDEX, MANIFEST, PLAN, PROVENANCE, QUARANTINE, SKIPPED, shard_tables
+from shards.layout import CLASSES, INDEX, LISTING, MANIFEST, PLAN, PROVENANCE, QUARANTINE, SKIPPED, shard_tables
 from shards.provenance import provenance
 from shards.soundness import index_of_table, read_sample_table
-from shards.verification import LISTING, Report
+from shards.verification import Report
 
 BUILD = Path(__file__).resolve().parent.parent / "preprocessing" / "build_shards.py"
 _FINISHED_BY_BUILD = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, LISTING)

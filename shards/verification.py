@@ -24,10 +24,21 @@ from shards.classes import ClassTable
 from shards.console import JobError, format_count
 from shards.dataset import Manifest
 from shards.files import TEMPORARY_SUFFIX
-from shards.layout import CLASSES, INDEX, MANIFEST, PLAN, PROVENANCE, QUARANTINE, SKIPPED, group_name, shard_stem
+from shards.layout import (
+    CLASSES,
+    INDEX,
+    LISTING,
+    MANIFEST,
+    PLAN,
+    PROVENANCE,
+    QUARANTINE,
+    REVISIONS,
+    SKIPPED,
+    group_name,
+    shard_stem,
+)
 from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum, one_line
 
-LISTING = "listing.parquet"
 PARALLEL_BYTES = 1 << 29  # of tars: below, starting processes takes longer than checking in this one
 _PR_SET_PDEATHSIG = 1
 _TOP = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, PROVENANCE)
@@ -184,7 +195,7 @@ def _extra_files(
             or name == f"{INDEX}/state"
             or (shard is not None and shard[1] in stems)
             or (array is not None and (groups is None or array[1] in groups))
-            or name.startswith("revisions/")
+            or name.startswith(f"{REVISIONS}/")
             or name in (sums or ())
         )
         if name.endswith(TEMPORARY_SUFFIX):
