@@ -25,19 +25,13 @@ def build(
     source: Source | Path,
     out: Path,
     settings: Settings,
+    machinery: Machinery,
     *,
-    workers: int = 1,
-    max_bad_share: float | None = None,
     rescan: bool = False,
-    machinery: Machinery | None = None,
 ) -> Summary:
-    """Make the data set `out` from the photos of `source`, or finish one that was interrupted.
-
-    `machinery`, or else `workers` and `max_bad_share`, says how; see `Machinery`. Raises `JobError`.
-    """
+    """Make the data set `out` from the photos of `source`, or finish one that was interrupted. Raises `JobError`."""
     start = time.monotonic()
     source = Source.of(source) if isinstance(source, Path) else source
-    machinery = machinery or Machinery(workers, max_bad_share)
     listing, plan = _begin(source, out, settings, rescan)
     remove_partials(out)
     before = _write_planned(plan, source, out, machinery, 0, 1)

@@ -119,7 +119,7 @@ def main() -> None:
     elif arguments.finish:
         print_summary(assemble(source, out, settings, machinery, count=count), out)
     else:
-        print_summary(build(source, out, settings, machinery=machinery, rescan=rescan), out)
+        print_summary(build(source, out, settings, machinery, rescan=rescan), out)
 
 
 if __name__ == "__main__":

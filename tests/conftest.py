@@ -11,6 +11,7 @@ from preprocessing.build import Summary, build
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
 from preprocessing.plan import Settings
+from preprocessing.shard_run import Machinery
 from shards.dataset import Dataset
 
 SETTINGS = Settings(M=20, N=2, min_images=10, image_size=64, quality=90, resize_filter="fast", seed=0)
@@ -28,7 +29,7 @@ def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def built(city: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Summary]:
     """The data set of the city's training photos, and what the build said of it."""
     out = tmp_path_factory.mktemp("shards") / "city"
-    summary = build(city / "train" / "database", out, SETTINGS, workers=2, max_bad_share=None, rescan=False)
+    summary = build(city / "train" / "database", out, SETTINGS, Machinery(2))
     return Dataset.open(out), summary
 
 

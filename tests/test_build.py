@@ -18,6 +18,7 @@ from photos import jpeg, name_at, write_photos
 from preprocessing.build import Summary, build
 from preprocessing.photos import list_photos
 from preprocessing.plan import make_plan
+from preprocessing.shard_run import Machinery
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.layout import shard_tables
@@ -27,7 +28,7 @@ NOT_BYTES = {"provenance.json"}
 
 
 def run(source: Path, out: Path, *, settings=SETTINGS, workers=1, max_bad_share=None, rescan=False) -> Summary:
-    return build(source, out, settings, workers=workers, max_bad_share=max_bad_share, rescan=rescan)
+    return build(source, out, settings, Machinery(workers, max_bad_share), rescan=rescan)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

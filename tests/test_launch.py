@@ -21,6 +21,7 @@ from tiny_run import write_run
 
 from preprocessing.build import build
 from preprocessing.plan import Settings
+from preprocessing.shard_run import Machinery
 from shards.index import build_index
 from training.checkpoint import list_checkpoints, load_for_evaluation
 from training.run_folder import read_losses
@@ -282,7 +283,7 @@ def test_the_tasks_of_an_array_write_the_shards_that_one_build_writes(slurm: Slu
     assert not (out / "dataset.json").exists()
     code, output = slurm.run("preprocess_array.sh", *words, **last["environment"])
     assert code == 0, output
-    build(source, whole, Settings(20, 2, 10, 64, 90, "fast", 0), workers=1)
+    build(source, whole, Settings(20, 2, 10, 64, 90, "fast", 0), Machinery(1))
     names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*.tar"))
     assert len(names) == 2
     for name in [*names, "classes.parquet", "dataset.json"]:

@@ -50,7 +50,7 @@ def cluster():
 
 
 def test_a_cluster_of_two_nodes_makes_the_bytes_of_one_process_though_a_node_is_killed(photos, tmp_path, cluster):
-    build(photos, tmp_path / "expected", SMALL)
+    build(photos, tmp_path / "expected", SMALL, Machinery(1))
     worker = next(iter(cluster.worker_nodes))
 
     def run_tasks(*arguments):
@@ -59,7 +59,7 @@ def test_a_cluster_of_two_nodes_makes_the_bytes_of_one_process_though_a_node_is_
                 cluster.remove_node(worker, allow_graceful=False)
             yield result
 
-    build(photos, tmp_path / "out", SMALL, machinery=Machinery(1, None, run_tasks))
+    build(photos, tmp_path / "out", SMALL, Machinery(1, None, run_tasks))
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
@@ -69,7 +69,7 @@ def test_errors_of_tasks_are_the_job_s_own_and_too_many_bad_photos_stop_it(photo
         data = photo.read_bytes()
         photo.write_bytes(data[:200])
     with pytest.raises(JobError, match="photos are bad"):
-        build(photos, tmp_path / "out", SMALL, machinery=machinery)
+        build(photos, tmp_path / "out", SMALL, machinery)
     assert not list((tmp_path / "out").rglob("*.partial"))
     plan = make_plan(Source.of(photos).photos(None, 0, lambda n: None), SMALL)
     job = Job((Source.of(tmp_path / "gone"),), tmp_path / "out", Resizer(32, 90))

@@ -38,7 +38,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The data set that one build makes."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    build(photos, out, SMALL)
+    build(photos, out, SMALL, ONE)
     return out
 
 
@@ -93,7 +93,7 @@ def test_tasks_that_race_for_an_empty_folder_make_the_bytes_of_one_build(photos,
 def test_a_dry_run_tells_counts_disk_and_time_and_leaves_only_the_list(photos, tmp_path):
     out = tmp_path / "out"
     made = dry_run(Source.of(photos), out, SMALL, workers=2)
-    built = build(photos, tmp_path / "real", SMALL).manifest
+    built = build(photos, tmp_path / "real", SMALL, ONE).manifest
     assert [p.name for p in out.iterdir()] == ["listing.parquet"]
     assert (len(made.plan.order), len(made.plan.skipped), made.trial.bad.total()) == (48, 1, 0)
     assert built.bytes * 0.5 < made.bytes_needed < built.bytes * 1.5
@@ -114,10 +114,10 @@ def test_a_disk_that_surely_lacks_the_room_is_refused_before_a_shard_is_written(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("preprocessing.trial.shutil.disk_usage", lambda _: usage._replace(free=20_000))
     with pytest.raises(JobError, match=r"48 images need about .* kB and the disk has 20.0 kB free; free some space"):
-        build(photos, tmp_path / "out", SMALL)
+        build(photos, tmp_path / "out", SMALL, ONE)
     assert not list((tmp_path / "out").glob("group-*"))
     monkeypatch.undo()
-    build(photos, tmp_path / "out", SMALL)
+    build(photos, tmp_path / "out", SMALL, ONE)
     assert Dataset.open(tmp_path / "out").manifest.images == 48
 
 

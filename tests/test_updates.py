@@ -74,7 +74,7 @@ def begun(tmp_path: Path) -> Path:
     """Cells 0 to 3 with twelve photos each, cell 4 with six, which are skipped."""
     write_photos(tmp_path / "photos")
     write_cell(tmp_path / "photos", 4, 6)
-    build(tmp_path / "photos", tmp_path / "out", SETTINGS)
+    build(tmp_path / "photos", tmp_path / "out", SETTINGS, ONE)
     return tmp_path / "out"
 
 
@@ -110,7 +110,7 @@ def test_after_an_addition_the_samples_are_those_of_a_clean_build_of_both(begun,
     both = tmp_path / "both"
     shutil.copytree(tmp_path / "photos", both / "a")
     shutil.copytree(tmp_path / "more", both / "b")
-    build(both, tmp_path / "clean", SETTINGS)
+    build(both, tmp_path / "clean", SETTINGS, ONE)
     assert samples(begun) == samples(tmp_path / "clean")
     assert labels(begun) == labels(tmp_path / "clean")
 
@@ -139,7 +139,7 @@ def test_the_first_source_may_grow_and_the_first_command_still_repairs(begun, tm
     for table in shard_tables(begun):
         table.unlink()
     (begun / "dataset.json").unlink()
-    build(tmp_path / "photos", begun, SETTINGS)
+    build(tmp_path / "photos", begun, SETTINGS, ONE)
     assert contents(begun) == expected
 
 
@@ -169,7 +169,7 @@ def test_an_interrupted_addition_leaves_the_old_data_set_and_is_finished_by_any_
     if moment == "after the first shard":
         assert add(Source.of(tmp_path / "more"), begun, ONE) is None
     else:
-        build(tmp_path / "photos", begun, SETTINGS)
+        build(tmp_path / "photos", begun, SETTINGS, ONE)
     assert contents(begun) == contents(tmp_path / "undisturbed")
 
 
@@ -197,13 +197,13 @@ def test_an_addition_that_is_killed_at_any_moment_ends_with_the_bytes_of_an_undi
 
 def test_photos_fetched_anew_are_appended_under_their_labels_and_leave_quarantine(tmp_path):
     photos = write_photos(tmp_path / "photos")
-    build(tmp_path / "photos", tmp_path / "clean", SETTINGS)
+    build(tmp_path / "photos", tmp_path / "clean", SETTINGS, ONE)
     good = {p: p.read_bytes() for p in photos}
     for photo in photos[::8]:
         photo.write_bytes(good[photo][:300])
     (tmp_path / "photos" / "nowhere.jpg").write_bytes(b"x")
     out = tmp_path / "out"
-    build(tmp_path / "photos", out, SETTINGS)
+    build(tmp_path / "photos", out, SETTINGS, ONE)
     assert len(quarantine(out)) == 7
     assert retry_quarantined(out, ONE) is None
     for photo in photos[8::8]:
@@ -219,7 +219,7 @@ def test_photos_fetched_anew_are_appended_under_their_labels_and_leave_quarantin
     assert Dataset.open(out).classes.fingerprint() == Dataset.open(tmp_path / "clean").classes.fingerprint()
     sound(out)
     before = contents(out)
-    build(tmp_path / "photos", out, SETTINGS)
+    build(tmp_path / "photos", out, SETTINGS, ONE)
     assert contents(out) == before
 
 
@@ -231,11 +231,11 @@ def test_panoramas_are_added_and_retried_crop_by_crop(tmp_path):
     good = (tmp_path / "panos" / names[0]).read_bytes()
     (tmp_path / "panos" / names[0]).write_bytes(b"")
     out = tmp_path / "out"
-    build(Source.of(tmp_path / "panos", None, 12), out, settings)
+    build(Source.of(tmp_path / "panos", None, 12), out, settings, ONE)
     (tmp_path / "panos" / names[0]).write_bytes(good)
     _, recovered, tried = retry_quarantined(out, ONE)
     assert (recovered, tried) == (12, 12)
-    build(Source.of(tmp_path / "panos", None, 12), tmp_path / "clean", settings)
+    build(Source.of(tmp_path / "panos", None, 12), tmp_path / "clean", settings, ONE)
     assert samples(out) == samples(tmp_path / "clean")
     write_cell(tmp_path / "more", 0, 2, first=100)
     for i in range(2):  # photos and panoramas side by side

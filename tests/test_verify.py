@@ -15,6 +15,7 @@ from conftest import SETTINGS
 from photos import jpeg, write_photos
 
 from preprocessing.build import build
+from preprocessing.shard_run import Machinery
 from shards import verification
 from shards.checksums import CHECKSUMS, DamagedChecksums, read_checksums, seal
 from shards.console import JobError
@@ -281,7 +282,7 @@ def test_repair_keeps_to_the_share_of_bad_photos_that_the_data_set_had(tmp_path)
     source, out = tmp_path / "photos", tmp_path / "out"
     for photo in write_photos(source)[:20]:
         photo.write_bytes(jpeg(96, 1)[:300])
-    build(source, out, SETTINGS, workers=1, max_bad_share=0.5, rescan=False)
+    build(source, out, SETTINGS, Machinery(1, 0.5))
     seal(out)
     before = contents(out)
     tar = next(out.glob("*/*.tar"))

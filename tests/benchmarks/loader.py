@@ -38,6 +38,7 @@ from preprocessing.build import build
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
 from preprocessing.plan import Settings
+from preprocessing.shard_run import Machinery
 from shards.dataset import Dataset as Shards
 from shards.index import build_index
 from shards.layout import sample_key, shard_tables
@@ -314,7 +315,7 @@ def main() -> None:
             settings = CitySettings(blocks=1, size=256, years=1, val_queries=1, test_queries=1)
             render_city(city, settings, workers=len(available))
             form = Settings(20, 2, 10, SIZE, 90, "fast", 0)
-            build(city / "train" / "database", shards, form, workers=1, max_bad_share=None, rescan=False)
+            build(city / "train" / "database", shards, form, Machinery(1))
         files = Path(scratch) / "files"
         write_files(shards, files)
         loaders: dict[tuple[str, str, str], Callable[[int], Iterator[int]]] = {
