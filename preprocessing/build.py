@@ -10,7 +10,6 @@ from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
 from preprocessing.photos import Listing
 from preprocessing.plan import Plan, Settings, make_plan
-from preprocessing.resize import Resizer
 from preprocessing.shard_run import Machinery, write_shards
 from preprocessing.shard_task import ShardResult, finished_shard
 from preprocessing.sources import Source
@@ -80,7 +79,7 @@ def assemble(
 def dry_run(source: Source, out: Path, settings: Settings, *, workers: int, rescan: bool = False) -> Forecast:
     """What `build` would make, after a short trial. Writes nothing but the list of photos, which the build reuses."""
     _, plan = _plan(source, out, settings, rescan)
-    resizer = Resizer(settings.image_size, settings.quality, settings.resize_filter)
+    resizer = settings.resizer()
     return forecast(plan, source, out, resizer, workers)
 
 
@@ -107,7 +106,7 @@ def _write_planned(
 ) -> list[ShardResult]:
     """Write the missing ones among shards `index`, `index + count`, ...; returns those that were done before."""
     settings = plan.settings
-    resizer = Resizer(settings.image_size, settings.quality, settings.resize_filter)
+    resizer = settings.resizer()
     shards = plan.shards()[index::count]
     finished = {(group, number): finished_shard(out, group, number) for group, number, _ in shards}
     before = [result for result in finished.values() if result is not None]

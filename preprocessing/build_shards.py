@@ -14,6 +14,7 @@ import tyro
 
 from preprocessing import engine, ray_engine
 from preprocessing.build import assemble, build, build_share, dry_run
+from preprocessing.codec import Codec
 from preprocessing.plan import Settings
 from preprocessing.resize import ResizeFilter
 from preprocessing.shard_run import Machinery
@@ -52,6 +53,8 @@ class Arguments:
     """JPEG quality, 1 to 100."""
     resize_filter: ResizeFilter = "fast"
     """fast: scaled decoding, then a cubic step; bicubic and lanczos: from the full-size photo, exact and slow."""
+    codec: Codec = "cpu"
+    """What decodes, resizes and encodes: cpu, or gpu (NVIDIA, by nvImageCodec: whole photos, by a bicubic filter)."""
     seed: int = 0
     """Seed of the order of photos within a class."""
     crops: int = 0
@@ -92,6 +95,8 @@ class Arguments:
             raise WrongArguments(
                 "--add, --retry-quarantined, --dry-run, --task-index and --finish are for one command each"
             )
+        if self.codec == "gpu" and (self.crops or self.resize_filter == "lanczos" or self.engine == "ray"):
+            raise WrongArguments("--codec gpu goes without --crops, --resize-filter lanczos and --engine ray")
         if self.source is None and not changes:
             raise WrongArguments("name the photos with --source")
         if self.task_index is not None and not 0 <= self.task_index < (self.task_count or 0):

@@ -5,14 +5,14 @@ import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from preprocessing.plan import Plan, Settings
-from preprocessing.resize import codec_name
 from preprocessing.sources import Source
 from shards.console import JobError
+from shards.dataset import GPU_CODEC
 from shards.files import atomic_write_json
 from shards.layout import LISTING, MANIFEST, PLAN, PROVENANCE
 from shards.provenance import provenance
@@ -33,7 +33,7 @@ def check_output(source: Source, out: Path) -> None:
 
 def claim(out: Path, source: Source, plan: Plan) -> None:
     """Mark `out` as this plan's; raises `JobError` where it holds another data set."""
-    facts = {"fingerprint": plan.fingerprint, "codec": codec_name(), **asdict(plan.settings)}
+    facts = {"fingerprint": plan.fingerprint, **plan.settings.facts()}
     absolute = source.resolved()
     facts |= {"source": absolute.place, "root": absolute.root if source.is_list else None}
     before = _read(out)
@@ -60,6 +60,7 @@ def claimed(out: Path) -> tuple[Source, Settings, str]:
         if facts is None:
             raise KeyError("no such file")
         settings = Settings(**{name: facts[name] for name in Settings.__dataclass_fields__})
+        settings = replace(settings, codec="gpu" if facts["codec"].startswith(GPU_CODEC) else "cpu")
         return Source.of(facts["source"], facts["root"], settings.crops), settings, facts["fingerprint"]
     except KeyError as error:
         raise JobError(f"{out / PLAN}: {error.args[0]!r} is missing; name the photos with --source once more") from None

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 from preprocessing.claim import claimed
 from preprocessing.photos import Bad
 from preprocessing.plan import Plan, Settings, when_and_whither
-from preprocessing.resize import codec_name
 from preprocessing.revisions import SKIPPED_COLUMNS, Revision, read_bad, revisions, write_bad, write_table
 from preprocessing.shard_task import ShardResult
 from shards.checksums import seal
@@ -99,8 +98,7 @@ def finish(
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         revision=1 + len(state.revisions),
-        **{name: value for name, value in asdict(state.settings).items() if name in known},
-        codec=codec_name(),
+        **{name: value for name, value in state.settings.facts().items() if name in known},
         utm_zone=classes.zone,
         groups=len(classes.groups),
         classes=len(classes),

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from preprocessing.codec import Codec, codec_name, make_resizer
 from preprocessing.coordinates import locate
 from preprocessing.partition import Partition, make_partition
 from preprocessing.photos import Bad, Listing, Places
-from preprocessing.resize import ResizeFilter, codec_name
+from preprocessing.resize import ResizeFilter, Resizer
 from preprocessing.sources import turns
 from shards.classes import ClassTable
 from shards.console import JobError
@@ -32,7 +33,8 @@ class Settings:
     of a class, photo size in pixels, JPEG quality, filter, and the seed of the order within a class.
 
     `crops`: into how many each panorama is cut (0: photos are taken whole); `zone`: the UTM zone of the plane (0: the
-    one most photos are in); `limit`: keep whole cells of a district, up to about this many images (0: all).
+    one most photos are in); `limit`: keep whole cells of a district, up to about this many images (0: all); `codec`:
+    what makes the JPEGs.
     """
 
     M: int
@@ -45,6 +47,15 @@ class Settings:
     crops: int = 0
     zone: int = 0
     limit: int = 0
+    codec: Codec = "cpu"
+
+    def facts(self) -> dict[str, Any]:
+        """The values as JSON, the codec by the names and versions of its libraries."""
+        return {**asdict(self), "codec": codec_name(self.codec)}
+
+    def resizer(self) -> Resizer:
+        """What makes the small JPEGs; raises `JobError` where a GPU or its libraries are missing."""
+        return make_resizer(self.codec, self.image_size, self.quality, self.resize_filter)
 
 
 @dataclass(frozen=True)
@@ -255,7 +266,7 @@ def _district(part: Partition, images: float) -> Partition:
 
 def _fingerprint(listing: Listing, settings: Settings) -> str:
     """A hash of everything that decides the bytes: settings, codec and the list of photos."""
-    facts = {"format": FORMAT_VERSION, "samples": SHARD_SAMPLES, "codec": codec_name(), **asdict(settings)}
+    facts = {"format": FORMAT_VERSION, "samples": SHARD_SAMPLES, **settings.facts()}
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
     _hash_strings(digest, listing.paths)
     if (places := listing.places) is not None:

@@ -7,8 +7,9 @@ stretched to a square, as the reference does, and turned upright where EXIF says
 
 import io
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import cv2
 import numpy as np
@@ -40,10 +41,22 @@ class Resizer:
     size: int
     quality: int
     resize_filter: ResizeFilter = "fast"
+    batch: ClassVar[int] = 1
+    """How many photos `make` should be given at a time."""
+
+    def make(self, photos: Sequence[bytes]) -> list[bytes | BadPhoto]:
+        """The small JPEG of each of `photos`, or why there is none."""
+        return [self._attempt(data) for data in photos]
 
     def __call__(self, data: bytes) -> bytes:
         """The small JPEG of a photo's bytes; raises `BadPhoto`."""
         return self.encode(self.resize(self.decode(data)))
+
+    def _attempt(self, data: bytes) -> bytes | BadPhoto:
+        try:
+            return self(data)
+        except BadPhoto as bad:
+            return bad
 
     def decode(self, data: bytes) -> np.ndarray:
         """Upright pixels, uint8 [h, w, 3] RGB or [h, w, 4] RGBX; at least `size` a side where the photo has them."""
@@ -68,7 +81,8 @@ class Resizer:
         colours = "RGB" if photo.shape[2] == 3 else "RGBX"
         return simplejpeg.encode_jpeg(photo, self.quality, colours, "420", fastdct=True)
 
-    def _decode_jpeg(self, data: bytes) -> np.ndarray:
+    def jpeg_header(self, data: bytes) -> tuple[int, int, str]:
+        """Height and width in pixels and colour space of a JPEG; raises `BadPhoto` where that much is bad."""
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError as error:
@@ -76,6 +90,10 @@ class Resizer:
         self._check_size(width, height)
         if data.count(b"\xff\xda") > _MAX_SCANS:
             raise BadPhoto("too large", f"a JPEG of more than {_MAX_SCANS} scans")
+        return height, width, colorspace
+
+    def _decode_jpeg(self, data: bytes) -> np.ndarray:
+        _, _, colorspace = self.jpeg_header(data)
         if colorspace in ("CMYK", "YCCK"):
             return self._decode_other(data)
         least = self.size if self.resize_filter == "fast" else 0
@@ -112,15 +130,19 @@ class Resizer:
             raise BadPhoto("too small", f"{width} x {height} pixels for an image size of {self.size}")
 
 
-def codec_name() -> str:
+def cpu_codec_name() -> str:
     """The libraries that decide the bytes of a JPEG, with versions."""
     return f"simplejpeg {simplejpeg.__version__}, OpenCV {cv2.__version__}"
 
 
 def _bad_jpeg(data: bytes, error: ValueError) -> BadPhoto:
     """An interrupted download lacks the end-of-image marker, or is filled up with zeros."""
-    whole = data.rstrip(b"\0").endswith(b"\xff\xd9")
-    return BadPhoto("unreadable" if whole else "truncated", str(error))
+    return BadPhoto("unreadable" if is_whole(data) else "truncated", str(error))
+
+
+def is_whole(jpeg: bytes) -> bool:
+    """Whether a JPEG ends with its end-of-image marker, zeros after it aside."""
+    return jpeg.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
 def _orientation(jpeg: bytes) -> int:

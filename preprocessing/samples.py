@@ -1,7 +1,7 @@
 """Makes the small JPEGs of a shard's samples: of photos as they are, or of crops cut out of panoramas."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -33,8 +33,25 @@ class SampleMaker:
         number, rest = split_sample(sample)
         return rest.rpartition("#")[0] if self._sources[number].crops else rest
 
-    def read(self, sample: str) -> bytes:
-        """The bytes of a sample's photo; none where they were read before. Raises `BadPhoto`, `JobError`."""
+    def make(self, samples: Sequence[str]) -> Iterator[tuple[bytes | BadPhoto, int]]:
+        """For each of `samples`, in order, its small JPEG or why there is none, and how many bytes were read for it.
+
+        Photos are read and resized as many at a time as the resizer takes. Raises `JobError`.
+        """
+        for first in range(0, len(samples), self._resizer.batch):
+            part = samples[first : first + self._resizer.batch]
+            read = [self._read(sample) for sample in part]
+            crops = [self.turn(sample) is not None for sample in part]
+            photos = zip(read, crops, strict=True)
+            small = iter(self._resizer.make([d for d, crop in photos if not crop and not isinstance(d, BadPhoto)]))
+            for sample, data, crop in zip(part, read, crops, strict=True):
+                if isinstance(data, BadPhoto):
+                    yield data, 0
+                else:
+                    yield self._crop(sample, data) if crop else next(small), len(data)
+
+    def _read(self, sample: str) -> bytes | BadPhoto:
+        """The bytes of a sample's photo; none where they were read before."""
         if sample in self._waiting:
             return b""
         try:
@@ -42,20 +59,12 @@ class SampleMaker:
         except BadPhoto as bad:
             for other in self._crops.get(sample.rpartition("#")[0], ()):
                 self._waiting[other] = bad
-            raise
+            return bad
 
-    def small(self, sample: str, data: bytes) -> bytes:
-        """The sample's small JPEG, of the `data` that `read` gave; raises `BadPhoto`."""
+    def _crop(self, sample: str, data: bytes) -> bytes | BadPhoto:
         if sample not in self._waiting:
-            panorama = sample.rpartition("#")[0]
-            if panorama not in self._crops or self.turn(sample) is None:
-                return self._resizer(data)
-            self._cut(self._crops[panorama], data)
-        made = self._waiting[sample]
-        if isinstance(made, BadPhoto):
-            raise made
-        del self._waiting[sample]
-        return made
+            self._cut(self._crops[sample.rpartition("#")[0]], data)
+        return self._waiting.pop(sample)
 
     def _cut(self, samples: list[str], data: bytes) -> None:
         try:

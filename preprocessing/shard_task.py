@@ -70,14 +70,11 @@ def write_shard(
         stem.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb", buffering=1 << 20) as file:
             writer = ShardWriter(file)
-            for i, sample in enumerate(task.sources):
-                data, is_bad = b"", 0
-                try:
-                    data = maker.read(sample)
-                    jpeg = maker.small(sample, data)
-                except BadPhoto as bad:
-                    result.bad.append(Bad(sample, bad.reason, bad.detail, task.sample(i)))
-                    is_bad = 1
+            for i, (jpeg, read) in enumerate(maker.make(task.sources)):
+                sample = task.sources[i]
+                is_bad = isinstance(jpeg, BadPhoto)
+                if isinstance(jpeg, BadPhoto):
+                    result.bad.append(Bad(sample, jpeg.reason, jpeg.detail, task.sample(i)))
                 else:
                     writer.add(
                         sample_key(task.first + i),
@@ -90,8 +87,8 @@ def write_shard(
                     )
                     result.images += 1
                     result.jpeg_bytes += len(jpeg)
-                result.source_bytes += len(data)
-                if not monitor(1, len(data), is_bad):
+                result.source_bytes += read
+                if not monitor(1, read, int(is_bad)):
                     raise Stopped(result.bad)
             writer.finish()
         result.tar_bytes = writer.position

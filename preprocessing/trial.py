@@ -65,13 +65,10 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
     bad: Counter[str] = Counter()
     written = read = 0
     start = time.perf_counter()
-    for sample in task.sources:
-        try:
-            data = maker.read(sample)
-            read += len(data)
-            jpeg = maker.small(sample, data)
-        except BadPhoto as error:
-            bad[error.reason] += 1
+    for jpeg, photo_bytes in maker.make(task.sources):
+        read += photo_bytes
+        if isinstance(jpeg, BadPhoto):
+            bad[jpeg.reason] += 1
             continue
         written += 3 * _TAR_BLOCK + len(jpeg) + -len(jpeg) % _TAR_BLOCK + _TABLE_BYTES
     seconds = time.perf_counter() - start

@@ -54,7 +54,7 @@ def retry_quarantined(out: Path, machinery: Machinery) -> tuple[Summary, int, in
     start = time.monotonic()
     state, sources = _begin(out, machinery)
     candidates = [b for b in read_bad(out / QUARANTINE) if b.sample is not None]
-    sound = _sound(candidates, sources, _resizer(state))
+    sound = _sound(candidates, sources, state.settings.resizer())
     if not sound:
         return None
     rows = [{**(b.sample or {}), "number": 0, "source": b.source} for b in sound]
@@ -65,15 +65,10 @@ def retry_quarantined(out: Path, machinery: Machinery) -> tuple[Summary, int, in
 
 
 def _sound(candidates: list[Bad], sources: list[Source], resizer: Resizer) -> list[Bad]:
-    maker = SampleMaker(sources, resizer, [b.source for b in candidates])
-    sound = []
-    for bad in tqdm(candidates, desc="trying quarantined photos", unit=" photos"):
-        try:
-            maker.small(bad.source, maker.read(bad.source))
-        except BadPhoto:
-            continue
-        sound.append(bad)
-    return sound
+    samples = [b.source for b in candidates]
+    made = SampleMaker(sources, resizer, samples).make(samples)
+    tried = tqdm(zip(candidates, made, strict=True), "trying quarantined photos", len(candidates), unit=" photos")
+    return [bad for bad, (jpeg, _) in tried if not isinstance(jpeg, BadPhoto)]
 
 
 def _begin(out: Path, machinery: Machinery) -> tuple[State, list[Source]]:
@@ -109,16 +104,12 @@ def _sources(first: Source, begun: list[Revision]) -> list[Source]:
     return list(dict.fromkeys([first, *(r.source for r in begun if r.source)]))
 
 
-def _resizer(state: State) -> Resizer:
-    return Resizer(state.settings.image_size, state.settings.quality, state.settings.resize_filter)
-
-
 def _complete(out: Path, revision: Revision, state: State, sources: list[Source], machinery: Machinery) -> None:
     shards = revision.shards()
     staged = stage(out)
     finished = {s: finished_shard(out, *s) or finished_shard(staged, *s) for s in shards}
     write_shards(
-        Job(tuple(sources), staged, _resizer(state)),
+        Job(tuple(sources), staged, state.settings.resizer()),
         (task for task in revision.tasks() if finished[task.group, task.number] is None),
         [result for result in finished.values() if result is not None],
         [],

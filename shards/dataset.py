@@ -63,6 +63,10 @@ class Manifest:
         return Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
 
 
+GPU_CODEC = "gpu: "
+"""What the name of a codec (`Manifest.codec`, and in the plan) begins with where it ran on a GPU."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """A finished data set: where it is, its manifest and its classes."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from shards.checksums import CHECKSUMS, seal
 from shards.console import JobError, format_count
-from shards.dataset import Manifest
+from shards.dataset import GPU_CODEC, Manifest
 from shards.files import atomic_write_bytes, atomic_write_json, remove_partials
 from shards.index import build_index
 from shards.layout import CLASSES, INDEX, LISTING, MANIFEST, PLAN, PROVENANCE, QUARANTINE, SKIPPED, shard_tables
@@ -92,6 +92,8 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | Non
         for kind in ("parquet", "idx", "tar"):
             (dataset / f"{stem}.{kind}").unlink(missing_ok=True)
     command = [sys.executable, str(BUILD), "--source", str(source), "--out", str(dataset), "--workers", str(workers)]
+    if plan["codec"].startswith(GPU_CODEC):
+        command += ["--codec", "gpu"]
     for name, value in plan.items():
         if name not in _NOT_SETTINGS:
             command += _option(name, value)
