@@ -91,6 +91,7 @@ def _begin(source: Source, out: Path, settings: Settings, rescan: bool) -> tuple
 
 def _plan(source: Source, out: Path, settings: Settings, rescan: bool) -> tuple[Listing, Plan]:
     check_output(source, out)
+    settings.resizer()  # where a GPU is missing, this says so before photos are listed
     out.mkdir(parents=True, exist_ok=True)
     cache = out / LISTING
     if rescan:

@@ -5,7 +5,11 @@
 Resizing: photos of 512 pixels on disk (in the page cache) to 224-pixel JPEGs in tar shards on disk.
 `ours` writes a shard as build_shards.py does; `pillow` decodes in full, reduces with the bicubic filter and uses
 tarfile; `img2dataset` runs where --img2dataset names a Python that has it (give it an environment of its own).
-PSNR and SSIM are against a Lanczos reduction of the full-size photo, without JPEG.
+PSNR and SSIM are against a Lanczos reduction of the full-size photo, without JPEG. A second set of rows has the
+same photos saved again at a JPEG quality that makes them 24 kB, the average of SF-XL's crops (`photo_bytes`).
+
+`ours` has also what a sample takes on disk (tar, tables and index: `disk_bytes_per_image`) and the rate of two workers
+as a multiple of one's (`two_workers`), both processes started and at work.
 
 Partition: names that are already listed to a label for each, in a process of its own; peak bytes beside the names.
 """
@@ -21,6 +25,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.pop(0)  # this folder: a benchmark named like a package would shadow it
@@ -33,13 +38,17 @@ from PIL import Image
 
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
+from preprocessing.engine import Counts, Job, run_tasks
 from preprocessing.partition import make_partition
 from preprocessing.plan import ShardTask
 from preprocessing.resize import Resizer
 from preprocessing.shard_task import write_shard
+from preprocessing.sources import Source
 from shards.names import parse_utm
 
 SIZE, QUALITY = 224, 90
+SF_XL_BYTES = 24_000
+ALL_CORES = os.sched_getaffinity(0)
 
 
 def make_task(photos: list[str]) -> ShardTask:
@@ -101,6 +110,61 @@ def rate(run: Callable[[Path, list[str], Path], None], source: Path, photos: lis
     return len(photos) / (time.perf_counter() - begin)
 
 
+def disk_bytes(source: Path, photos: list[str], out: Path) -> float:
+    """Bytes of a shard's files for each image: tar, DALI index and sample table, and 20 of the flat index."""
+    ours(source, photos, out)
+    return sum(p.stat().st_size for p in out.rglob("*") if p.is_file()) / len(photos) + 20
+
+
+def steady_rate(source: Path, photos: list[str], out: Path, workers: int, count: int) -> float:
+    """Images a second of `workers` processes together, between the first and the last tenth of `count` images."""
+    seen: list[tuple[float, int]] = []
+
+    def progress(counts: Counts) -> bool:
+        if 0.1 * count < counts.photos < 0.9 * count:
+            seen.append((time.perf_counter(), counts.photos))
+        return True
+
+    size = count // (4 * workers)
+    chosen = (photos * (count // len(photos) + 1))[:count]
+    parts = [chosen[first : first + size] for first in range(0, count, size)]
+    tasks = (replace(make_task(part), number=number) for number, part in enumerate(parts))
+    for _ in run_tasks(Job((Source.of(source),), out, Resizer(SIZE, QUALITY)), tasks, workers, progress):
+        pass
+    return (seen[-1][1] - seen[0][1]) / (seen[-1][0] - seen[0][0])
+
+
+def gain_of_two_workers(source: Path, photos: list[str], scratch: Path, rounds: int, count: int) -> float | None:
+    """The rate of two workers as a multiple of one's, measured in turn; None on a machine of one core."""
+    every = os.sched_getaffinity(0)
+    if len(ALL_CORES) < 2:
+        return None
+    os.sched_setaffinity(0, ALL_CORES)
+    try:
+        rates = [
+            [steady_rate(source, photos, scratch / f"{i}-{n}", n, n * count) for n in (1, 2)] for i in range(rounds)
+        ]
+    finally:
+        os.sched_setaffinity(0, every)
+    return statistics.median(two / one for one, two in rates)
+
+
+def smaller_files(source: Path, photos: list[str], out: Path, target: float) -> int:
+    """Save `photos` in `out` at the JPEG quality that brings them nearest to `target` bytes on average; the quality."""
+
+    def saved(photo: str, quality: int) -> bytes:
+        return simplejpeg.encode_jpeg(simplejpeg.decode_jpeg((source / photo).read_bytes()), quality, "RGB", "420")
+
+    few = photos[:: max(1, len(photos) // 40)]
+    quality = min(
+        range(30, 95, 2), key=lambda quality: abs(statistics.mean(len(saved(p, quality)) for p in few) - target)
+    )
+    for photo in photos:
+        (out / photo).parent.mkdir(parents=True, exist_ok=True)
+        (out / photo).write_bytes(saved(photo, quality))
+    return quality
+
+
 def quality(encode: Callable[[bytes, Path], bytes], source: Path, photos: list[str]) -> tuple[float, float, float]:
     """Mean PSNR (dB), mean SSIM and mean bytes of the small JPEGs."""
     psnrs, ssims, sizes = [], [], []
@@ -132,6 +196,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def resizing_rows(source: Path, photos: list[str], rounds: int, python: str | None) -> list[dict[str, object]]:
+    """The rows of each way; `python` has img2dataset."""
     compared = photos[:: max(1, len(photos) // 150)]
     qualities = {
         "ours": quality(lambda data, _: Resizer(SIZE, QUALITY)(data), source, compared),
@@ -146,6 +211,13 @@ def resizing_rows(source: Path, photos: list[str], rounds: int, python: str | No
                 rates[run.__name__].append(rate(run, source, photos, Path(scratch)))
         if python:
             rates["img2dataset"] = [img2dataset(python, source, photos, Path(scratch) / "peer")]
+        extra = {
+            "disk_bytes_per_image": disk_bytes(source, photos, Path(scratch) / "disk"),
+            "two_workers": gain_of_two_workers(
+                source, photos, Path(scratch) / "two", max(1, rounds // 3), 500 * rounds
+            ),
+        }
+    average = statistics.mean((source / p).stat().st_size for p in photos)
     return [
         {
             "name": name,
@@ -153,6 +225,8 @@ def resizing_rows(source: Path, photos: list[str], rounds: int, python: str | No
             "psnr": qualities[name][0] if name in qualities else None,
             "ssim": qualities[name][1] if name in qualities else None,
             "bytes_per_image": qualities[name][2] if name in qualities else None,
+            "photo_bytes": average,
+            **(extra if name == "ours" else {}),
         }
         for name, values in rates.items()
     ]
@@ -218,19 +292,25 @@ def main() -> None:
         photos = sorted(str(p.relative_to(source)) for p in source.rglob("*.jpg"))[: 500 if arguments.quick else 3000]
         for photo in photos:
             (source / photo).read_bytes()
-        average = statistics.mean((source / p).stat().st_size for p in photos)
-        rows = resizing_rows(source, photos, 3 if arguments.quick else 7, arguments.img2dataset)
+        rounds = 3 if arguments.quick else 7
+        rows = resizing_rows(source, photos, rounds, arguments.img2dataset)
+        small = Path(scratch) / "small"
+        small_quality = smaller_files(source, photos, small, SF_XL_BYTES)
+        rows += resizing_rows(small, photos, rounds, arguments.img2dataset)
     child = [sys.executable, __file__, "--partition-only", "--names", str(arguments.names)]
     rows.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))
-    print(
-        f"\nresizing {len(photos)} photos of {average / 1000:.1f} kB, 512 to {SIZE} pixels, one core (processor {cpu})"
-    )
+    print(f"\nresizing {len(photos)} photos, 512 to {SIZE} pixels, one core (processor {cpu})")
     print(f"{'':12} {'images/s':>9} {'ratio':>6} {'PSNR':>7} {'SSIM':>7} {'bytes':>7}")
-    first = rows[0]["images_per_second_per_core"]
     for row in rows[:-1]:
         speed = row["images_per_second_per_core"]
+        if row["name"] == "ours":
+            first = speed
+            gain = f"two workers {row['two_workers']:.2f} x one" if row["two_workers"] else "one core"
+            kilobytes, disk = row["photo_bytes"] / 1000, row["disk_bytes_per_image"]
+            print(f"photos of {kilobytes:.1f} kB; {disk:.0f} bytes a sample; {gain}")
         rest = f"{row['psnr']:7.2f} {row['ssim']:7.4f} {row['bytes_per_image']:7.0f}" if row["psnr"] else ""
         print(f"{row['name']:12} {speed:9.0f} {speed / first:6.2f} {rest}")
+    print(f"(the second set of photos: saved again at JPEG quality {small_quality})")
     last = rows[-1]
     print(f"\npartition of {last['names']:,} names: {last['seconds']:.2f} s, {last['peak_bytes'] / 1e9:.2f} GB more")
     if arguments.json:
