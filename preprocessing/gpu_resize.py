@@ -126,7 +126,9 @@ def _libraries() -> tuple[Any, Any]:
     try:
         return importlib.import_module("nvidia.nvimgcodec"), importlib.import_module("torch")
     except ImportError as error:
-        raise JobError(f"--codec gpu needs nvImageCodec ({error}): pip install nvidia-nvimgcodec-cu13") from None
+        raise JobError(
+            f"--codec gpu needs nvImageCodec ({error}): pip install 'divide-and-classify[gpu-codec]'"
+        ) from None
 
 
 @functools.cache

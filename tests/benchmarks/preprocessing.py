@@ -28,7 +28,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-sys.path.pop(0)  # this folder: a benchmark named like a package would shadow it
+if __name__ == "__main__":  # not in the worker processes, which get the path as it is then
+    sys.path.pop(0)  # this folder: a benchmark named like a package would shadow it
 
 import cv2
 import numpy as np
