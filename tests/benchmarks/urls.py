@@ -87,7 +87,7 @@ def serve(folder: Path, delay: float, core: int, out: Connection) -> None:
 
 
 def measure(batches: Iterator[int], requests: Dataset) -> tuple[float, float]:
-    """Images a second after the first batches, and requests an image."""
+    """Images a second after the first batches, and requests an image (`stream`: only where whole windows pass)."""
     assert requests.store is not None
     begin = time.perf_counter()
     while time.perf_counter() - begin < SECONDS / 3:
