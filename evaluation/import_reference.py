@@ -124,7 +124,7 @@ def convert(
                 f"{expected}; check the list, --M, --N and --min-images"
             )
     config = TrainConfig(
-        shards=arguments.train_list, out=arguments.out, backbone=_BACKBONES[dim], weights="none", head=kind,
+        shards=str(arguments.train_list), out=arguments.out, backbone=_BACKBONES[dim], weights="none", head=kind,
         s=arguments.s, m=arguments.m, score_form="raw",
     )  # fmt: skip
     built = GeoModel(config.backbone, "none", config.freeze_until)

@@ -8,21 +8,22 @@ from tqdm import tqdm
 from preprocessing.claim import check_output, claim, one_at_a_time, unlock
 from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
+from preprocessing.output import Output
 from preprocessing.photos import Listing
 from preprocessing.plan import Plan, Settings, make_plan
 from preprocessing.shard_run import Machinery, write_shards
-from preprocessing.shard_task import ShardResult, finished_shard
+from preprocessing.shard_task import ShardResult
 from preprocessing.sources import Source
 from preprocessing.trial import Forecast, check_space, forecast
 from preprocessing.updates import complete_revisions
 from shards.console import JobError
 from shards.files import TEMPORARY_SUFFIX, remove_partials
-from shards.layout import LISTING, REVISIONS, shard_stem
+from shards.layout import LISTING, REVISIONS, SHARD_SAMPLES, shard_stem
 
 
 def build(
     source: Source | Path,
-    out: Path,
+    out: Output | Path,
     settings: Settings,
     machinery: Machinery,
     *,
@@ -31,25 +32,32 @@ def build(
     """Make the data set `out` from the photos of `source`, or finish one that was interrupted. Raises `JobError`."""
     start = time.monotonic()
     source = Source.of(source) if isinstance(source, Path) else source
+    out = Output.of(out)
     listing, plan = _begin(source, out, settings, rescan)
-    remove_partials(out)
-    before = _write_planned(plan, source, out, machinery, 0, 1)
-    state = complete_revisions(out, State.of_plan(plan), source, machinery)
-    return finish(out, state, other_files=listing.others, shards_before=len(before), start=start)
+    remove_partials(out.folder)
+    return _finish(plan, listing, source, out, machinery, start)
 
 
 def build_share(
-    source: Source, out: Path, settings: Settings, machinery: Machinery, *, index: int, count: int, rescan: bool = False
+    source: Source,
+    out: Output | Path,
+    settings: Settings,
+    machinery: Machinery,
+    *,
+    index: int,
+    count: int,
+    rescan: bool = False,
 ) -> int:
     """Write the shards number `index`, `index + count`, ... of a plan, as one of `count` tasks that may run at the same
     time on several machines; returns how many those are. `assemble` finishes the data set. Raises `JobError`."""
-    check_output(source, out)
-    out.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(out):
+    out = Output.of(out)
+    check_output(source, out.folder)
+    out.folder.mkdir(parents=True, exist_ok=True)
+    with one_at_a_time(out.folder):
         _, plan = _begin(source, out, settings, rescan)
     shards = plan.shards()[index::count]
     for group, number, _ in shards:
-        stem = out / shard_stem(group, number)
+        stem = out.folder / shard_stem(group, number)
         for leftover in stem.parent.glob(f".{stem.name}.*{TEMPORARY_SUFFIX}"):
             leftover.unlink(missing_ok=True)
     _write_planned(plan, source, out, machinery, index, count)
@@ -57,36 +65,45 @@ def build_share(
 
 
 def assemble(
-    source: Source, out: Path, settings: Settings, machinery: Machinery, *, count: int | None = None
+    source: Source, out: Output | Path, settings: Settings, machinery: Machinery, *, count: int | None = None
 ) -> Summary:
     """Finish a data set whose shards `count` tasks wrote by `build_share`; raises `JobError` where some are missing."""
-    start = time.monotonic()
+    start, out = time.monotonic(), Output.of(out)
     listing, plan = _begin(source, out, settings, rescan=False)
     shards = plan.shards()
-    missing = [i for i, (group, number, _) in enumerate(shards) if finished_shard(out, group, number) is None]
+    missing = [i for i, (group, number, _) in enumerate(shards) if out.finished_shard(group, number) is None]
     if missing:
         names = ", ".join(shard_stem(*shards[i][:2]) for i in missing[:5]) + (", ..." if len(missing) > 5 else "")
         again = ",".join(str(index) for index in sorted({i % count for i in missing})) if count else ""
         advice = f"run task {again} of {count} again" if again else "run the tasks that write them again"
-        raise JobError(f"{out}: {len(missing)} of {len(shards)} shards are missing ({names}); {advice}")
-    remove_partials(out)
-    unlock(out)
+        raise JobError(f"{out.place}: {len(missing)} of {len(shards)} shards are missing ({names}); {advice}")
+    remove_partials(out.folder)
+    unlock(out.folder)
+    return _finish(plan, listing, source, out, machinery, start)
+
+
+def dry_run(source: Source, out: Output | Path, settings: Settings, *, workers: int, rescan: bool = False) -> Forecast:
+    """What `build` would make, after a short trial. Writes nothing but the list of photos, which the build reuses."""
+    out = Output.of(out)
+    _, plan = _plan(source, out.folder, settings, rescan)
+    out.share()
+    return forecast(plan, source, None if out.store else out.folder, settings.resizer(), workers)
+
+
+def _begin(source: Source, out: Output, settings: Settings, rescan: bool) -> tuple[Listing, Plan]:
+    listing, plan = _plan(source, out.folder, settings, rescan)
+    claim(out.folder, source, plan)
+    out.share()
+    return listing, plan
+
+
+def _finish(plan: Plan, listing: Listing, source: Source, out: Output, machinery: Machinery, start: float) -> Summary:
+    """Write what is missing of a plan's shards, and of later revisions', then the tables and the manifest."""
     before = _write_planned(plan, source, out, machinery, 0, 1)
     state = complete_revisions(out, State.of_plan(plan), source, machinery)
-    return finish(out, state, other_files=listing.others, shards_before=len(before), start=start)
-
-
-def dry_run(source: Source, out: Path, settings: Settings, *, workers: int, rescan: bool = False) -> Forecast:
-    """What `build` would make, after a short trial. Writes nothing but the list of photos, which the build reuses."""
-    _, plan = _plan(source, out, settings, rescan)
-    resizer = settings.resizer()
-    return forecast(plan, source, out, resizer, workers)
-
-
-def _begin(source: Source, out: Path, settings: Settings, rescan: bool) -> tuple[Listing, Plan]:
-    listing, plan = _plan(source, out, settings, rescan)
-    claim(out, source, plan)
-    return listing, plan
+    summary = finish(out.folder, state, other_files=listing.others, shards_before=len(before), start=start)
+    out.share()
+    return summary
 
 
 def _plan(source: Source, out: Path, settings: Settings, rescan: bool) -> tuple[Listing, Plan]:
@@ -103,19 +120,21 @@ def _plan(source: Source, out: Path, settings: Settings, rescan: bool) -> tuple[
 
 
 def _write_planned(
-    plan: Plan, source: Source, out: Path, machinery: Machinery, index: int, count: int
+    plan: Plan, source: Source, out: Output, machinery: Machinery, index: int, count: int
 ) -> list[ShardResult]:
     """Write the missing ones among shards `index`, `index + count`, ...; returns those that were done before."""
     settings = plan.settings
     resizer = settings.resizer()
     shards = plan.shards()[index::count]
-    finished = {(group, number): finished_shard(out, group, number) for group, number, _ in shards}
+    finished = {(group, number): out.finished_shard(group, number) for group, number, _ in shards}
     before = [result for result in finished.values() if result is not None]
     images = sum(size for _, _, size in shards)
     if len(before) < len(shards):
-        check_space(plan, source, out, resizer, images - sum(r.images + len(r.bad) for r in before))
+        left = images - sum(r.images + len(r.bad) for r in before)
+        in_flight = machinery.workers * SHARD_SAMPLES
+        check_space(plan, source, out.folder, resizer, min(left, in_flight) if out.store else left)
     write_shards(
-        Job((source,), out, resizer),
+        Job((source,), out.folder, resizer, out.store),
         (plan.task(group, number) for (group, number), result in finished.items() if result is None),
         before,
         plan.bad if count == 1 else [],
@@ -124,4 +143,5 @@ def _write_planned(
         images=images,
         photos=plan.photos // count,
     )
+    out.gather(finished)
     return before

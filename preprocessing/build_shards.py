@@ -7,7 +7,6 @@ python preprocessing/build_shards.py --out shards/city --add more_photos
 import os
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -15,6 +14,7 @@ import tyro
 from preprocessing import engine, ray_engine
 from preprocessing.build import assemble, build, build_share, dry_run
 from preprocessing.codec import Codec
+from preprocessing.output import Output
 from preprocessing.plan import Settings
 from preprocessing.resize import ResizeFilter
 from preprocessing.shard_run import Machinery
@@ -34,8 +34,8 @@ class Arguments:
     where an interrupted one stopped.
     """
 
-    out: Path
-    """Folder of the data set: a new one, or one that this command began."""
+    out: str
+    """Folder or URL (s3://bucket/city) of the data set: a new one, or one that this command began."""
     source: str | None = None
     """Folder of photos (.jpg, .jpeg, .png in all folders below; a path or a URL that fsspec knows), or a list: CSV or
     Parquet with the columns path and east, north (zone) or latitude, longitude; heading and timestamp where known."""
@@ -110,21 +110,26 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
     machinery = Machinery(arguments.workers, arguments.max_bad_share, ENGINES[arguments.engine])
-    out, rescan, index, count = arguments.out, arguments.rescan, arguments.task_index, arguments.task_count
     source = Source.of(arguments.add or arguments.source or ".", arguments.root, arguments.crops)
+    with Output.open(arguments.out) as out:
+        _run(arguments, source, out, settings, machinery)
+
+
+def _run(arguments: Arguments, source: Source, out: Output, settings: Settings, machinery: Machinery) -> None:
+    rescan, index, count = arguments.rescan, arguments.task_index, arguments.task_count
     if arguments.dry_run:
-        print_forecast(dry_run(source, out, settings, workers=arguments.workers, rescan=rescan), out)
+        print_forecast(dry_run(source, out, settings, workers=arguments.workers, rescan=rescan), out.place)
     elif arguments.add:
-        print_gain(add(source, out, machinery), out)
+        print_gain(add(source, out, machinery), out.place)
     elif arguments.retry_quarantined:
-        print_recovery(retry_quarantined(out, machinery), out)
+        print_recovery(retry_quarantined(out, machinery), out.place)
     elif index is not None and count:
         shards = build_share(source, out, settings, machinery, index=index, count=count, rescan=rescan)
         print(f"task {index} of {count}: its {shards} shards are done; after all tasks, --finish")
     elif arguments.finish:
-        print_summary(assemble(source, out, settings, machinery, count=count), out)
+        print_summary(assemble(source, out, settings, machinery, count=count), out.place)
     else:
-        print_summary(build(source, out, settings, machinery, rescan=rescan), out)
+        print_summary(build(source, out, settings, machinery, rescan=rescan), out.place)
 
 
 if __name__ == "__main__":

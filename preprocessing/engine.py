@@ -17,9 +17,12 @@ import cv2
 from preprocessing.photos import Bad
 from preprocessing.plan import ShardTask
 from preprocessing.resize import Resizer
-from preprocessing.shard_task import ShardResult, Stopped, write_shard
+from preprocessing.shard_task import Monitor, ShardResult, Stopped, write_shard
 from preprocessing.sources import Source
 from shards.console import JobError
+from shards.layout import shard_stem
+from shards.mirror import scratch_folder
+from shards.store import Store
 
 _POLL_SECONDS = 0.2
 _PR_SET_PDEATHSIG = 1
@@ -27,11 +30,28 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class Job:
-    """What every task of a build shares."""
+    """What every task of a build shares: shards go to the folder `out`, or to a `store` where there is one."""
 
     sources: tuple[Source, ...]
     out: Path
     resizer: Resizer
+    store: Store | None = None
+
+    @property
+    def place(self) -> str:
+        """Where shards go, for messages."""
+        return self.store.url if self.store else str(self.out)
+
+    def run(self, task: ShardTask, monitor: Monitor) -> ShardResult:
+        """Write one shard; see `write_shard`. Into a store it goes when it is whole, its table last."""
+        if self.store is None:
+            return write_shard(task, self.sources, self.out, self.resizer, monitor)
+        with scratch_folder() as folder:
+            result = write_shard(task, self.sources, folder, self.resizer, monitor)
+            stem = shard_stem(task.group, task.number)
+            for kind in ("tar", "idx", "parquet"):
+                self.store.put(folder / f"{stem}.{kind}", f"{stem}.{kind}")
+        return result
 
 
 @dataclass(frozen=True)
@@ -132,5 +152,4 @@ def _start_worker(job: Job, stop: Event, counters: list["Synchronized[int]"], pa
 
 
 def _work(task: ShardTask) -> ShardResult:
-    job = _worker.job
-    return write_shard(task, job.sources, job.out, job.resizer, _worker.monitor)
+    return _worker.job.run(task, _worker.monitor)

@@ -11,7 +11,7 @@ import cv2
 
 from preprocessing.engine import Counts, Job
 from preprocessing.plan import ShardTask
-from preprocessing.shard_task import ShardResult, Stopped, write_shard
+from preprocessing.shard_task import ShardResult, Stopped
 from shards.console import JobError
 from shards.files import remove_partials
 
@@ -73,7 +73,7 @@ def _results(ray: Any, job: Job, tasks: Iterator[ShardTask]) -> Generator[ShardR
 
 def _write(job: Job, task: ShardTask) -> ShardResult:
     cv2.setNumThreads(1)
-    return write_shard(task, job.sources, job.out, job.resizer, lambda *_: True)
+    return job.run(task, lambda *_: True)
 
 
 def _start() -> Any:

@@ -11,11 +11,6 @@ from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
 from shards.console import JobError
 
 
-def is_url(place: str) -> bool:
-    """Whether a place is a URL, not a path."""
-    return "://" in place
-
-
 def list_remote(url: str, cache: Path | None, progress: Callable[[int], None]) -> Listing:
     """List the photos below `url`, from `cache` where they were listed before (there are no folder times to compare).
 

@@ -70,7 +70,7 @@ def write_shards(
             bar.close()
             print(
                 f"stopped: {len(results)} of {shards} shards ({format_count(sum(r.images for r in results))} images) "
-                f"are done in {job.out}; the same command goes on from there"
+                f"are done in {job.place}; the same command goes on from there"
             )
             raise
     check_bad(bad_names, results, limit, photos)

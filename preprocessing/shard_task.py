@@ -113,12 +113,13 @@ def _when_and_whither(task: ShardTask, i: int, maker: SampleMaker) -> dict[str, 
     return {"heading": math.nan if heading is None else heading, "timestamp": timestamp}
 
 
-def finished_shard(out: Path, group: int, number: int) -> ShardResult | None:
-    """The result of a shard that an earlier run finished, or None."""
+def finished_shard(out: Path, group: int, number: int, *, with_tar: bool = True) -> ShardResult | None:
+    """The result of a shard that an earlier run finished, or None. `with_tar`: whether its tar is
+    to be there too."""
     stem = out / shard_stem(group, number)
     try:
         result = ShardResult.from_facts(shard_facts(stem.with_suffix(".parquet")))
-        complete = os.path.getsize(stem.with_suffix(".tar")) == result.tar_bytes
+        complete = not with_tar or os.path.getsize(stem.with_suffix(".tar")) == result.tar_bytes
     except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError):
         return None
     return result if complete and stem.with_suffix(".idx").exists() else None

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from preprocessing.photo_list import LIST_EXTENSIONS, read_list
 from preprocessing.photos import Listing, list_photos
-from preprocessing.remote import is_url, list_remote, read_remote
+from preprocessing.remote import list_remote, read_remote
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
 from shards.console import JobError, describe_os_error
+from shards.store import is_url
 
 _BAD_SECTOR_ERRORS = (errno.EACCES, errno.EIO, errno.ELOOP, errno.EPERM, errno.ENAMETOOLONG, errno.EUCLEAN)
 _OF_LATER_SOURCE = re.compile(r"//(\d+)/(.*)", re.DOTALL)

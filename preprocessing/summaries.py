@@ -1,7 +1,5 @@
 """What a person reads at the end of a build, of a trial run or of a change."""
 
-from pathlib import Path
-
 from preprocessing.addition import Gain
 from preprocessing.finishing import Summary
 from preprocessing.trial import Forecast
@@ -10,7 +8,7 @@ from shards.console import format_bytes, format_count, format_duration
 _LISTED_CLASSES = 20
 
 
-def print_summary(summary: Summary, out: Path) -> None:
+def print_summary(summary: Summary, out: str) -> None:
     """What was built."""
     made = summary.manifest
     _print_groups(summary.classes_per_group, summary.images_per_group)
@@ -25,7 +23,7 @@ def print_summary(summary: Summary, out: Path) -> None:
     print(f"finished    {out} in {format_duration(summary.seconds)}{fresh}")
 
 
-def print_forecast(made: Forecast, out: Path) -> None:
+def print_forecast(made: Forecast, out: str) -> None:
     """What a build would make."""
     plan, trial = made.plan, made.trial
     of_group = {g: plan.classes.of_group(g) for g in plan.classes.groups}
@@ -35,17 +33,18 @@ def print_forecast(made: Forecast, out: Path) -> None:
     reasons = ", ".join(f"{count} {reason}" for reason, count in trial.bad.most_common()) or "none bad"
     print(f"trial       {trial.tried} images ({reasons}), {trial.images_per_second:,.0f} a second with one worker")
     print(f"reads       about {format_bytes(trial.source_bytes_per_image * len(plan.order))} of photos")
-    verdict = "enough" if made.bytes_free > made.bytes_needed else "NOT ENOUGH"
-    print(
-        f"disk        about {format_bytes(made.bytes_needed)} needed, {format_bytes(made.bytes_free)} free: {verdict}"
-    )
+    free = ""
+    if made.bytes_free is not None:
+        verdict = "enough" if made.bytes_free > made.bytes_needed else "NOT ENOUGH"
+        free = f", {format_bytes(made.bytes_free)} free: {verdict}"
+    print(f"disk        about {format_bytes(made.bytes_needed)} needed{free}")
     print(
         f"time        about {format_duration(made.seconds)} with {made.workers} workers, where disk and network keep up"
     )
     print(f"dry run     nothing was written to {out} but the list of photos, which the build reuses")
 
 
-def print_recovery(done: tuple[Summary, int, int] | None, out: Path) -> None:
+def print_recovery(done: tuple[Summary, int, int] | None, out: str) -> None:
     """What trying quarantined photos again brought."""
     if done is None:
         print(f"{out}: none of the quarantined photos can be used yet")
@@ -55,7 +54,7 @@ def print_recovery(done: tuple[Summary, int, int] | None, out: Path) -> None:
     print(f"recovered   {format_count(recovered)} of {format_count(tried)} photos that were tried again")
 
 
-def print_gain(done: tuple[Summary, Gain] | None, out: Path) -> None:
+def print_gain(done: tuple[Summary, Gain] | None, out: str) -> None:
     """What an addition brought, and which cells became classes."""
     if done is None:
         print(f"{out}: has all of these photos already")

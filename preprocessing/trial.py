@@ -34,21 +34,24 @@ class Trial:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a build will make of a plan: bytes needed and free, and seconds with a number of workers."""
+    """What a build will make of a plan: bytes needed and free (None where nobody can say), and seconds with a number of
+    workers."""
 
     plan: Plan
     trial: Trial
     bytes_needed: float
-    bytes_free: int
+    bytes_free: int | None
     seconds: float
     workers: int
 
 
-def forecast(plan: Plan, source: Source, out: Path, resizer: Resizer, workers: int) -> Forecast:
-    """Try a few hundred photos of a plan, in memory, and tell what building all of it takes."""
+def forecast(plan: Plan, source: Source, out: Path | None, resizer: Resizer, workers: int) -> Forecast:
+    """Try a few hundred photos of a plan, in memory, and tell what building all of it takes. `out`: None at a URL."""
     trial = try_photos(plan, source, resizer, 400)
     seconds = len(plan.order) / (trial.images_per_second * workers) if trial.images_per_second else 0.0
-    return Forecast(plan, trial, trial.bytes_per_image * len(plan.order), free_bytes(out), seconds, workers)
+    return Forecast(
+        plan, trial, trial.bytes_per_image * len(plan.order), None if out is None else free_bytes(out), seconds, workers
+    )
 
 
 def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Trial:

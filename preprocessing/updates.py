@@ -10,6 +10,7 @@ from preprocessing.addition import Gain, plan_addition, plan_samples
 from preprocessing.claim import claimed
 from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
+from preprocessing.output import Output
 from preprocessing.photos import Bad
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.revisions import PLANNED, Revision, publish, read_bad, revisions, stage
@@ -23,44 +24,46 @@ from shards.files import remove_partials
 from shards.layout import MANIFEST, QUARANTINE
 
 
-def add(source: Source, out: Path, machinery: Machinery) -> tuple[Summary, Gain] | None:
+def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summary, Gain] | None:
     """Bring the photos of `source` into the finished data set `out`; None where all of them are known already.
 
     Where an earlier change was interrupted, it is finished first. Raises `JobError`.
     """
     start = time.monotonic()
-    source = source.resolved()
-    source.check(out)
+    source, out = source.resolved(), Output.of(out)
+    source.check(out.folder)
     state, sources = _begin(out, machinery)
     with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
         listing = source.photos(None, state.classes.zone, lambda n: bar.update(n - bar.n))
     if not len(listing):
         raise JobError(f"{source.place}: no photos found (.jpg, .jpeg, .png in all folders below)")
-    revision, gain = plan_addition(out, state, sources, source, listing)
+    revision, gain = plan_addition(out.folder, state, sources, source, listing)
     new_bad = revision.bad[len(state.bad) :]
     check_bad(new_bad, [], bad_limit(machinery.max_bad_share, len(listing)), len(listing))
     if not gain.new and not new_bad:
         return None
-    revision.save(out)
+    revision.save(out.folder)
+    out.share()
     return _end(out, state, sources, machinery, start), gain
 
 
-def retry_quarantined(out: Path, machinery: Machinery) -> tuple[Summary, int, int] | None:
+def retry_quarantined(out: Output | Path, machinery: Machinery) -> tuple[Summary, int, int] | None:
     """Try the quarantined photos of `out` again and append those that are sound now.
 
     Returns the summary, how many were appended and how many were tried, or None where none can be used. Photos that
     were set aside by their names are not tried. Raises `JobError`.
     """
-    start = time.monotonic()
+    start, out = time.monotonic(), Output.of(out)
     state, sources = _begin(out, machinery)
-    candidates = [b for b in read_bad(out / QUARANTINE) if b.sample is not None]
+    candidates = [b for b in read_bad(out.folder / QUARANTINE) if b.sample is not None]
     sound = _sound(candidates, sources, state.settings.resizer())
     if not sound:
         return None
     rows = [{**(b.sample or {}), "number": 0, "source": b.source} for b in sound]
-    samples = plan_samples(pa.Table.from_pylist(rows, PLANNED), state.settings.seed, out)
+    samples = plan_samples(pa.Table.from_pylist(rows, PLANNED), state.settings.seed, out.folder)
     number = 2 + len(state.revisions)
-    Revision(number, None, samples, state.classes, state.skipped, state.bad, len(sound)).save(out)
+    Revision(number, None, samples, state.classes, state.skipped, state.bad, len(sound)).save(out.folder)
+    out.share()
     return _end(out, state, sources, machinery, start), len(sound), len(candidates)
 
 
@@ -71,29 +74,32 @@ def _sound(candidates: list[Bad], sources: list[Source], resizer: Resizer) -> li
     return [bad for bad, (jpeg, _) in tried if not isinstance(jpeg, BadPhoto)]
 
 
-def _begin(out: Path, machinery: Machinery) -> tuple[State, list[Source]]:
+def _begin(out: Output, machinery: Machinery) -> tuple[State, list[Source]]:
     """The state and the sources of a finished data set, after a change of it that was interrupted is finished."""
-    manifest = Manifest.load(out / MANIFEST)
-    first = claimed(out)[0]
-    state = State.of_dataset(out)
-    remove_partials(out)
+    manifest = Manifest.load(out.folder / MANIFEST)
+    first = claimed(out.folder)[0]
+    state = State.of_dataset(out.folder)
+    remove_partials(out.folder)
     if manifest.revision < 1 + len(state.revisions):
         print(f"finishing revision {1 + len(state.revisions)}, which was interrupted")
         state = complete_revisions(out, state, first, machinery)
-        finish(out, state)
+        finish(out.folder, state)
+        out.share()
     return state, _sources(first, state.revisions)
 
 
-def _end(out: Path, state: State, sources: list[Source], machinery: Machinery, start: float) -> Summary:
-    return finish(out, complete_revisions(out, state, sources[0], machinery), start=start)
+def _end(out: Output, state: State, sources: list[Source], machinery: Machinery, start: float) -> Summary:
+    summary = finish(out.folder, complete_revisions(out, state, sources[0], machinery), start=start)
+    out.share()
+    return summary
 
 
-def complete_revisions(out: Path, state: State, first: Source, machinery: Machinery) -> State:
+def complete_revisions(out: Output, state: State, first: Source, machinery: Machinery) -> State:
     """Write what is missing of every revision's shards and move them into the data set; the state after the last.
 
     `first`: the source that the data set was begun with.
     """
-    begun = revisions(out)
+    begun = revisions(out.folder)
     for count, revision in enumerate(begun, 1):
         _complete(out, revision, state, _sources(first, begun[:count]), machinery)
     return state.after(begun)
@@ -104,12 +110,12 @@ def _sources(first: Source, begun: list[Revision]) -> list[Source]:
     return list(dict.fromkeys([first, *(r.source for r in begun if r.source)]))
 
 
-def _complete(out: Path, revision: Revision, state: State, sources: list[Source], machinery: Machinery) -> None:
+def _complete(out: Output, revision: Revision, state: State, sources: list[Source], machinery: Machinery) -> None:
     shards = revision.shards()
-    staged = stage(out)
-    finished = {s: finished_shard(out, *s) or finished_shard(staged, *s) for s in shards}
+    staged = stage(out.folder)
+    finished = {s: out.finished_shard(*s) or finished_shard(staged, *s) for s in shards}
     write_shards(
-        Job(tuple(sources), staged, state.settings.resizer()),
+        Job(tuple(sources), staged, state.settings.resizer(), out.store),
         (task for task in revision.tasks() if finished[task.group, task.number] is None),
         [result for result in finished.values() if result is not None],
         [],
@@ -118,4 +124,5 @@ def _complete(out: Path, revision: Revision, state: State, sources: list[Source]
         images=len(revision.samples),
         photos=revision.photos,
     )
-    publish(out, shards)
+    publish(out.folder, shards)
+    out.gather(shards)

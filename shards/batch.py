@@ -36,8 +36,9 @@ class Sampler(Protocol):
 
 
 class Reader(Protocol):
-    """Bytes of a sample, and where it lies."""
+    """Bytes of a sample, and where it lies; `expect` tells it what is read soon."""
 
+    def expect(self, groups: np.ndarray, rows: np.ndarray) -> None: ...
     def read(self, group: int, row: int) -> bytes: ...
     def place(self, group: int, row: int) -> str: ...
     def close(self) -> None: ...
@@ -91,6 +92,7 @@ class BatchPlan:
         self.groups, self.labels, self._rows = drawn.group, drawn.label, drawn.row
         self.boxes = crops(drawn.uniform, source.photo_size, source.photo_size, source.crop)
         self._attempts = np.zeros(len(slots), np.int64)
+        source.reader.expect(self.groups, self._rows)
 
     def __len__(self) -> int:
         return len(self.slots)

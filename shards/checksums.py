@@ -10,10 +10,13 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from shards.dataset import Manifest
 from shards.files import atomic_write_text
 from shards.layout import INDEX, MANIFEST, PROVENANCE
+
+if TYPE_CHECKING:
+    from shards.dataset import Manifest
 
 CHECKSUMS = "checksums.txt"
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
@@ -24,7 +27,7 @@ class DamagedChecksums(ValueError):
     """`checksums.txt` is not what was written."""
 
 
-def seal(dataset: Path, manifest: Manifest | None = None) -> None:
+def seal(dataset: Path, manifest: "Manifest | None" = None) -> None:
     """Write `checksums.txt`; with `manifest`, of the data set whose `dataset.json` is about to be saved as that.
 
     A file that is older than the last seal keeps the checksum it had then, so that sealing anew neither reads a large
@@ -59,6 +62,11 @@ def read_checksums(dataset: Path) -> dict[str, str] | None:
         data = (dataset / CHECKSUMS).read_bytes()
     except FileNotFoundError:
         return None
+    return parse_checksums(data)
+
+
+def parse_checksums(data: bytes) -> dict[str, str]:
+    """What the bytes of a `checksums.txt` say; raises `DamagedChecksums`."""
     body, own, digest = data.rpartition(_OWN.encode())
     if not own or digest != hashlib.sha256(body).hexdigest().encode() + b"\n":
         raise DamagedChecksums("its own checksum does not match")

@@ -8,7 +8,12 @@ from typing import Any
 from shards.classes import ClassTable
 from shards.console import JobError
 from shards.files import atomic_write_json
+from shards.index import GroupIndex
 from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST
+from shards.mirror import mirror, named_by_url
+from shards.range_reader import RangeReader
+from shards.reader import ShardReader
+from shards.store import Store, is_url
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,34 @@ GPU_CODEC = "gpu: "
 
 @dataclass(frozen=True)
 class Dataset:
-    """A finished data set: where it is, its manifest and its classes."""
+    """A finished data set: its folder, its manifest and its classes.
+
+    Of one at a URL, `store` is where it lies and `path` a local copy of all that is needed but the tars.
+    """
 
     path: Path
     manifest: Manifest
     classes: ClassTable
+    store: Store | None = None
 
     @staticmethod
     def open(path: Path | str) -> "Dataset":
-        """Open a data set; raises `JobError` where there is none or it is not finished."""
+        """Open a data set in a folder or at a URL; raises `JobError` where there is none or it is not finished."""
+        if is_url(path):
+            store = Store.at(str(path))
+            folder = mirror(store)
+            with named_by_url(store, folder):
+                return Dataset(folder, Manifest.load(folder / MANIFEST), ClassTable.load(folder / CLASSES), store)
         path = Path(path)
         if not path.is_dir():
             raise JobError(f"{path}: no such folder")
         return Dataset(path, Manifest.load(path / MANIFEST), ClassTable.load(path / CLASSES))
+
+    @property
+    def place(self) -> str:
+        """The folder or the URL, for messages."""
+        return self.store.url if self.store else str(self.path)
+
+    def reader(self, index: dict[int, GroupIndex]) -> ShardReader:
+        """What reads the photos of an index of this data set."""
+        return RangeReader(index, self.store) if self.store else ShardReader(index)

@@ -19,7 +19,6 @@ from shards.dataset import Dataset
 from shards.decode_cpu import CpuDecoder
 from shards.decode_dali import DaliDecoder
 from shards.index import open_index
-from shards.reader import ShardReader
 from shards.sampler import CropRange, IndexedSampler
 from shards.stream import Stream, StreamSettings
 
@@ -71,9 +70,9 @@ class Loader:
         index = open_index(dataset.path, dataset.classes.groups)
         empty = [g for g, of_group in index.items() if not len(of_group.labels)]
         if empty:
-            raise JobError(f"{dataset.path}: group {empty[0]} has no photos; run shards/verify.py")
+            raise JobError(f"{dataset.place}: group {empty[0]} has no photos; run shards/verify.py")
         self._slots = np.arange(rank, batch_size, world_size)
-        reader, sampler = ShardReader(index), IndexedSampler(index, seed)
+        reader, sampler = dataset.reader(index), IndexedSampler(index, seed)
         photo_size, crop = dataset.manifest.image_size, CropRange(scale, ratio)
         if mode == "stream":
             settings = stream or StreamSettings()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from shards.checksums import files_below
 from shards.console import JobError, format_bytes, format_count, printable
 from shards.dataset import Dataset
 from shards.layout import INDEX, QUARANTINE, shard_tables
@@ -33,17 +34,24 @@ class Sizes:
 
 def measure_sizes(dataset: Dataset) -> Sizes:
     """Add up the bytes of a data set's files; raises `JobError` where a shard is missing or damaged."""
-    jpeg = tars = indexes = tables = 0
+    if dataset.store:
+        found = dataset.store.sizes()
+    else:
+        files = (name for name in files_below(dataset.path) if (dataset.path / name).is_file())
+        found = {name: (dataset.path / name).stat().st_size for name in files}
+    jpeg, sizes = 0, dict.fromkeys(("tar", "idx", "parquet"), 0)
     for table in shard_tables(dataset.path):
+        name = str(table.relative_to(dataset.path).with_suffix(""))
         try:
             jpeg += int(shard_facts(table)["jpeg_bytes"])
-            tars += table.with_suffix(".tar").stat().st_size
-            indexes += table.with_suffix(".idx").stat().st_size
-            tables += table.stat().st_size
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise JobError(f"{table}: {error}; run shards/verify.py --repair") from None
-    flat = sum(path.stat().st_size for path in (dataset.path / INDEX).glob("*"))
-    return Sizes(jpeg, tars - jpeg, indexes, tables, flat)
+            raise JobError(f"{dataset.place}/{name}.parquet: {error}; run shards/verify.py --repair") from None
+        for kind in sizes:
+            if f"{name}.{kind}" not in found:
+                raise JobError(f"{dataset.place}/{name}.{kind}: missing; run shards/verify.py --repair")
+            sizes[kind] += found[f"{name}.{kind}"]
+    flat = sum(size for name, size in found.items() if name.startswith(f"{INDEX}/"))
+    return Sizes(jpeg, sizes["tar"] - jpeg, sizes["idx"], sizes["parquet"], flat)
 
 
 def count_reasons(dataset: Dataset) -> Counter[str]:
@@ -79,7 +87,7 @@ def _heading(dataset: Dataset) -> str:
     made, classes = dataset.manifest, dataset.classes
     east, north = classes.cell_east, classes.cell_north
     extent = [(int(axis.max()) - int(axis.min()) + made.M) / 1000 for axis in (east, north)]
-    name = printable(str(dataset.path))
+    name = printable(dataset.place)
     return "\n".join(
         [
             f"{name}: {format_count(made.images)} images of {format_count(made.classes)} classes",

@@ -153,7 +153,7 @@ def _nice(metres: float) -> int:
 def contact_sheet(dataset: Dataset, rows: int = 7, columns: int = 7) -> Image.Image:
     """Some classes, a row each, spread over groups and labels, with photos spread over the class."""
     index = open_index(dataset.path, dataset.classes.groups)
-    reader = ShardReader(index)
+    reader = dataset.reader(index)
     chosen = spread_classes(index, rows)
     left = _EDGE + 150
     height = 92 + len(chosen) * (_TILE + 22 + _GAP) + _EDGE // 2
@@ -234,7 +234,7 @@ def _photo_caption(index: GroupIndex, row: int) -> str:
 
 def _title(dataset: Dataset) -> str:
     made = dataset.manifest
-    name = printable(dataset.path.resolve().name)
+    name = printable((dataset.store.url if dataset.store else str(dataset.path.resolve())).rpartition("/")[2])
     counts = f"{format_count(made.images)} images, {format_count(made.classes)} classes, {made.groups} groups"
     return f"{name[:40]}: {counts}"
 

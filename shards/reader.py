@@ -14,12 +14,20 @@ _OPEN_FILES = 512
 
 
 class ShardReader:
-    """Reads JPEGs by `pread`, from any number of threads, with a bounded number of open files."""
+    """Reads JPEGs by `pread`, from any number of threads, with a bounded number of open files.
+
+    `parallel`: how many requests are worth having under way at a time.
+    """
+
+    parallel = 4
 
     def __init__(self, index: dict[int, GroupIndex]) -> None:
         self._index = index
         self._files: OrderedDict[Path, _File] = OrderedDict()
         self._lock = threading.Lock()
+
+    def expect(self, groups: np.ndarray, rows: np.ndarray) -> None:
+        """Told which photos (both int [b]) are read soon; nothing that a disk's reader could use."""
 
     def read(self, group: int, row: int) -> bytes:
         """The JPEG in `row` of a group's index; raises `OSError` where it cannot be read or fails its checksum."""
@@ -41,16 +49,20 @@ class ShardReader:
             raise OSError(f"{self.place(group, row)}: the photo fails its checksum")
         return data
 
-    def _pread(self, group: int, row: int, end: int) -> bytes:
+    def _span(self, group: int, row: int, end: int) -> tuple[Path, int, int]:
+        """The tar that holds the rows up to, not including, `end`, and where they lie in it: first byte, and bytes."""
         index = self._index[group]
         begin = int(index.offset[row])
-        length = int(index.offset[end - 1]) + int(index.size[end - 1]) - begin
-        return os.pread(self._open(index.shards[index.shard[row]]).descriptor, length, begin)
+        return index.shards[index.shard[row]], begin, int(index.offset[end - 1]) + int(index.size[end - 1]) - begin
+
+    def _pread(self, group: int, row: int, end: int) -> bytes:
+        path, begin, length = self._span(group, row, end)
+        return os.pread(self._open(path).descriptor, length, begin)
 
     def place(self, group: int, row: int) -> str:
         """Where a photo lies, for messages: shard and byte offset."""
-        index = self._index[group]
-        return f"{index.shards[index.shard[row]]} at byte {int(index.offset[row])}"
+        path, begin, _ = self._span(group, row, row + 1)
+        return f"{path} at byte {begin}"
 
     def close(self) -> None:
         """Close all files."""

@@ -1,6 +1,7 @@
 """Show what is in a data set: counts, sizes, a contact sheet and a map.
 
 python shards/show.py shards/city --out city.png
+python shards/show.py s3://bucket/city
 """
 
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from shards.pictures import cell_map, contact_sheet
 class Arguments:
     """Show what is in a data set: counts, sizes, a contact sheet and a map."""
 
-    dataset: Annotated[Path, tyro.conf.Positional]
-    """Folder of the data set."""
+    dataset: Annotated[str, tyro.conf.Positional]
+    """Folder or URL of the data set."""
     out: Path | None = None
     """Picture to write (.png): a contact sheet of samples; the map of cells goes beside it, as NAME-map.png."""
 

@@ -22,7 +22,6 @@ from shards.reader import ShardReader
 from shards.sampler import Draws, IndexedSampler, philox, uniforms
 
 _LANES = 8
-_READING_THREADS = 4
 _KEY = 0xFFFFFFFFFFFFFFFF  # keeps the windows' random numbers apart from those of slots
 
 
@@ -94,7 +93,7 @@ class Stream:
         self._steps = max(1, settings.window // batch_size)
         self._run = settings.run
         self._single = IndexedSampler(index, seed)
-        self._pool = ThreadPoolExecutor(_READING_THREADS, thread_name_prefix="stream")
+        self._pool = ThreadPoolExecutor(reader.parallel, thread_name_prefix="stream")
         self._windows: dict[int, Window] = {}
         self._held: dict[tuple[int, int], tuple[int, Future[list[bytes]], int]] = {}
 
@@ -107,6 +106,9 @@ class Stream:
         window = self._windows[number]
         crop = uniforms(self._seed, step, slots)[:, 2:]
         return Draws(np.asarray(groups, np.int64), window.label[place, slots], window.row[place, slots], crop)
+
+    def expect(self, groups: np.ndarray, rows: np.ndarray) -> None:
+        """Nothing to do: windows are read ahead."""
 
     def read(self, group: int, row: int) -> bytes:
         """The JPEG in `row` of a group's index, from memory; raises `OSError` as `ShardReader.read` does."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from shards.layout import (
     shard_stem,
 )
 from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum, one_line
+from shards.store import Store
 
 PARALLEL_BYTES = 1 << 29  # of tars: below, starting processes takes longer than checking in this one
 _PR_SET_PDEATHSIG = 1
@@ -63,17 +65,19 @@ class Report:
     seconds: float = 0.0
 
 
-def verify(dataset: Path, workers: int = 1, show: Show = lambda problem: None) -> Report:
+def verify(dataset: Path, workers: int = 1, show: Show = lambda problem: None, store: Store | None = None) -> Report:
     """Check every byte of a data set that anything depends on; `show` is called with each problem as it is found.
 
     Tars are compared with their tables, tables and DALI indexes with `checksums.txt` and with each other, the flat
     index with the tables, the class table and the manifest with all of it. Raises `JobError` where there is no data
-    set. Not checked: whether `index/state` is current (where it is not, the index is rebuilt when it is next opened).
+    set. Of one at a URL (`store`), `dataset` is a copy of all but the tars, which are fetched one by one to be checked.
+    Not checked: whether `index/state` is current (where it is not, the index is rebuilt when it is next opened).
     """
     start = time.monotonic()
     if not dataset.is_dir():
         raise JobError(f"{dataset}: no such folder")
-    found = set(files_below(dataset))
+    stored = store.sizes() if store else {}
+    found = set(stored) if store else set(files_below(dataset))
     if not any(name in (MANIFEST, PLAN) or _STEM.fullmatch(name) for name in found):
         raise JobError(f"{dataset}: no data set here; preprocessing/build_shards.py makes one")
     report = Report()
@@ -92,12 +96,12 @@ def verify(dataset: Path, workers: int = 1, show: Show = lambda problem: None) -
     top = _check_top(dataset, found, sums)
     note(top.problems)
     stems = sorted({m[1] for name in (found if sums is None else sums) if (m := _STEM.fullmatch(name))})
-    note(_extra_files(dataset, found, set(stems), sums, top.classes))
-    tars = (dataset / f"{stem}.tar" for stem in stems)
-    report.bytes = sum(tar.stat().st_size for tar in tars if tar.is_file())
+    note(_extra_files(dataset, found, set(stems), sums, top.classes, tars_here=store is None))
+    tars = [f"{stem}.tar" for stem in stems if f"{stem}.tar" in found]
+    report.bytes = sum(stored[tar] if store else (dataset / tar).stat().st_size for tar in tars)
     if report.bytes < PARALLEL_BYTES:
         workers = 1
-    shards = _check_shards(dataset, report.bytes, stems, sums, top.classes, workers, note)
+    shards = _check_shards(dataset, store, report.bytes, stems, sums, top.classes, workers, note)
     complete = [s for s in shards if s.complete]
     report.shards, report.images = len(shards), sum(s.images for s in complete)
     note(_check_order(shards))
@@ -182,7 +186,13 @@ def _read_quarantine(path: Path) -> list[dict[str, str]]:
 
 
 def _extra_files(
-    dataset: Path, found: set[str], stems: set[str], sums: dict[str, str] | None, classes: ClassTable | None
+    dataset: Path,
+    found: set[str],
+    stems: set[str],
+    sums: dict[str, str] | None,
+    classes: ClassTable | None,
+    *,
+    tars_here: bool,
 ) -> list[Problem]:
     """Files that no part of the data set accounts for, and what killed writers left."""
     groups = None if classes is None else {group_name(g) for g in classes.groups}
@@ -200,7 +210,7 @@ def _extra_files(
         )
         if name.endswith(TEMPORARY_SUFFIX):
             problems.append(Problem(name, "left by a writer that was interrupted", kind="extra"))
-        elif not known or not (dataset / name).is_file():
+        elif not known or not ((dataset / name).is_file() or (name.endswith(".tar") and not tars_here)):
             problems.append(Problem(name, "does not belong to the data set", kind="extra"))
     if f"{INDEX}/state" not in found:
         problems.append(Problem(f"{INDEX}/state", "missing, or the whole folder", kind="missing"))
@@ -209,6 +219,7 @@ def _extra_files(
 
 def _check_shards(
     dataset: Path,
+    store: Store | None,
     total: int,
     stems: list[str],
     sums: dict[str, str] | None,
@@ -220,7 +231,8 @@ def _check_shards(
     of_groups = {} if classes is None else {g: classes.of_group(g) for g in classes.groups}
     for stem in stems:
         own = None if sums is None else {n: sums[n] for n in (f"{stem}.idx", f"{stem}.parquet") if n in sums}
-        tasks.append(partial(check_shard, dataset, stem, own, of_groups.get(_group_of(stem))))
+        check = partial(_check_stored_shard, store) if store else check_shard
+        tasks.append(partial(check, dataset, stem, own, of_groups.get(_group_of(stem))))
     reports: list[ShardReport] = []
     with tqdm(desc="checking shards", total=total, unit="B", unit_scale=True, disable=not stems) as bar:
         images, start = 0, time.monotonic()
@@ -231,6 +243,19 @@ def _check_shards(
             bar.set_postfix_str(f"{images / (time.monotonic() - start):,.0f} images/s", refresh=False)
             bar.update(report.tar_bytes)
     return sorted(reports, key=lambda r: r.stem)
+
+
+def _check_stored_shard(
+    store: Store, dataset: Path, stem: str, sums: dict[str, str] | None, classes: ClassTable | None
+) -> ShardReport:
+    tar = dataset / f"{stem}.tar"
+    tar.parent.mkdir(exist_ok=True)
+    try:
+        with suppress(FileNotFoundError):  # the check says so
+            store.fetch(f"{stem}.tar", tar)
+        return check_shard(dataset, stem, sums, classes)
+    finally:
+        tar.unlink(missing_ok=True)
 
 
 def _check_order(shards: list[ShardReport]) -> list[Problem]:

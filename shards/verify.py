@@ -13,9 +13,11 @@ import tyro
 from tqdm import tqdm
 
 from shards.checksums import seal
-from shards.console import JobError, entry, format_bytes, format_count, format_duration
+from shards.console import JobError, WrongArguments, entry, format_bytes, format_count, format_duration
+from shards.mirror import fetch_all, named_by_url, scratch_folder
 from shards.repair import repair
 from shards.soundness import Problem
+from shards.store import Store, is_url
 from shards.verification import Report, verify
 
 
@@ -26,8 +28,8 @@ class Arguments:
     Prints a line for each problem. Exits with 0 where the data set is sound, 1 where it is not.
     """
 
-    dataset: Annotated[Path, tyro.conf.Positional]
-    """Folder of the data set."""
+    dataset: Annotated[str, tyro.conf.Positional]
+    """Folder or URL of the data set; from a URL, each shard is fetched, checked and dropped."""
     workers: int = len(os.sched_getaffinity(0))
     """Processes that check shards; the default is one for each core."""
     repair: bool = False
@@ -42,19 +44,35 @@ class Arguments:
             raise JobError("--workers must be from 1 to 4096")
         if self.source is not None and not self.repair:
             raise JobError("--source is for --repair only")
+        if is_url(self.dataset) and (self.repair or self.seal):
+            raise WrongArguments(
+                f"--repair and --seal work in a folder. To mend {self.dataset}, delete the tables (.parquet) of "
+                "damaged shards there and run the command that built it again: it writes those shards anew"
+            )
 
 
 def main() -> int:
     arguments = tyro.cli(Arguments)
-    report = verify(arguments.dataset, arguments.workers, print_problem)
+    if is_url(arguments.dataset):
+        return _verify_at_url(Store.at(arguments.dataset), arguments.workers)
+    dataset = Path(arguments.dataset)
+    report = verify(dataset, arguments.workers, print_problem)
     print_summary(report, arguments.dataset)
     if report.problems and arguments.repair:
-        repair(arguments.dataset, report, arguments.source, arguments.workers)
-        report = verify(arguments.dataset, arguments.workers, print_problem)
+        repair(dataset, report, arguments.source, arguments.workers)
+        report = verify(dataset, arguments.workers, print_problem)
         print_summary(report, arguments.dataset)
     if arguments.seal and not report.problems and not report.sealed:
-        seal(arguments.dataset)
+        seal(dataset)
         print(f"sealed: {arguments.dataset}/checksums.txt")
+    return 1 if report.problems else 0
+
+
+def _verify_at_url(store: Store, workers: int) -> int:
+    with scratch_folder() as folder, named_by_url(store, folder):
+        fetch_all(store, store.sizes(), folder, {})
+        report = verify(folder, workers, print_problem, store)
+    print_summary(report, store.url)
     return 1 if report.problems else 0
 
 
@@ -64,7 +82,7 @@ def print_problem(problem: Problem) -> None:
         print(problem, flush=True)
 
 
-def print_summary(report: Report, dataset: Path) -> None:
+def print_summary(report: Report, dataset: str) -> None:
     """What was checked, and the verdict, for a person."""
     rate = f"{report.images / report.seconds:,.0f} images/s, {format_bytes(report.bytes / report.seconds)}/s"
     print(
@@ -77,7 +95,8 @@ def print_summary(report: Report, dataset: Path) -> None:
             print("there is no checksums.txt: a changed name of a source photo in a table would go unseen; see --seal")
         return
     files = len({problem.file for problem in report.problems})
-    print(f"{dataset}: {len(report.problems)} problems in {files} files; --repair --source PHOTOS rebuilds them")
+    way_out = "--repair tells how to mend them" if is_url(dataset) else "--repair --source PHOTOS rebuilds them"
+    print(f"{dataset}: {len(report.problems)} problems in {files} files; {way_out}")
 
 
 if __name__ == "__main__":

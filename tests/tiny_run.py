@@ -21,7 +21,7 @@ def write_run(path: Path, classes: ClassTable | None = None, *, head: HeadKind =
     """Write a run with one checkpoint, whose heads know every class of `classes` (default: those of `tiny`)."""
     classes = classes or class_table()
     config = TrainConfig(
-        shards=Path("shards"), out=path, backbone="small_cnn", weights="none", freeze_until=0, descriptor_dim=32,
+        shards="shards", out=path, backbone="small_cnn", weights="none", freeze_until=0, descriptor_dim=32,
         head=head, s=30.0, m=0.1, score_form=form, image_size=IMAGE_SIZE, precision="fp32",
     )  # fmt: skip
     torch.manual_seed(0)

@@ -25,8 +25,8 @@ from training.schedules import ScheduleName
 class TrainConfig:
     """Train a backbone and one margin head per group on a data set of shards."""
 
-    shards: Path = tyro.MISSING
-    """Folder of the data set that preprocessing/build_shards.py wrote."""
+    shards: str = tyro.MISSING
+    """Folder or URL of the data set that preprocessing/build_shards.py wrote."""
     out: Path = tyro.MISSING
     """Folder of the run: checkpoints, TensorBoard logs, configuration."""
     preset: str = "paper-b0"
@@ -147,7 +147,7 @@ class TrainConfig:
     def from_json(values: dict[str, Any]) -> TrainConfig:
         """The configuration that `to_json` wrote; keys that this version does not know are left out."""
         known = {field.name: values[field.name] for field in fields(TrainConfig) if field.name in values}
-        for name in ("shards", "out", "val_queries", "init_from"):
+        for name in ("out", "val_queries", "init_from"):
             if known.get(name) is not None:
                 known[name] = Path(known[name])
         return TrainConfig(**known)

@@ -1,0 +1,152 @@
+"""A data set's folder at a URL (s3://, gs://, http://, file:// ...), read and written through fsspec."""
+
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import fsspec  # type: ignore[import-untyped]
+
+from shards.console import JobError
+from shards.files import TEMPORARY_SUFFIX
+from shards.layout import MANIFEST
+
+PARALLEL = 16
+"""Requests worth having under way at a time: enough to hide 20 ms each behind the decoding of one core."""
+
+_WHOLE_OR_NOTHING = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"}  # what a put is there
+_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)  # asking again changes nothing
+_PAUSES = (0.2, 1.0)  # seconds before asking again
+
+T = TypeVar("T")
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a place is a URL, not a path."""
+    return "://" in str(place)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Files below `url`, by their names relative to it. Safe to use from any number of threads; can be pickled."""
+
+    url: str
+
+    @staticmethod
+    def at(url: str) -> "Store":
+        """The store at a URL; raises `JobError` where no installed file system knows such URLs."""
+        store = Store(url.rstrip("/"))
+        _ = store._opened
+        return store
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"url": self.url}
+
+    def read(self, name: str) -> bytes:
+        """A file's bytes; raises `FileNotFoundError`, and `JobError` where it cannot be read."""
+        try:
+            return _patiently(lambda: self._files.cat_file(self._path(name)))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each file system has errors of its own
+            raise self._lost(error) from None
+
+    def read_range(self, name: str, begin: int, length: int) -> bytes:
+        """Bytes of a file of a finished data set, fewer at its end. Raises `OSError`, or `JobError` where the whole
+        data set is out of reach."""
+        try:
+            return _patiently(lambda: self._files.cat_file(self._path(name), start=begin, end=begin + length))
+        except Exception as error:  # each file system has errors of its own
+            try:
+                self.read(MANIFEST)
+            except FileNotFoundError:
+                raise self._lost(error) from None
+            raise OSError(f"{self.url}/{name}: {one_line(error)}") from None
+
+    def fetch(self, name: str, path: Path) -> None:
+        """Copy a file to `path`; raises as `read` does."""
+        try:
+            _patiently(lambda: self._files.get_file(self._path(name), str(path)))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each file system has errors of its own
+            raise self._lost(error) from None
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below the URL, by name, as they are now; raises `JobError` where listing them fails."""
+        self._files.invalidate_cache()
+        try:
+            found = _patiently(lambda: self._files.find(self._root, detail=True))
+        except FileNotFoundError:
+            return {}
+        except Exception as error:  # each file system has errors of its own
+            raise self._lost(error) from None
+        files = {path.removeprefix(self._root).lstrip("/"): info for path, info in found.items()}
+        return {name: info["size"] for name, info in files.items() if name and info["type"] == "file"}
+
+    def put(self, path: Path, name: str) -> None:
+        """Copy a local file to `name`, whole or not at all; raises `JobError` where that fails."""
+        target = self._path(name)
+        try:
+            if self._protocol in _WHOLE_OR_NOTHING:
+                _patiently(lambda: self._files.put_file(str(path), target))
+                return
+            folder, _, last = target.rpartition("/")
+            partial = f"{folder}/.{last}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+            self._files.makedirs(folder, exist_ok=True)
+            self._files.put_file(str(path), partial)
+            self._files.mv(partial, target)
+        except Exception as error:  # each file system has errors of its own
+            raise JobError(
+                f"{self.url}: {name} cannot be written ({one_line(error)}); mend that and run the same command again"
+            ) from None
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    @cached_property
+    def _opened(self) -> tuple[fsspec.AbstractFileSystem, str]:
+        options = {}
+        if self._protocol in ("s3", "s3a") and "config_kwargs" not in fsspec.config.conf.get("s3", {}):
+            options = {"config_kwargs": {"max_pool_connections": 2 * PARALLEL}}  # 10 by default
+        try:
+            return fsspec.core.url_to_fs(self.url, **options)
+        except (ImportError, ValueError) as error:
+            hint = "; pip install 'divide-and-classify[s3]'" if self._protocol in ("s3", "s3a") else ""
+            raise JobError(f"{self.url}: {one_line(error)}{hint}") from None
+
+    @property
+    def _files(self) -> fsspec.AbstractFileSystem:
+        return self._opened[0]
+
+    @property
+    def _root(self) -> str:
+        return self._opened[1].rstrip("/")
+
+    @property
+    def _protocol(self) -> str:
+        return self.url.partition("://")[0]
+
+    def _lost(self, error: Exception) -> JobError:
+        return JobError(f"{self.url}: cannot be read ({one_line(error)}); bring it back and run the same command again")
+
+
+def one_line(error: Exception) -> str:
+    """An error of any file system in one line."""
+    return " ".join(f"{type(error).__name__} {error}".split())[:300]
+
+
+def _patiently(request: Callable[[], T]) -> T:
+    """The request's result, asked for again after a pause where a network may have failed for a moment."""
+    for pause in _PAUSES:
+        try:
+            return request()
+        except _FINAL:
+            raise
+        except Exception:  # each file system has errors of its own
+            time.sleep(pause)
+    return request()

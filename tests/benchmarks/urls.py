@@ -1,0 +1,147 @@
+"""Reading a data set at a URL: what `stream` gains over `indexed` where every request takes its time.
+
+    python tests/benchmarks/urls.py [--delay 0.02] [--json FILE]
+
+An HTTP server in a process of its own (on a core of its own, where there are two) answers each request after a delay.
+The loader has one core, makes batches of 64 crops of 224 pixels, and reads through fsspec; rows:
+
+`indexed, asked for when needed`   a request for each photo, when a decoding thread comes to it
+`indexed`                          a request for each photo, coming batches asked for ahead
+`stream`                           a request for each run of up to 32 neighbours
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import re
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+if sys.path[0] == str(Path(__file__).resolve().parent):
+    sys.path.pop(0)  # a benchmark named like a package would shadow it
+
+import torch
+
+from preprocessing.build import build
+from preprocessing.city.plan import CitySettings
+from preprocessing.city.writer import render_city
+from preprocessing.plan import Settings
+from shards.checksums import CHECKSUMS, seal
+from shards.dataset import Dataset
+from shards.range_reader import RangeReader
+
+ROUNDS, SECONDS = 3, 6.0
+EXPECT = RangeReader.expect
+ROWS = {
+    "indexed, asked for when needed": ("indexed", False),
+    "indexed": ("indexed", True),
+    "stream": ("stream", True),
+}
+_RANGE = re.compile(rb"[Rr]ange: bytes=(\d+)-(\d+)")
+
+
+def serve(folder: Path, delay: float, core: int, out: Connection) -> None:
+    """Serve files with ranges; the path /count answers how many requests there were."""
+    os.sched_setaffinity(0, {core})
+    count = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal count
+        while True:
+            try:
+                head = await reader.readuntil(b"\r\n\r\n")
+            except (asyncio.IncompleteReadError, ConnectionError):
+                writer.close()
+                return
+            name = head.split(b" ", 2)[1].decode().lstrip("/")
+            if name.endswith("/count"):
+                status, data = "200 OK", str(count).encode()
+            else:
+                count += 1
+                await asyncio.sleep(delay)
+                try:
+                    with open(folder / name, "rb") as file:
+                        wanted = _RANGE.search(head)
+                        file.seek(int(wanted[1]) if wanted else 0)
+                        data = file.read(int(wanted[2]) - int(wanted[1]) + 1 if wanted else -1)
+                        status = "206 Partial Content" if wanted else "200 OK"
+                except OSError:
+                    status, data = "404 Not Found", b""
+            writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(data)}\r\n\r\n".encode())
+            if not head.startswith(b"HEAD"):
+                writer.write(data)
+
+    async def main() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0, backlog=256)
+        out.send(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(main())
+
+
+def measure(batches: Iterator[int], requests: Dataset) -> tuple[float, float]:
+    """Images a second after the first batches, and requests an image (`stream`: only where whole windows pass)."""
+    assert requests.store is not None
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < SECONDS / 3:
+        next(batches)
+    before, begin, images = int(requests.store.read("count")), time.perf_counter(), 0
+    while (spent := time.perf_counter() - begin) < SECONDS:
+        images += next(batches)
+    asked = int(requests.store.read("count")) - before
+    batches.close()  # type: ignore[attr-defined]
+    return images / spent, asked / images
+
+
+def main() -> None:
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    from loader import multiply, ours  # takes this folder off the path again
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--delay", type=float, default=0.02, help="seconds that a request takes")
+    parser.add_argument("--json", type=Path, help="write the rows as JSON to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ["DIVIDE_AND_CLASSIFY_CACHE"] = f"{scratch}/cache"
+        city, small, shards = (Path(scratch) / name for name in ("photos", "small", "city"))
+        render_city(city, CitySettings(blocks=1, size=256, years=1, val_queries=1, test_queries=1), workers=len(cores))
+        build(city / "train" / "database", small, Settings(20, 2, 10, 224, 90, "fast", 0))
+        multiply(small, shards, -(-30_000 // Dataset.open(small).manifest.images))
+        (shards / CHECKSUMS).unlink()
+        seal(shards)
+        ours_end, theirs = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        server = context.Process(target=serve, args=(Path(scratch), arguments.delay, cores[0], theirs), daemon=True)
+        server.start()
+        url = f"http://127.0.0.1:{ours_end.recv()}/city"
+        os.sched_setaffinity(0, {cores[-1]})
+        counter = Dataset.open(url)
+        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in ROWS}
+        for _ in range(ROUNDS):
+            for name, (mode, ahead) in ROWS.items():
+                RangeReader.expect = EXPECT if ahead else lambda *_: None  # type: ignore[method-assign]
+                measured[name].append(measure(ours(url, mode, "cpu", 1), counter))
+        server.terminate()
+    rows = [
+        {"name": name, "delay_seconds": arguments.delay, "images_per_second": statistics.median(r for r, _ in found),
+         "requests_per_image": statistics.median(n for _, n in found)}
+        for name, found in measured.items()
+    ]  # fmt: skip
+    print(f"\n{'':34}{'images/s':>10}{'requests an image':>20}")
+    for row in rows:
+        print(f"{row['name']:34}{row['images_per_second']:10.0f}{row['requests_per_image']:20.3f}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
