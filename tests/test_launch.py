@@ -200,6 +200,7 @@ def accelerate(config: str, options: list[str], words: list[str]) -> subprocess.
     ("config", "options", "processes"),
     [
         ("cpu", [], "2 processes"),
+        ("cpu", ["--num_processes", "4"], "4 processes"),
         ("one_gpu", [], "1 process "),
         ("eight_gpus", ["--num_processes", "2"], "2 processes"),
     ],
