@@ -218,6 +218,19 @@ def test_a_configuration_of_one_machine_starts_its_processes_in_the_precision_of
 
 
 @pytest.mark.slow
+def test_a_launcher_that_starts_one_process_for_two_is_told_what_starts_two(shards: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    words = arguments(shards, tmp_path / "r", schedule="joint", epochs=1)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "training/train.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    started = "2 processes" if "2 processes" in done.stdout else "1 process "
+    assert ("--config_file launch/cpu.yaml --num_processes N" in done.stdout) == (started == "1 process ")
+
+
+@pytest.mark.slow
 def test_the_configuration_of_two_machines_joins_two_launchers_in_one_run(shards: Path, tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("", 0))

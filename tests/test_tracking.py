@@ -89,9 +89,11 @@ def test_the_real_tensorboard_serves_curves_pictures_and_hyperparameters(tmp_pat
         (shown,) = fetch(f"{address}/images/images?run=tensorboard&tag=batch&sample=0")[-1:]
         with urllib.request.urlopen(f"{address}/images/individualImage?{shown['query']}", timeout=10) as answer:
             assert Image.open(answer).size == (8 * 32, 2 * 32)  # 16 photos of 32 pixels
-        request = {"allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS"], "colParams": [], "sliceSize": 9}
-        text = json.dumps(request).encode()
-        with urllib.request.urlopen(f"{address}/hparams/session_groups", data=text, timeout=10) as answer:
+        wish = {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS"], "sliceSize": 9}
+        request = urllib.request.Request(
+            f"{address}/hparams/session_groups", json.dumps(wish).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
             (session,) = json.loads(answer.read())["sessionGroups"]
         assert session["hparams"]["backbone"] == "small_cnn"
         assert {value["name"]["tag"] for value in session["metricValues"]} >= {"final/loss", "final/LR@1"}

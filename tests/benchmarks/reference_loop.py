@@ -72,7 +72,8 @@ class ReferenceLoop:
         group = number % len(self.classes)
         self._move(group, self.device)
         photos = Photos(self.classes[group], self.batch * self.steps)
-        loader = DataLoader(photos, self.batch, num_workers=self.workers, pin_memory=True, drop_last=True)
+        pin = self.device.type == "cuda"
+        loader = DataLoader(photos, self.batch, num_workers=self.workers, pin_memory=pin)
         total = 0.0
         for images, labels in loader:
             total += self._step(images.to(self.device), labels.to(self.device), group)

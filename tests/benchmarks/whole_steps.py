@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,7 +107,8 @@ def end_to_end_rows(shards: Path, batch: int, steps: int, threads: int) -> list[
                 }  # fmt: skip
                 AcceleratorState._reset_state(reset_partial_state=True)
                 trainer = Trainer(replace(PRESETS[preset], **settings))  # type: ignore[arg-type]
-                trainer.run()
+                with redirect_stdout(io.StringIO()):
+                    trainer.run()
                 taken.setdefault(preset, []).append(trainer.timing.rate())
     return [
         {"name": f"end-to-end-{name}", "device": device.type, "images_per_second": statistics.median(rates[1:])}
