@@ -106,8 +106,8 @@ def end_to_end_rows(shards: Path, batch: int, steps: int, threads: int) -> list[
                     "out": Path(folder) / preset,
                 }  # fmt: skip
                 AcceleratorState._reset_state(reset_partial_state=True)
-                trainer = Trainer(replace(PRESETS[preset], **settings))  # type: ignore[arg-type]
                 with redirect_stdout(io.StringIO()):
+                    trainer = Trainer(replace(PRESETS[preset], **settings))  # type: ignore[arg-type]
                     trainer.run()
                 taken.setdefault(preset, []).append(trainer.timing.rate())
     return [
