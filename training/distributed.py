@@ -73,7 +73,8 @@ def join_after_restart(backend: str) -> None:
 
     The launcher keeps one store over all its restarts, and with it the addresses of the processes that are gone: what
     looks there for its peers waits for the dead (pytorch issue 135712). Does nothing in a first start, and where the
-    launcher keeps no store (TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1).
+    launcher keeps no store: launchers of several machines count their restarts each for itself, so give torchrun
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
     """
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
