@@ -37,15 +37,20 @@ run_or_requeue() {
 }
 
 # train_on_all_tasks ARGUMENT...: one training process for each task of the job. They are started by srun itself:
-# torchrun and accelerate launch die of SIGUSR1, and exit with 1 after SIGTERM.
+# torchrun and accelerate launch die of SIGUSR1, and exit with 1 after SIGTERM. The environment may name SHARDS, RUN,
+# PRESET, PYTHON and LOGS.
 train_on_all_tasks() {
+  local shards=${SHARDS:-data/sf-xl-shards} run=${RUN:-runs/fast-b0} preset=${PRESET:-fast-b0}
+  local logs=${LOGS:-runs/logs} python=${PYTHON:-.venv/bin/python}
   MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # jobs that share a node do not meet
   export MASTER_ADDR MASTER_PORT
   # One failed process ends all: the others would wait for it. Binding is off, since every process picks its GPU by
   # its local rank and its decoding threads by its share of the node's cores. SIGUSR1 passes through srun; SIGTERM
   # would make srun kill the tasks.
-  run_or_requeue USR1 "$LOGS/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.log" \
+  # --resume starts anew where there is no checkpoint yet, so that the first start and the later ones are one command.
+  run_or_requeue USR1 "$logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}.log" \
     srun --kill-on-bad-exit=1 --cpu-bind=none --gpu-bind=none --cpus-per-task="$SLURM_CPUS_PER_TASK" \
-    bash launch/slurm_task.sh "$PYTHON" training/train.py "$@"
+    bash launch/slurm_task.sh "$python" training/train.py \
+    --preset "$preset" --shards "$shards" --out "$run" --resume "$@"
 }

@@ -13,13 +13,6 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 set -euo pipefail
-PYTHON=${PYTHON:-.venv/bin/python}
-SHARDS=${SHARDS:-data/sf-xl-shards}
-RUN=${RUN:-runs/fast-b0}
-PRESET=${PRESET:-fast-b0}
-LOGS=${LOGS:-runs/logs}
-
 cd "$SLURM_SUBMIT_DIR" # Slurm runs a copy of this file from elsewhere
 source launch/slurm_functions.sh
-# --resume starts anew where there is no checkpoint yet, so that the first start and the later ones are one command.
-train_on_all_tasks --preset "$PRESET" --shards "$SHARDS" --out "$RUN" --resume "$@"
+train_on_all_tasks "$@"

@@ -1,5 +1,7 @@
 """Several processes against one: the same losses and gradients, in float64, batch norm aside."""
 
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from tiny import class_table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training.distributed import World, average_batch_norm
+from training.distributed import World, average_batch_norm, join_after_restart
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.model import GeoModel
@@ -27,6 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "joint-accumulated": {"schedule": "joint", "accumulate": 2},
     "sharded-sequential": {"schedule": "sequential", "shard_head": True},
     "sharded-joint": {"schedule": "joint", "shard_head": True},
+    "sharded-accumulated": {"schedule": "joint", "shard_head": True, "accumulate": 2},
     "linear-joint": {"schedule": "joint", "head": "FC_CE"},
 }
 
@@ -175,3 +178,25 @@ def check_batch_norm(found: list[dict[str, Tensor]], ranks: int) -> None:
         torch.testing.assert_close(
             of_rank["var"], torch.tensor([1 + means.var(), 2 + means.mean()], dtype=torch.float32)
         )
+
+
+def join(rank: int, port: int, attempt: int) -> None:
+    """Join as torchrun's process of that attempt, whose store is at `port`; in the second one rank 1 comes late."""
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(attempt), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    if attempt and rank:
+        time.sleep(2)
+    join_after_restart("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert total == 2
+    os._exit(0)  # as one that is killed: it takes nothing back from the store
+
+
+@pytest.mark.slow
+def test_processes_that_are_started_again_look_for_each_other_and_not_for_the_dead() -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for attempt in (0, 1):
+        mp.start_processes(join, (store.port, attempt), nprocs=2, start_method="spawn")

@@ -122,6 +122,57 @@ def test_gradients_are_finite_at_cosine_one_and_minus_one(kind: str) -> None:
     assert all(torch.isfinite(t).all() for t in (losses, x.grad, head.weight.grad))
 
 
+def exact(value: float) -> float:
+    """AAMC's logit over s of a cosine, from the text of the method."""
+    return value * math.cos(0.2) - math.sqrt(max(0.0, 1 - value * value)) * math.sin(0.2) if value > 0 else value
+
+
+@pytest.mark.parametrize("cosine", [1.0, 1 - 1e-6, 1 - 1e-3, 1e-3, 1e-6, 0.0, -1e-6, -1e-3, -1 + 1e-6, -1.0])
+def test_aamc_is_right_in_float32_where_the_angle_is_degenerate(cosine: float) -> None:
+    head = make_head("AAMC", 2, 2, s=30.0, m=0.2)
+    with torch.no_grad():
+        head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+    x = torch.tensor([[cosine, math.sqrt(1 - cosine * cosine)]], dtype=torch.float64).float().requires_grad_()
+    value = x[0, 0].item() / math.hypot(*x[0].tolist())
+    own, other = 30 * exact(value), 30 * math.sqrt(1 - value * value)
+    loss = head(x, torch.tensor([0]))
+    assert loss.item() == pytest.approx(np.logaddexp(0, other - own), rel=1e-4, abs=1e-6)
+    loss.backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+    assert torch.isfinite(head.weight.grad).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_or_descriptor_of_zero_length_scores_zero_and_keeps_everything_finite(kind: str) -> None:
+    head, x, labels, _ = problem(kind, torch.float32)
+    with torch.no_grad():
+        head.weight[4].zero_()
+        head.weight[3].zero_()  # no sample's class
+        x[1].zero_()
+    x.requires_grad_()
+    losses = head(x, labels)
+    losses.sum().backward()
+    assert x.grad is not None
+    assert all(torch.isfinite(t).all() for t in (losses, x.grad, head.weight.grad))
+    if kind != "FC_CE":
+        assert not head.scores(x, "cosine")[:, [3, 4]].any()
+        assert not head.scores(x, "cosine")[1].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_descriptors_cost_no_more_than_their_own_rounding(kind: str) -> None:
+    head, x, labels, _ = problem(kind, torch.float32, s=100.0)
+    half = x.half().requires_grad_()
+    same = half.detach().float().requires_grad_()
+    for leaf in (half, same):
+        head(leaf, labels).mean().backward()
+    assert half.grad is not None
+    assert half.grad.dtype == torch.float16
+    assert same.grad is not None
+    torch.testing.assert_close(half.grad, same.grad.half(), rtol=0, atol=0)
+
+
 def test_a_tiny_loss_keeps_its_digits() -> None:
     head = make_head("LMCC", 2, 2, s=20.0, m=0.0)
     with torch.no_grad():

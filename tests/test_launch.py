@@ -200,6 +200,7 @@ def accelerate(config: str, options: list[str], words: list[str]) -> subprocess.
     ("config", "options", "processes"),
     [
         ("cpu", [], "2 processes"),
+        ("cpu", ["--num_processes", "4"], "4 processes"),
         ("one_gpu", [], "1 process "),
         ("eight_gpus", ["--num_processes", "2"], "2 processes"),
     ],
@@ -214,6 +215,19 @@ def test_a_configuration_of_one_machine_starts_its_processes_in_the_precision_of
     assert "bf16" in output
     assert len(read_losses(tmp_path / "r")) == 8
     assert sorted(load_for_evaluation(tmp_path / "r").heads) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_a_launcher_that_starts_one_process_for_two_is_told_what_starts_two(shards: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    words = arguments(shards, tmp_path / "r", schedule="joint", epochs=1)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, "training/train.py", *words], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    started = "2 processes" if "2 processes" in done.stdout else "1 process "
+    assert ("--config_file launch/cpu.yaml --num_processes N" in done.stdout) == (started == "1 process ")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import class_table, configure, train_here, write_dataset, write_queries
 
 from shards.console import JobError
@@ -79,11 +80,23 @@ def test_the_real_tensorboard_serves_curves_pictures_and_hyperparameters(tmp_pat
         while "final/loss" not in tags:  # TensorBoard reads its files in the background
             tags = set(fetch(f"{address}/scalars/tags").get("tensorboard", {}))
         wanted = {"loss/all", "loss/group-00", "accuracy/group-01", "rate/model", "rate/head-03", "gradient_norm/model"}
+        wanted |= {"memory/host_peak_bytes", "epoch/loss/group-00", "epoch/loss/all", "val/median_error_m"}
         wanted |= {"gradient_norm/head-00", "speed/images_per_second", "speed/data_wait_share", "val/LR@1", "val/LR@20"}
         assert wanted <= tags
         points = fetch(f"{address}/scalars/scalars?run=tensorboard&tag=val/LR@1")
         assert [point[1] for point in points] == [8, 16]
         assert {"batch", "val/error_map"} <= set(fetch(f"{address}/images/tags")["tensorboard"])
+        (shown,) = fetch(f"{address}/images/images?run=tensorboard&tag=batch&sample=0")[-1:]
+        with urllib.request.urlopen(f"{address}/images/individualImage?{shown['query']}", timeout=10) as answer:
+            assert Image.open(answer).size == (8 * 32, 2 * 32)  # 16 photos of 32 pixels
+        wish = {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS"], "sliceSize": 9}
+        request = urllib.request.Request(
+            f"{address}/hparams/session_groups", json.dumps(wish).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            (session,) = json.loads(answer.read())["sessionGroups"]
+        assert session["hparams"]["backbone"] == "small_cnn"
+        assert {value["name"]["tag"] for value in session["metricValues"]} >= {"final/loss", "final/LR@1"}
     finally:
         server.terminate()
         server.wait()

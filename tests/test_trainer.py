@@ -1,9 +1,14 @@
 """Whole runs on a tiny data set: what is written, going on, stopping, and clear words for what cannot be."""
 
 import json
+import os
+import resource
+import shutil
 import signal
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -171,18 +176,50 @@ def test_many_such_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint
         train_here(configure(shards, tmp_path / "r", nan_patience=4))
 
 
-def test_a_full_disk_stops_the_run_and_leaves_the_previous_checkpoint(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 64 MB; skips the test where this process may not mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@contextmanager
+def small_files(folder: Path) -> Iterator[Path]:
+    """A folder; whatever limit this process then sets on the size of files is taken back."""
+    folder.mkdir()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield folder
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("place", [small_disk, small_files])
+def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint_whole(
+    shards: Path, tmp_path: Path, place: Callable[[Path], AbstractContextManager[Path]]
 ) -> None:
-    train_here(configure(shards, tmp_path / "r", epochs=1))
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("training.checkpoint.save_file", full)
-    with pytest.raises(JobError, match=r"No space left.*last whole one is .*step-00000008"):
-        train_here(configure(shards, tmp_path / "r", resume=True))
-    assert [path.name for path in list_checkpoints(tmp_path / "r")] == ["step-00000008"]
+    with place(tmp_path / "disk") as folder:
+        out = folder / "r"
+        train_here(configure(shards, out, epochs=1, descriptor_dim=64))
+        whole = {path: path.read_bytes() for path in sorted(list_checkpoints(out)[0].iterdir())}
+        if place is small_files:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        else:
+            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+            (folder / "other").write_bytes(bytes(free - 200_000))
+        with pytest.raises(JobError, match=r"cannot be saved .*last whole one is .*step-00000008; free some space"):
+            train_here(configure(shards, out, resume=True, descriptor_dim=64))
+        assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000008"]
+        assert {path: path.read_bytes() for path in sorted(list_checkpoints(out)[0].iterdir())} == whole
+        if place is small_disk:
+            (folder / "other").unlink()
+            assert train_here(configure(shards, out, resume=True, descriptor_dim=64)).progress.step == 16
 
 
 def test_a_run_folder_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
@@ -218,6 +255,26 @@ def test_another_class_map_is_refused_and_init_from_matches_cells(
             match = int(np.flatnonzero(same)[0])
             old_weight = first.engine.bank.heads[int(old.group[match])].weight[int(old.label[match])]
             torch.testing.assert_close(new_weight, old_weight, atol=1e-6, rtol=0)
+
+
+def test_settings_that_the_data_set_or_the_machine_cannot_serve_are_one_clear_line(
+    shards: Path, tmp_path: Path
+) -> None:
+    for settings, message in (
+        ({"schedule": "joint", "batch_size": 3}, "--batch-size 3: less than one image for each of 4 groups"),
+        ({"sync_bn": True}, "--sync-bn needs GPUs"),
+        ({"shard_head": True, "head_sample_rate": 0.5}, "--head-sample-rate needs several processes"),
+    ):
+        with pytest.raises(JobError, match=message) as error:
+            train_here(configure(shards, tmp_path / "r", **settings))
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "r").exists()
+
+
+def test_a_data_set_of_one_class_a_group_trains_to_no_loss(tmp_path: Path) -> None:
+    shards = write_dataset(tmp_path / "shards", class_table(side=2)).path
+    train_here(configure(shards, tmp_path / "r", schedule="joint", epochs=1))
+    assert read_losses(tmp_path / "r") == [0.0] * 8
 
 
 @pytest.mark.parametrize("flag", [{"backbone": "resnet18"}, {"head": "LMCC"}, {"descriptor_dim": 64}])

@@ -7,6 +7,7 @@ import os
 import resource
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from shards.classes import ClassTable
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.loader import Loader
-from training.distributed import World
+from training.distributed import World, join_after_restart
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.model import GeoModel
@@ -30,6 +31,7 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     cpu = config.cpu or not torch.cuda.is_available()
     if cpu and config.precision == "fp16":
         config = replace(config, precision="fp32")
+    join_after_restart("gloo" if cpu else "nccl")
     accelerator = Accelerator(
         cpu=cpu,
         mixed_precision="no" if config.precision == "fp32" else config.precision,
@@ -51,14 +53,19 @@ def launch_warning(world: World) -> str | None:
     if world.size == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         return (
             "warning: the launcher was asked for several processes and started one; on the CPU use "
-            "torchrun --standalone --nproc_per_node N -- training/train.py ..., or an accelerate configuration file "
-            "with distributed_type: MULTI_GPU and use_cpu: true"
+            "accelerate launch --config_file launch/cpu.yaml --num_processes N training/train.py ... or "
+            "torchrun --standalone --nproc_per_node N -- training/train.py ..."
         )
     return None
 
 
-def check_against_world(config: TrainConfig, world: World) -> None:
-    """JobError for settings that this machine or number of processes cannot serve."""
+def check_against_world(config: TrainConfig, world: World, groups: int) -> None:
+    """JobError for settings that this machine, number of processes or number of groups cannot serve."""
+    if config.schedule == "joint" and config.batch_size < groups:
+        raise JobError(
+            f"--batch-size {config.batch_size}: less than one image for each of {groups} groups, which the joint "
+            "schedule trains in every step"
+        )
     if config.batch_size < world.size:
         raise JobError(f"--batch-size {config.batch_size}: less than one image for each of {world.size} processes")
     if config.sync_bn and world.device.type != "cuda":
@@ -121,10 +128,15 @@ def make_profiler(config: TrainConfig) -> Any:
     """A profiler of the steps 10 to 14 after its start; its trace goes to OUT/profile."""
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=9, warmup=1, active=5, repeat=1),
-        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(config.out / "profile")),
+        on_trace_ready=torch.profiler.tensorboard_trace_handler(str(profile_folder(config.out))),
         record_shapes=True,
         profile_memory=True,
     )
+
+
+def profile_folder(out: Path) -> Path:
+    """Where the trace of `--profile` is."""
+    return out / "profile"
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:

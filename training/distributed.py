@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,23 @@ class World:
                 received[name] = buffer.cpu()
             return received
         return {}
+
+
+def join_after_restart(backend: str) -> None:
+    """After a restart by torchrun: join a process group with keys of its own in the launcher's store.
+
+    The launcher keeps one store over all its restarts, and with it the addresses of the processes that are gone: what
+    looks there for its peers waits for the dead (pytorch issue 135712). Does nothing in a first start, and where the
+    launcher keeps no store: launchers of several machines count their restarts each for itself, so give torchrun
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0" or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = dist.PrefixStore(f"restart-{attempt}", dist.TCPStore(address, port, size, is_master=False))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 class RankGroups:

@@ -30,7 +30,7 @@ class TrainConfig:
     out: Path = tyro.MISSING
     """Folder of the run: checkpoints, TensorBoard logs, configuration."""
     preset: str = "paper-b0"
-    """Values to start from: paper-b0, paper-b5, fast-b0 or quickstart."""
+    """Values to start from: paper-b0, paper-b5, fast-b0 (not measured on a GPU yet) or quickstart."""
 
     backbone: BackboneName = "efficientnet_b0"
     """Network that turns an image into a feature map."""
@@ -187,6 +187,7 @@ def _check(config: TrainConfig) -> None:
 PRESETS: dict[str, TrainConfig] = {
     "paper-b0": TrainConfig(),
     "paper-b5": TrainConfig(preset="paper-b5", backbone="efficientnet_b5"),
+    # Compilation and bf16 are what PyTorch advises for such a model; on a GPU nothing of it has been measured here.
     "fast-b0": TrainConfig(
         preset="fast-b0",
         schedule="joint",

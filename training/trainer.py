@@ -22,6 +22,7 @@ from training.assembly import (
     make_profiler,
     make_world,
     memory_in_use,
+    profile_folder,
 )
 from training.checkpoint import best_checkpoint, list_checkpoints
 from training.distributed import average_batch_norm
@@ -46,9 +47,9 @@ class Trainer:
         self.accelerator, self.config = make_accelerator(config)
         config = self.config
         self.world = make_world(self.accelerator)
-        check_against_world(config, self.world)
         self.classes = dataset.classes
         self.groups = dataset.classes.groups
+        check_against_world(config, self.world, len(self.groups))
         self.schedule = make_schedule(
             config.schedule,
             self.groups,
@@ -293,6 +294,8 @@ class Trainer:
             self.say(f"{self.progress.skipped:,} steps were skipped: their loss was not finite")
         if self.loader.failures:
             self.say(f"{self.loader.failures:,} samples could not be read and were replaced by other draws")
+        if self._profiles() and not profile_folder(self.config.out).is_dir():
+            self.say("--profile: no trace, since this start ended before its step 15")
 
     def _profiles(self) -> bool:
         return self.config.profile and self.world.is_main

@@ -1,13 +1,14 @@
 """What a head costs beside its three matrix products, and where a training step spends its time.
 
     python tests/benchmarks/training.py --quick [--json FILE]
-    python tests/benchmarks/training.py [--shards DATASET] [--threads N]
+    python tests/benchmarks/training.py [--shards DATASET] [--threads N] [--steps N]
 
 `--quick` prints the heads only: forward and backward at batch 64, 1280 dimensions, 35,000 classes, in
 milliseconds (median of runs made in turn) and peak bytes (the most that tensors made during forward and backward
 held at one time: logits, temporaries and gradients; weight, descriptors and labels not counted). Rows: `head` is
 ours (AAMC), `head-plain` the straightforward form by autograd, `three-matmuls` the logits and the two gradients
-alone. Without `--quick` a step's parts follow for two backbones on the CPU.
+alone. Without `--quick` a step's parts follow for two backbones on the CPU, and with `--shards` what each option of a
+step costs, and the images a second of training from photos on disk beside the reference's loop (on a GPU, if any).
 """
 
 # ruff: noqa: E402
@@ -23,8 +24,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# This file is called training.py: without its folder on the path, `training` is the room of the project.
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+# This file is called training.py: with its folder last on the path, `training` is the room of the project.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE] + [str(HERE)]
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for its memory events only
 
@@ -232,7 +234,7 @@ def print_steps(rows: list[dict[str, str | float | None]]) -> None:
         moved = format_bytes(float(row["all_reduce_bytes"] or 0))
         print(f"{row['name']:>26}{cells}{moved:>14}{BATCH / computing * 1e3:10.0f}")
     if any(row["data"] is None for row in rows):
-        print("data: name a data set by --shards to measure the loader")
+        print("data: name a data set by --shards to measure the loader, the options of a step, and whole epochs")
 
 
 def main() -> None:
@@ -240,7 +242,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="only the heads, within 50 seconds on one core")
     parser.add_argument("--json", type=Path, help="file for the rows, a list of objects")
-    parser.add_argument("--shards", type=Path, help="data set whose loader is measured (not with --quick)")
+    parser.add_argument("--shards", type=Path, help="data set to train on (not with --quick)")
+    parser.add_argument("--steps", type=int, default=4, help="steps of an end-to-end epoch (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.threads < 1:
@@ -253,6 +256,13 @@ def main() -> None:
         steps = step_rows(arguments.shards, arguments.threads)
         print_steps(steps)
         rows += steps
+        if arguments.shards is not None:
+            from whole_steps import end_to_end_rows, option_rows, print_whole_steps
+
+            options = option_rows(arguments.shards, "quickstart", 96, rounds=10)
+            rates = end_to_end_rows(arguments.shards, BATCH, arguments.steps, arguments.threads)
+            print_whole_steps(options, rates)
+            rows += [*options, *rates]
     print(f"\n{' '.join(sys.argv)}: torch {torch.__version__}, commit {versions.get('commit')}")
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
