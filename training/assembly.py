@@ -17,6 +17,7 @@ from shards.classes import ClassTable
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.loader import Loader
+from shards.stream import StreamSettings
 from training.distributed import World
 from training.engine import Engine
 from training.head_bank import HeadBank
@@ -102,6 +103,7 @@ def make_loader(
             rank=world.rank,
             world_size=world.size,
             mode=config.read,
+            stream=StreamSettings(config.stream_run, config.stream_window),
             decoder=config.decoder,
             threads=config.threads or None,
             device=world.device,
