@@ -20,9 +20,8 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = (
-    "--preset quickstart --image-size 64 --iterations-per-epoch 350 --epochs 4 --cpu --threads 1 --tracker none --keep 1"
-).split()
+RECIPE = """--preset quickstart --image-size 32 --colour-jitter 0 --iterations-per-epoch 300 --epochs 4
+    --cpu --threads 1 --tracker none --keep 1""".split()  # noqa: SIM905
 STREAM = {
     "indexed": [],
     "K=32 W=4096": ["--read", "stream"],
@@ -39,7 +38,16 @@ def measure(name: str, flags: list[str], seed: int, places: argparse.Namespace) 
     if not results.exists():
         where = ["--shards", places.shards, "--out", run, "--seed", seed]
         _call("training/train.py", *RECIPE, *flags, *where, *(["--resume"] if run.exists() else []))
-        _call("evaluation/evaluate.py", "--checkpoints", run, "--queries", places.queries, "--out", results.parent)
+        _call(
+            "evaluation/evaluate.py",
+            "--checkpoints",
+            run,
+            "--queries",
+            places.queries,
+            "--out",
+            results.parent,
+            "--no-report",
+        )
     (row,) = json.loads(results.read_text())["rows"]
     return {"LR@1": row["lr_at_1"], "LR@5": row["lr_at_5"]}
 
