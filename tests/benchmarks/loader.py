@@ -171,6 +171,7 @@ def hdd_rows(shards: Path, scratch: Path) -> list[Row]:
             {"name": name, "storage": "hdd", "decoder": "pil" if folder == files else "cpu", "cores": 1,
              "dtype": "float32" if folder == files else "uint8", **middle}
         )  # fmt: skip
+    disk.group.rmdir()
     for folder in (large, files):
         shutil.rmtree(folder)
     return rows

@@ -64,10 +64,12 @@ def webdataset_torchvision(shards: Path, cores: int) -> Iterator[int]:
 def litdata_stream(folder: Path, cores: int) -> Iterator[int]:
     from litdata import StreamingDataLoader, StreamingDataset
 
+    of_tensor = transforms.Compose([transforms.ConvertImageDtype(torch.float32), *AUGMENTATION.transforms[1:]])
+
     class Crops(StreamingDataset):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
             sample = super().__getitem__(index)
-            return AUGMENTATION(sample["image"]), sample["label"]
+            return of_tensor(sample["image"]), sample["label"]  # LitData has decoded it
 
     while True:
         for images, _ in StreamingDataLoader(
