@@ -61,10 +61,10 @@ class CpuDecoder:
         size = self._source.photo_size
         if not hasattr(self._scratch, "photo"):
             self._scratch.photo = bytearray(size * size * 3)
-        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)
+        photo = simplejpeg.decode_jpeg(jpeg, buffer=self._scratch.photo)
+        height, width, _ = photo.shape
         if (height, width) != (size, size):
             raise ValueError(f"{width} x {height} pixels where the manifest says {size} x {size}")
-        photo = simplejpeg.decode_jpeg(jpeg, buffer=self._scratch.photo)
         left, top, w, h = box.tolist()
         crop_resize(photo[top : top + h, left : left + w], out)
 

@@ -22,11 +22,14 @@ _Reading = tuple[BatchPlan, Future[list[np.ndarray]]]
 class DaliDecoder:
     """Submit plans, take their images in the same order; see `shards.loader`.
 
-    `device`: a CUDA device for decoding there, a CPU device for DALI's CPU backend. A batch that DALI refuses
-    (a damaged photo) is decoded by the CPU decoder, which replaces the photo; DALI then starts afresh.
+    `device`: a CUDA device for decoding there, a CPU device for DALI's CPU backend; `hardware_share` of the photos
+    go to the GPU's JPEG engine where it has one, the rest to its other cores and `threads`. A batch that DALI
+    refuses (a damaged photo) is decoded by the CPU decoder, which replaces the photo; DALI then starts afresh.
     """
 
-    def __init__(self, source: Source, image_size: int, threads: int, device: torch.device) -> None:
+    def __init__(
+        self, source: Source, image_size: int, threads: int, device: torch.device, hardware_share: float = 0.65
+    ) -> None:
         try:
             import nvidia.dali  # noqa: F401
         except ImportError:
@@ -35,10 +38,12 @@ class DaliDecoder:
                 "(or dali-cuda12), or use --decoder cpu"
             ) from None
         self._source, self._size, self._threads, self._device = source, image_size, threads, device
+        self._hardware_share = hardware_share
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self._waiting: deque[_Reading] = deque()
         self._running: deque[_Reading] = deque()
         self._pipeline: Any = None
+        self._copied: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
     def submit(self, plan: BatchPlan) -> None:
         """Start reading a plan's photos."""
@@ -54,8 +59,7 @@ class DaliDecoder:
         except RuntimeError as error:
             return self._recover(error)
         if self._device.type == "cuda":
-            out = torch.from_dlpack(images.as_tensor()).clone()
-            torch.cuda.current_stream(self._device).synchronize()
+            out = self._copy_on_device(torch.from_dlpack(images.as_tensor()))
         else:
             out = torch.from_numpy(images.as_array().copy())
         self._pipeline.release_outputs()
@@ -64,12 +68,27 @@ class DaliDecoder:
         self._pipeline.schedule_run()
         return out
 
+    def _copy_on_device(self, images: torch.Tensor) -> torch.Tensor:
+        """A copy in torch's own memory, queued behind the trainer's work without waiting for it.
+
+        DALI reuses its memory once no tensor refers to it, whatever is still queued; so `images` is held until its
+        copy is done, at the latest when the next batch is taken.
+        """
+        if self._copied is not None:
+            self._copied[1].synchronize()
+        with torch.cuda.device(self._device):
+            copy = images.clone()
+            done = torch.cuda.Event()
+            done.record()
+        self._copied = (images, done)
+        return copy
+
     def close(self) -> None:
         """Stop reading and free the pipeline."""
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._waiting.clear()
         self._running.clear()
-        self._pipeline = None
+        self._pipeline = self._copied = None
 
     def _read(self, plan: BatchPlan) -> list[np.ndarray]:
         photos = []
@@ -111,12 +130,18 @@ class DaliDecoder:
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu = self._device.type == "cuda"
+        side = self._source.photo_size
+        hardware: dict[str, Any] = {}
+        if on_gpu:
+            hardware = {"hw_decoder_load": self._hardware_share}
+            hardware |= {"preallocate_width_hint": side, "preallocate_height_hint": side}
 
         @pipeline_def(
             batch_size=batch_size,
             num_threads=self._threads,
             device_id=(self._device.index or 0) if on_gpu else None,
             prefetch_queue_depth=_DEPTH,
+            exec_dynamic=True,  # outputs stay valid as long as something refers to them
         )
         def graph():  # type: ignore[no-untyped-def]
             jpegs, anchor, shape = fn.external_source(
@@ -131,6 +156,7 @@ class DaliDecoder:
                 normalized_shape=False,
                 device="mixed" if on_gpu else "cpu",
                 output_type=types.RGB,
+                **hardware,
             )
             return fn.resize(photos, size=(self._size, self._size), interp_type=types.INTERP_LINEAR, antialias=True)
 

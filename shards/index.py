@@ -115,7 +115,7 @@ def _map(folder: Path, group: int) -> dict[str, np.ndarray]:
         arrays = {name: np.load(folder / f"{group_name(group)}.{name}.npy", mmap_mode="r") for name in _ARRAYS}
         for array in arrays.values():  # draws touch it at random: one pass now, not a seek for each on a hard disk
             array._mmap.madvise(mmap.MADV_WILLNEED)
-        return arrays
+        return {name: np.asarray(array) for name, array in arrays.items()}  # a memmap's elements are slow to get
     except (OSError, ValueError) as error:
         raise JobError(f"{folder}: damaged ({error}); delete that folder, it is rebuilt from the tables") from None
 

@@ -44,7 +44,7 @@ class Loader:
     and ranks trains on the same global batch, and a resumed run goes on with the same draws.
 
     `mode`: "indexed" draws and reads single photos (SSD, page cache); "stream" reads runs of neighbours
-    (hard disk, network), see `shards.stream`.
+    (hard disk, network), see `shards.stream`. `hardware_share` is that of `shards.decode_dali`.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Loader:
         stream: StreamSettings | None = None,
         decoder: DecoderName = "auto",
         threads: int | None = None,
+        hardware_share: float = 0.65,
         device: torch.device | str = "cpu",
         scale: tuple[float, float] = (0.66, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
@@ -83,7 +84,7 @@ class Loader:
         self._schedule = schedule
         self._device = torch.device(device)
         self._image_size = image_size
-        self._threads = threads or default_threads()
+        self._threads, self._hardware_share = threads or default_threads(), hardware_share
         self.decoder_name = choose_decoder(decoder, self._device)
 
     @property
@@ -119,7 +120,7 @@ class Loader:
 
     def _make_decoder(self) -> Decoder:
         if self.decoder_name == "dali":
-            return DaliDecoder(self._source, self._image_size, self._threads, self._device)
+            return DaliDecoder(self._source, self._image_size, self._threads, self._device, self._hardware_share)
         return CpuDecoder(self._source, self._image_size, self._threads, pin=self._device.type == "cuda")
 
 

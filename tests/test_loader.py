@@ -147,8 +147,9 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(dataset):
 
 
 @pytest.mark.slow
-def test_memory_and_open_files_stay_flat_over_200_group_switches(dataset):
-    loader = make_loader(dataset)
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_memory_and_open_files_stay_flat_over_200_group_switches(dataset, mode):
+    loader = make_loader(dataset, mode=mode)
     process = psutil.Process()
     take(loader, 0, 20)
     memory, files = process.memory_info().rss, process.num_fds()

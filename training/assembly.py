@@ -18,6 +18,7 @@ from shards.classes import ClassTable
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.loader import Loader
+from shards.stream import StreamSettings
 from training.distributed import World, join_after_restart
 from training.engine import Engine
 from training.head_bank import HeadBank
@@ -109,6 +110,7 @@ def make_loader(
             rank=world.rank,
             world_size=world.size,
             mode=config.read,
+            stream=StreamSettings(config.stream_run, config.stream_window),
             decoder=config.decoder,
             threads=config.threads or None,
             device=world.device,

@@ -104,6 +104,10 @@ class TrainConfig:
     """JPEG decoding: DALI, or a pool of CPU threads; auto takes DALI where there is a GPU."""
     read: Literal["indexed", "stream"] = "indexed"
     """indexed: single photos, exactly at random (SSD); stream: runs of neighbours (hard disk, network)."""
+    stream_run: int = 32
+    """Neighbouring photos of a class that --read stream reads in one request."""
+    stream_window: int = 4096
+    """Photos of the global batches among which --read stream shuffles its runs."""
     threads: int = 0
     """Decoding threads of a process; 0: as many as it has cores."""
 
@@ -156,7 +160,7 @@ class TrainConfig:
 def _check(config: TrainConfig) -> None:
     positive: tuple[str, ...] = ("iterations_per_epoch", "epochs", "batch_size", "accumulate", "image_size", "keep")
     positive += ("val_every", "val_batch_size", "nan_patience", "log_every", "patience", "save_every_epochs")
-    positive += ("lr", "head_lr", "s")
+    positive += ("lr", "head_lr", "s", "stream_run", "stream_window")
     for name in positive:
         if getattr(config, name) <= 0:
             raise JobError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")

@@ -1,6 +1,7 @@
 """The input path beside what people use: photos to uint8 or float batches, in turn, medians.
 
-    python tests/benchmarks/loader.py [--quick] [--json FILE] [--shards DIR]
+    python tests/benchmarks/loader.py [--quick | --part warm|hdd|gpu|threads] [--json FILE] [--shards DIR]
+    python tests/benchmarks/loader.py --synthetic [--json FILE] [--shards DIR]
 
 `indexed`              this project: class-uniform draws, pread at byte offsets, threads (cpu) or DALI (dali)
 `stream`               this project: runs of neighbouring photos, one request each
@@ -8,9 +9,15 @@
 `webdataset-torchvision`  the webdataset library over the same shards, PIL and torchvision
 `litdata`              LitData over the same photos (where it is installed)
 
-Every loader makes batches of 64 crops of 224 pixels. Rates are of a warm page cache, and of a simulated hard disk
-(200 reads and 157 MB a second by a cgroup limit, cold cache) where root and cgroups allow it.
+Every loader makes batches of 64 crops of 224 pixels. Parts, all without --part:
+warm     rates from the page cache, on one core and on all
+hdd      a simulated hard disk (200 reads and 157 MB a second by a cgroup limit, cold cache) where root and cgroups
+         allow it, one core: 60,000 photos in shards larger than the read-ahead, and 15,000 files
+threads  what threads can give where there are more cores than here: photos a second of 1 to 32 threads whose decoding
+         and resizing sleeps as long as they take (without the interpreter's lock, and without a core)
+gpu      decoder settings on a GPU: hardware share, batch, threads, and the CPU pool with its copy to the device
 --quick: one core, warm: indexed with the cpu decoder, and reference-files.
+--synthetic: training's end-to-end rate beside the same training on random tensors that lie on the device.
 """
 
 import argparse
@@ -25,106 +32,57 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.pop(0)  # this folder: a benchmark named like a package would shadow it
+sys.path.append(sys.path.pop(0))  # this folder last: a benchmark named like a package would shadow it
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from loader_peers import (
+    BATCH,
+    SIZE,
+    litdata_stream,
+    reference_files,
+    webdataset_torchvision,
+    write_files,
+    write_litdata,
+)
+from loader_threads import threads_rows
 
 from preprocessing.build import build
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
 from preprocessing.plan import Settings
 from preprocessing.shard_run import Machinery
-from shards.dataset import Dataset as Shards
+from shards.dataset import Dataset
 from shards.index import build_index
 from shards.layout import sample_key, shard_tables
 from shards.loader import Loader
 from shards.writer import ShardWriter, publish_shard
 
-BATCH, SIZE = 64, 224
+Row = dict[str, object]
+Loaders = dict[tuple[str, str, str], Callable[[int], Iterator[int]]]
+PARTS = ("warm", "hdd", "threads", "gpu")
 HDD_READS, HDD_BYTES = 200, 157_286_400  # a second
-AUGMENTATION = transforms.Compose(
-    [
-        transforms.ToTensor(),
-        transforms.Resize((SIZE, SIZE), antialias=True),
-        transforms.RandomResizedCrop(SIZE, scale=(0.66, 1.0), antialias=True),
-        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
-    ]
-)
 
 
-def ours(shards: Path, mode: str, decoder: str, cores: int) -> Iterator[int]:
-    dataset = Shards.open(shards)
+def ours(shards: Path, mode: str, decoder: str, threads: int, batch: int = BATCH, **options: object) -> Iterator[int]:
+    """Batches of this project's loader, on `device` if one is among the options; yields their sizes."""
+    dataset = Dataset.open(shards)
     groups = dataset.classes.groups
 
     def schedule(step: int) -> np.ndarray:
-        return np.full(BATCH, groups[step // 50 % len(groups)])
+        return np.full(batch, groups[step // 50 % len(groups)])
 
-    options = {} if mode == "indexed" else {"mode": mode}
     loader = Loader(
-        dataset, schedule, batch_size=BATCH, image_size=SIZE, seed=time.monotonic_ns() & 0xFFFF,
-        decoder=decoder, threads=cores, **options,
+        dataset, schedule, batch_size=batch, image_size=SIZE, seed=time.monotonic_ns() & 0xFFFF,
+        mode=mode, decoder=decoder, threads=threads, **options,
     )  # fmt: skip
-    for batch in loader.batches(0, 1_000_000):
-        yield len(batch.labels)
-
-
-class Files(Dataset[tuple[torch.Tensor, int]]):
-    """The reference's data set: a class uniformly, then a photo uniformly within it, decoded by PIL."""
-
-    def __init__(self, classes: list[list[Path]]) -> None:
-        self.classes = classes
-
-    def __len__(self) -> int:
-        return 1_000_000
-
-    def __getitem__(self, _: int) -> tuple[torch.Tensor, int]:
-        label = int(torch.randint(len(self.classes), ()))
-        photos = self.classes[label]
-        with Image.open(photos[int(torch.randint(len(photos), ()))]) as image:
-            return AUGMENTATION(image.convert("RGB")), label
-
-
-def reference_files(folder: Path, cores: int) -> Iterator[int]:
-    classes = [sorted(c.iterdir()) for c in sorted(folder.iterdir())]
-    workers = 0 if cores == 1 else cores
-    for images, _ in DataLoader(Files(classes), BATCH, num_workers=workers):
-        yield len(images)
-
-
-def webdataset_torchvision(shards: Path, cores: int) -> Iterator[int]:
-    import webdataset
-
-    tars = [str(t.with_suffix(".tar")) for t in shard_tables(shards)]
-    samples = (
-        webdataset.WebDataset(tars, shardshuffle=len(tars), repeat=True, nodesplitter=webdataset.split_by_node)
-        .shuffle(1000)
-        .decode("pil")
-        .to_tuple("jpg", "cls")
-        .map_tuple(AUGMENTATION, int)
-    )
-    workers = 0 if cores == 1 else cores
-    for images, _ in DataLoader(samples, BATCH, num_workers=workers):
-        yield len(images)
-
-
-def litdata_stream(folder: Path, cores: int) -> Iterator[int]:
-    from litdata import StreamingDataLoader, StreamingDataset
-
-    class Crops(StreamingDataset):
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-            sample = super().__getitem__(index)
-            return AUGMENTATION(sample["image"]), sample["label"]
-
-    while True:
-        for images, _ in StreamingDataLoader(
-            Crops(str(folder), shuffle=True), batch_size=BATCH, num_workers=0 if cores == 1 else cores
-        ):
-            yield len(images)
+    try:
+        for got in loader.batches(0, 1_000_000):
+            got.images.to(options.get("device", "cpu"), non_blocking=True)
+            yield len(got.labels)
+    finally:
+        loader.close()
 
 
 def rate(batches: Iterator[int], seconds: float) -> float:
@@ -137,6 +95,9 @@ def rate(batches: Iterator[int], seconds: float) -> float:
     begin, images = time.perf_counter(), 0
     while (spent := time.perf_counter() - begin) < seconds:
         images += next(batches)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        spent = time.perf_counter() - begin
     return images / spent
 
 
@@ -170,9 +131,7 @@ class HardDisk:
 
     def run(self, *arguments: str) -> dict[str, float]:
         """This script's --child with `arguments`, in the cgroup."""
-        script = 'echo $$ > "$0/cgroup.procs"; exec "$@"'
-        command = ["sh", "-c", script, str(self.group), sys.executable, __file__, "--child", *arguments]
-        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        return run_child(*arguments, before=("sh", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', str(self.group)))
 
 
 def forget(folder: Path) -> None:
@@ -185,31 +144,74 @@ def forget(folder: Path) -> None:
             os.close(descriptor)
 
 
-def hdd_rows(shards: Path, files: Path) -> list[dict[str, object]]:
+def hdd_rows(shards: Path, scratch: Path) -> list[Row]:
+    large, files = scratch / "large", scratch / "large-files"
+    images = Dataset.open(shards).manifest.images
+    multiply(shards, large, -(-60_000 // images))
+    write_files(shards, files, -(-15_000 // images))
     try:
-        disk = HardDisk(shards)
+        disk = HardDisk(large)
     except OSError as error:
         print(f"no simulated hard disk here: {error}")
         return []
-    rows: list[dict[str, object]] = []
+    rows: list[Row] = []
     for name in ("stream", "indexed", "reference-files"):
-        folder = files if name == "reference-files" else shards
+        folder = files if name == "reference-files" else large
         measured = []
         for _ in range(3):
             forget(folder)
             measured.append(disk.run(name, str(folder)))
         middle = sorted(measured, key=lambda m: m["images_per_second"])[1]
+        if name == "stream":
+            for file in large.rglob("*.tar"):
+                file.read_bytes()
+            warm = [run_child(name, str(folder))["images_per_second"] for _ in range(3)]
+            middle["warm_images_per_second"] = statistics.median(warm)
         rows.append(
             {"name": name, "storage": "hdd", "decoder": "pil" if folder == files else "cpu", "cores": 1,
              "dtype": "float32" if folder == files else "uint8", **middle}
         )  # fmt: skip
+    disk.group.rmdir()
+    for folder in (large, files):
+        shutil.rmtree(folder)
     return rows
+
+
+def run_child(*arguments: str, before: tuple[str, ...] = ()) -> dict[str, float]:
+    """This script's --child with `arguments`, in a process of its own."""
+    command = [*before, sys.executable, __file__, "--child", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(json.loads(done.stdout))
 
 
 def child(name: str, folder: Path) -> None:
     batches = reference_files(folder, 1) if name == "reference-files" else ours(folder, name, "cpu", 1)
     first, speed = first_and_rate(batches, 8)
     print(json.dumps({"images_per_second": speed, "first_batch_seconds": first}))
+
+
+def gpu_rows(shards: Path) -> list[Row]:
+    """Images a second on a GPU: DALI by hardware share, batch and threads, and the CPU pool with its copy."""
+    if not torch.cuda.is_available():
+        print("no GPU here: its part is left out")
+        return []
+    cores = len(os.sched_getaffinity(0))
+    settings: list[dict[str, object]] = [
+        {"decoder": "dali", "hardware_share": share, "batch": batch, "threads": threads}
+        for share in (0.0, 0.5, 0.65, 0.8, 1.0)
+        for batch, threads in ((64, cores), (256, 4), (256, cores))
+    ]
+    settings += [{"decoder": "cpu", "batch": batch, "threads": cores} for batch in (64, 256)]
+    rows: list[Row] = []
+    print(f"\n{torch.cuda.get_device_name()}, {cores} cores")
+    for setting in settings:
+        batches = ours(shards, "indexed", device="cuda", **setting)  # type: ignore[arg-type]
+        speed = rate(batches, 4)
+        batches.close()  # type: ignore[attr-defined]
+        rows.append({"name": "indexed", "storage": "warm", "cores": cores, "dtype": "uint8", **setting})
+        rows[-1] |= {"images_per_second": speed, "device": torch.cuda.get_device_name()}
+        print(f"{speed:10,.0f} images/s   {', '.join(f'{name} {value}' for name, value in setting.items())}")
+    return rows
 
 
 def multiply(shards: Path, out: Path, copies: int) -> None:
@@ -227,46 +229,10 @@ def multiply(shards: Path, out: Path, copies: int) -> None:
                 writer.add(sample_key(number), row["label"], jpeg, **facts)
             writer.finish()
         publish_shard(stem, stem.with_suffix(".partial"), writer, {})
-    build_index(out, Shards.open(out).classes.groups)
+    build_index(out, Dataset.open(out).classes.groups)
 
 
-def write_files(shards: Path, folder: Path) -> None:
-    """The photos of the shards as files, a folder for each class, as the reference reads them."""
-    import tarfile
-
-    for table in shard_tables(shards):
-        with tarfile.open(table.with_suffix(".tar")) as tar:
-            held = b""
-            for member in tar:
-                data = tar.extractfile(member)
-                assert data is not None
-                if member.name.endswith(".jpg"):
-                    held = data.read()
-                else:
-                    place = folder / f"{table.parent.name}-{data.read().decode()}"
-                    place.mkdir(parents=True, exist_ok=True)
-                    (place / member.name.replace("cls", "jpg")).write_bytes(held)
-
-
-def write_litdata(files: Path, folder: Path) -> bool:
-    try:
-        from litdata import optimize
-    except ImportError:
-        return False
-    photos = [(str(p), i) for i, c in enumerate(sorted(files.iterdir())) for p in sorted(c.iterdir())]
-    optimize(_litdata_sample, photos, str(folder), chunk_bytes="64MB", num_workers=1)
-    return True
-
-
-def _litdata_sample(photo: tuple[str, int]) -> dict[str, object]:
-    from PIL.JpegImagePlugin import JpegImageFile
-
-    return {"image": JpegImageFile(photo[0]), "label": photo[1]}
-
-
-def measure(
-    loaders: dict[tuple[str, str, str], Callable[[int], Iterator[int]]], cores: int, rounds: int, seconds: float
-) -> list[dict[str, object]]:
+def measure(loaders: Loaders, cores: int, rounds: int, seconds: float) -> list[Row]:
     rates: dict[tuple[str, str, str], list[float]] = {key: [] for key in loaders}
     for _ in range(rounds):
         for key, make in loaders.items():
@@ -282,7 +248,7 @@ def measure(
     ]  # fmt: skip
 
 
-def print_rows(rows: list[dict[str, object]]) -> None:
+def print_rows(rows: list[Row]) -> None:
     print(f"\n{'loader':24}{'storage':>8}{'decoder':>12}{'cores':>6}{'dtype':>9}{'images/s':>10}{'ratio':>7}")
     first: dict[object, float] = {}
     for row in rows:
@@ -291,56 +257,86 @@ def print_rows(rows: list[dict[str, object]]) -> None:
         print(
             f"{row['name']:24}{row['storage']:>8}{row['decoder']:>12}{row['cores']:>6}{row['dtype']:>9}"
             f"{speed:10.0f}{speed / base:7.2f}"
+            + "".join(
+                f"   {key} {row[key]:.4g}" for key in ("first_batch_seconds", "warm_images_per_second") if key in row
+            )
         )
+
+
+def render_shards(scratch: Path) -> Path:
+    """A data set of 224-pixel photos of a small rendered city."""
+    settings = CitySettings(blocks=1, size=256, years=1, val_queries=1, test_queries=1)
+    render_city(scratch / "city", settings, workers=len(os.sched_getaffinity(0)))
+    form = Settings(20, 2, 10, SIZE, 90, "fast", 0)
+    build(scratch / "city" / "train" / "database", scratch / "shards", form, Machinery(1))
+    return scratch / "shards"
+
+
+def warm_rows(shards: Path, scratch: Path, *, quick: bool) -> list[Row]:
+    files = scratch / "files"
+    write_files(shards, files)
+    loaders: Loaders = {
+        ("indexed", "cpu", "uint8"): lambda cores: ours(shards, "indexed", "cpu", cores),
+        ("reference-files", "pil", "float32"): lambda cores: reference_files(files, cores),
+    }
+    if not quick:
+        loaders |= {
+            ("indexed", "dali", "uint8"): lambda cores: ours(shards, "indexed", "dali", cores),
+            ("stream", "cpu", "uint8"): lambda cores: ours(shards, "stream", "cpu", cores),
+            ("stream", "dali", "uint8"): lambda cores: ours(shards, "stream", "dali", cores),
+            ("webdataset-torchvision", "pil", "float32"): lambda cores: webdataset_torchvision(shards, cores),
+        }
+        if write_litdata(files, scratch / "litdata"):
+            loaders["litdata", "pil", "float32"] = lambda cores: litdata_stream(scratch / "litdata", cores)
+    torch.set_num_threads(1)
+    available = sorted(os.sched_getaffinity(0))
+    rows: list[Row] = []
+    for cores in (1,) if quick else sorted({1, len(available)}):
+        os.sched_setaffinity(0, set(available[-cores:]))
+        rows += measure(loaders, cores, 3 if quick else 5, 2.5)
+    return rows
+
+
+def threads_rate(shards: Path, threads: int) -> float:
+    batches = ours(shards, "indexed", "cpu", threads)
+    speed = rate(batches, 2)
+    batches.close()  # type: ignore[attr-defined]
+    return speed
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two loaders on one core; ends within 50 seconds")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--quick", action="store_true", help="two loaders on one core; ends within 50 seconds")
+    what.add_argument("--part", choices=PARTS, help="one part only")
+    what.add_argument("--synthetic", action="store_true", help="training beside training on random tensors")
+    what.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="write the rows as JSON to this file")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--shards", type=Path, help="a data set of 224-pixel photos (default: a rendered city)")
     arguments = parser.parse_args()
     if arguments.child:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         torch.set_num_threads(1)
         return child(arguments.child[0], Path(arguments.child[1]))
-    available = sorted(os.sched_getaffinity(0))
-    rows: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        shards = arguments.shards
-        if shards is None:
-            shards = Path(scratch) / "shards"
-            city = Path(scratch) / "city"
-            settings = CitySettings(blocks=1, size=256, years=1, val_queries=1, test_queries=1)
-            render_city(city, settings, workers=len(available))
-            form = Settings(20, 2, 10, SIZE, 90, "fast", 0)
-            build(city / "train" / "database", shards, form, Machinery(1))
-        files = Path(scratch) / "files"
-        write_files(shards, files)
-        loaders: dict[tuple[str, str, str], Callable[[int], Iterator[int]]] = {
-            ("indexed", "cpu", "uint8"): lambda cores: ours(shards, "indexed", "cpu", cores),
-            ("reference-files", "pil", "float32"): lambda cores: reference_files(files, cores),
-        }
-        if not arguments.quick:
-            loaders |= {
-                ("indexed", "dali", "uint8"): lambda cores: ours(shards, "indexed", "dali", cores),
-                ("stream", "cpu", "uint8"): lambda cores: ours(shards, "stream", "cpu", cores),
-                ("stream", "dali", "uint8"): lambda cores: ours(shards, "stream", "dali", cores),
-                ("webdataset-torchvision", "pil", "float32"): lambda cores: webdataset_torchvision(shards, cores),
-            }
-            if write_litdata(files, Path(scratch) / "litdata"):
-                loaders["litdata", "pil", "float32"] = lambda cores: litdata_stream(Path(scratch) / "litdata", cores)
-        torch.set_num_threads(1)
-        if not arguments.quick:
-            large = Path(scratch) / "large"
-            multiply(shards, large, -(-60_000 // Shards.open(shards).manifest.images))
-            rows += hdd_rows(large, files)
-            shutil.rmtree(large)
-        for cores in (1,) if arguments.quick else sorted({1, len(available)}):
-            os.sched_setaffinity(0, set(available[-cores:]))
-            rows += measure(loaders, cores, 3 if arguments.quick else 5, 2.5)
-    print_rows(rows)
+    parts = ("warm",) if arguments.quick else (arguments.part,) if arguments.part else PARTS
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        shards = arguments.shards or render_shards(scratch)
+        if arguments.synthetic:
+            from loader_training import synthetic_rows  # late: the other parts do not need training
+
+            rows = synthetic_rows(shards, scratch, rounds=3)
+        else:
+            if "gpu" in parts:
+                rows += gpu_rows(shards)
+            if "threads" in parts:
+                rows += threads_rows(shards, SIZE, lambda threads: threads_rate(shards, threads))
+            if "hdd" in parts:
+                rows += hdd_rows(shards, scratch)
+            if "warm" in parts:
+                rows += warm_rows(shards, scratch, quick=arguments.quick)
+            print_rows([row for row in rows if "storage" in row])
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -1,5 +1,6 @@
 """Runs of several processes on the CPU, started as a user starts them."""
 
+import math
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tiny import ROOT, arguments, train, write_dataset, write_queries
+from tiny import ROOT, arguments, class_table, train, write_dataset, write_queries
 
 from training.checkpoint import list_checkpoints, load_checkpoint, load_for_evaluation
 from training.run_folder import read_losses
@@ -71,3 +72,22 @@ def test_a_run_of_two_processes_goes_on_with_one_and_says_so(
     assert len(read_losses(tmp_path / "r")) == 24
     state = load_checkpoint(list_checkpoints(tmp_path / "r")[0]).training.tensors
     assert float(state["heads.3.adam.weight.step"]) == 24
+
+
+@pytest.mark.parametrize(
+    ("processes", "settings"),
+    [
+        (2, {"schedule": "joint", "shard_head": True, "batch_size": 9}),
+        (3, {"schedule": "joint", "read": "stream", "stream_run": 7, "stream_window": 50, "batch_size": 10}),
+    ],
+)
+def test_nothing_hangs_where_samples_and_classes_do_not_divide_among_the_processes(
+    tmp_path: Path, processes: int, settings: dict[str, object]
+) -> None:
+    shards = write_dataset(tmp_path / "shards", class_table(side=5), images=11).path
+    code, out, err = train(arguments(shards, tmp_path / "r", **settings), processes=processes)
+    assert code == 0, err
+    assert f"{processes} processes on cpu" in out
+    losses = read_losses(tmp_path / "r")
+    assert len(losses) == 16
+    assert all(math.isfinite(loss) for loss in losses)

@@ -1,0 +1,111 @@
+"""What people use to read photos for training: the reference's way, webdataset and LitData, with torchvision."""
+
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from shards.layout import shard_tables
+
+BATCH, SIZE = 64, 224
+AUGMENTATION = transforms.Compose(
+    [
+        transforms.ToTensor(),
+        transforms.Resize((SIZE, SIZE), antialias=True),
+        transforms.RandomResizedCrop(SIZE, scale=(0.66, 1.0), antialias=True),
+        transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ]
+)
+
+
+class Files(Dataset[tuple[torch.Tensor, int]]):
+    """The reference's data set: a class uniformly, then a photo uniformly within it, decoded by PIL."""
+
+    def __init__(self, classes: list[list[Path]]) -> None:
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return 1_000_000
+
+    def __getitem__(self, _: int) -> tuple[torch.Tensor, int]:
+        label = int(torch.randint(len(self.classes), ()))
+        photos = self.classes[label]
+        with Image.open(photos[int(torch.randint(len(photos), ()))]) as image:
+            return AUGMENTATION(image.convert("RGB")), label
+
+
+def reference_files(folder: Path, cores: int) -> Iterator[int]:
+    classes = [sorted(c.iterdir()) for c in sorted(folder.iterdir())]
+    workers = 0 if cores == 1 else cores
+    for images, _ in DataLoader(Files(classes), BATCH, num_workers=workers):
+        yield len(images)
+
+
+def webdataset_torchvision(shards: Path, cores: int) -> Iterator[int]:
+    import webdataset
+
+    tars = [str(t.with_suffix(".tar")) for t in shard_tables(shards)]
+    samples = (
+        webdataset.WebDataset(tars, shardshuffle=len(tars), repeat=True, nodesplitter=webdataset.split_by_node)
+        .shuffle(1000)
+        .decode("pil")
+        .to_tuple("jpg", "cls")
+        .map_tuple(AUGMENTATION, int)
+    )
+    workers = 0 if cores == 1 else cores
+    for images, _ in DataLoader(samples, BATCH, num_workers=workers):
+        yield len(images)
+
+
+def litdata_stream(folder: Path, cores: int) -> Iterator[int]:
+    from litdata import StreamingDataLoader, StreamingDataset
+
+    of_tensor = transforms.Compose([transforms.ConvertImageDtype(torch.float32), *AUGMENTATION.transforms[1:]])
+
+    class Crops(StreamingDataset):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            sample = super().__getitem__(index)
+            return of_tensor(sample["image"]), sample["label"]  # LitData has decoded it
+
+    while True:
+        for images, _ in StreamingDataLoader(
+            Crops(str(folder), shuffle=True), batch_size=BATCH, num_workers=0 if cores == 1 else cores
+        ):
+            yield len(images)
+
+
+def write_files(shards: Path, folder: Path, copies: int = 1) -> None:
+    """The photos of the shards as files, each `copies` times, a folder for each class, as the reference reads them."""
+    for table in shard_tables(shards):
+        with tarfile.open(table.with_suffix(".tar")) as tar:
+            held = b""
+            for member in tar:
+                data = tar.extractfile(member)
+                assert data is not None
+                if member.name.endswith(".jpg"):
+                    held = data.read()
+                else:
+                    place = folder / f"{table.parent.name}-{data.read().decode()}"
+                    place.mkdir(parents=True, exist_ok=True)
+                    for copy in range(copies):
+                        (place / member.name.replace(".cls", f"-{copy}.jpg")).write_bytes(held)
+
+
+def write_litdata(files: Path, folder: Path) -> bool:
+    try:
+        from litdata import optimize
+    except ImportError:
+        return False
+    photos = [(str(p), i) for i, c in enumerate(sorted(files.iterdir())) for p in sorted(c.iterdir())]
+    optimize(_litdata_sample, photos, str(folder), chunk_bytes="64MB", num_workers=1)
+    return True
+
+
+def _litdata_sample(photo: tuple[str, int]) -> dict[str, object]:
+    from PIL.JpegImagePlugin import JpegImageFile
+
+    return {"image": JpegImageFile(photo[0]), "label": photo[1]}
