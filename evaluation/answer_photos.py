@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from evaluation.localiser import Localiser
 from evaluation.places import KnownPosition, Place, known_position, top_places
 from shards.console import JobError, printable
@@ -67,45 +69,62 @@ def answer_photos(
     readable = [i for i in range(len(paths)) if described.readable[i]]
     if not readable:
         return [], list(described.failures)
+    photos = [paths[i] for i in readable]
+    known = [known_position(path, localiser.classes.zone, southern=request.southern) for path in photos]
+    return name_places(localiser, described.vectors[readable], photos, known, request), list(described.failures)
+
+
+def name_places(
+    localiser: Localiser,
+    vectors: Tensor,
+    paths: Sequence[Path],
+    known: Sequence[KnownPosition | None],
+    request: Request,
+) -> list[AnsweredPhoto]:
+    """Places for photos by their descriptors float32 [Q, D], in order."""
     # Neighbours of a better cell are dropped from the list, so more cells than places are ranked.
     neighbours = localiser.index.neighbours(request.apart).shape[1]
-    ranked = localiser.answer(described.vectors[readable], top_k=request.top * neighbours, threshold=request.apart)[
-        localiser.form
-    ]
-    answered = []
-    for i, index in enumerate(readable):
-        known = known_position(paths[index], localiser.classes.zone, southern=request.southern)
-        places = top_places(
-            ranked,
-            i,
-            localiser.classes,
-            count=request.top,
-            apart=request.apart,
-            southern=request.southern,
-            known=known,
+    ranked = localiser.answer(vectors, top_k=request.top * neighbours, threshold=request.apart)[localiser.form]
+    return [
+        AnsweredPhoto(
+            path,
+            position,
+            top_places(
+                ranked,
+                i,
+                localiser.classes,
+                count=request.top,
+                apart=request.apart,
+                southern=request.southern,
+                known=position,
+            ),
         )
-        answered.append(AnsweredPhoto(paths[index], known, places))
-    return answered, list(described.failures)
+        for i, (path, position) in enumerate(zip(paths, known, strict=True))
+    ]
 
 
 def to_json(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], localiser: Localiser) -> str:
     """All answers as JSON: metres, degrees and probabilities from 0 to 1."""
-    return json.dumps(
-        {
-            "checkpoint": str(localiser.path),
-            "utm_zone": localiser.classes.zone,
-            "photos": [
-                {
-                    "photo": str(photo.path),
-                    "known_position": asdict(photo.known) if photo.known else None,
-                    "places": [asdict(place) for place in photo.places],
-                }
-                for photo in answered
-            ],
-            "failed": [{"photo": str(failure.path), "reason": failure.reason} for failure in failures],
-        },
-        indent=2,
-    )
+    return json.dumps(to_document(answered, failures, localiser), indent=2)
+
+
+def to_document(
+    answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], localiser: Localiser
+) -> dict[str, Any]:
+    """All answers as nested dicts and lists, ready for JSON."""
+    return {
+        "checkpoint": str(localiser.path),
+        "utm_zone": localiser.classes.zone,
+        "photos": [
+            {
+                "photo": str(photo.path),
+                "known_position": asdict(photo.known) if photo.known else None,
+                "places": [asdict(place) for place in photo.places],
+            }
+            for photo in answered
+        ],
+        "failed": [{"photo": str(failure.path), "reason": failure.reason} for failure in failures],
+    }
 
 
 def to_geojson(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], localiser: Localiser) -> str:

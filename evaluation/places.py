@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import utm
@@ -94,18 +95,21 @@ def great_circle(latitude: float, longitude: float, other_latitude: float, other
     return 2 * _EARTH_RADIUS * math.asin(math.sqrt(min(half, 1.0)))
 
 
-def known_position(path: Path, zone: int, *, southern: bool = False) -> KnownPosition | None:
+def known_position(
+    path: Path, zone: int, *, southern: bool = False, content: BinaryIO | None = None
+) -> KnownPosition | None:
     """Where the photo's EXIF GPS or, failing that, its name says that it was taken.
 
-    A name without a zone is taken to lie in `zone` (0: such names say nothing).
+    A name without a zone is taken to lie in `zone` (0: such names say nothing). `content`: the photo, where `path` is
+    but its name.
     """
-    return exif_position(path) or _named_position(path, zone, southern)
+    return exif_position(content or path) or _named_position(path, zone, southern)
 
 
-def exif_position(path: Path) -> KnownPosition | None:
+def exif_position(photo: Path | BinaryIO) -> KnownPosition | None:
     """The GPS position in a photo's EXIF data; None where there is none that makes sense."""
     try:
-        with Image.open(path) as image:
+        with Image.open(photo) as image:
             gps = image.getexif().get_ifd(_GPS_TAG)
         latitude = _degrees(gps[2]) * (-1 if _letter(gps[1]) == "S" else 1)
         longitude = _degrees(gps[4]) * (-1 if _letter(gps[3]) == "W" else 1)
@@ -114,6 +118,17 @@ def exif_position(path: Path) -> KnownPosition | None:
     if not (abs(latitude) <= 90 and abs(longitude) <= 180) or latitude == longitude == 0:
         return None
     return KnownPosition("exif", latitude, longitude)
+
+
+def east_north(known: KnownPosition, zone: int) -> tuple[float, float] | None:
+    """Easting and northing of a known position in UTM `zone`, metres; None without a zone or too far from it."""
+    if not zone:
+        return None
+    try:
+        east, north, _, _ = utm.from_latlon(known.latitude, known.longitude, force_zone_number=zone)
+    except (utm.OutOfRangeError, ValueError):
+        return None
+    return float(east), float(north)
 
 
 def _degrees(value: object) -> float:

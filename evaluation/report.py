@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from evaluation.pages import map_cells, map_corner, read_page, to_script
 from evaluation.query_set import Outcome
-from evaluation.result_files import Row, without_nan
+from evaluation.result_files import Row
 from evaluation.sample_photos import SamplePhotos
 from evaluation.thumbnails import data_url, data_urls, thumbnails
-from shards.classes import ClassTable
 from shards.files import atomic_write_text
 from shards.names import BadName, parse_name
 from training.queries import Queries
@@ -35,18 +33,9 @@ def write_report(
     20 MB for 10,000 queries: thumbnails share a budget. Raises JobError where `shards` is no data set.
     """
     data = report_data(outcomes, rows, facts, shards=shards)
-    page = {
-        name: files("evaluation").joinpath("report_page", f"report.{name}").read_text()
-        for name in ("html", "css", "js")
-    }
-    parts = {"style": page["css"], "script": page["js"], "data": to_script(data)}
-    atomic_write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page["html"]))
-
-
-def to_script(value: Any) -> str:
-    """JSON that can stand inside a <script> element, whatever names from outside it holds."""
-    text = json.dumps(without_nan(value), separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+    page = read_page("report")
+    parts = {"style": page.css, "script": page.js, "data": to_script(data)}
+    atomic_write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page.html))
 
 
 def report_data(
@@ -54,7 +43,7 @@ def report_data(
 ) -> dict[str, Any]:
     """Everything that the page shows. Coordinates are metres from a corner of the first class map."""
     classes = outcomes[0].classes
-    corner = (int(classes.cell_east.min()), int(classes.cell_north.min()))
+    corner = map_corner(classes)
     sets: dict[str, Any] = {}
     cells: dict[str, Any] = {}
     answers = []
@@ -66,7 +55,7 @@ def report_data(
     samples = SamplePhotos.open(shards)
     for outcome in outcomes:
         key = _name(str(outcome.queries.folder), outcome.classes.zone)
-        cells.setdefault(outcome.classes.fingerprint(), _cells(outcome.classes, corner))
+        cells.setdefault(outcome.classes.fingerprint(), map_cells(outcome.classes, corner))
         galleries = _galleries(outcome)
         shown = sorted({i for some in galleries.values() for i in some})
         missing = [(i, outcome.queries.paths[i]) for i in shown if i not in sets[key]["large"]]
@@ -102,20 +91,6 @@ def _query_set(queries: Queries, corner: tuple[int, int], budget: int) -> dict[s
         "thumbs": thumbnails(queries.paths, budget),
         "large": {},
     }
-
-
-def _cells(classes: ClassTable, corner: tuple[int, int]) -> dict[str, Any]:
-    """Cells by their column and row from the corner (fractions where the corner is another map's)."""
-    return {
-        "M": classes.M,
-        "east": _short((classes.cell_east - corner[0]) / classes.M),
-        "north": _short((classes.cell_north - corner[1]) / classes.M),
-        "group": classes.group.tolist(),
-    }
-
-
-def _short(values: np.ndarray) -> list[float]:
-    return [int(v) if v == int(v) else round(v, 4) for v in values.tolist()]
 
 
 def _answers(outcome: Outcome) -> dict[str, Any]:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.dataset import Dataset
 from shards.layout import shard_tables
+
+_FACTS = ("east", "north", "heading", "timestamp")
+
+
+@dataclass(frozen=True)
+class SamplePhoto:
+    """A training photo as JPEG: UTM metres, heading in degrees (NaN: unknown), and a timestamp ("": unknown)."""
+
+    jpeg: bytes
+    east: float
+    north: float
+    heading: float
+    timestamp: str
 
 
 class SamplePhotos:
@@ -36,19 +52,34 @@ class SamplePhotos:
         Of the cell's photos in one shard, the one whose heading (degrees) is next to `heading`. Raises OSError
         where a shard cannot be read.
         """
+        for table, tar in self._photos(cell, M):
+            headings = table["heading"].to_numpy().astype(np.float64)
+            turn = np.abs((headings - (heading or 0.0) + 180) % 360 - 180)
+            return _read(table, tar, int(np.argmin(np.where(np.isfinite(turn), turn, 360))))
+        return None
+
+    def some_of_cell(self, cell: tuple[int, int], M: int, most: int) -> list[SamplePhoto]:
+        """Up to `most` photos of the cell, spread evenly over those that there are; raises OSError as `of_cell`."""
+        found = [(table, tar, i) for table, tar in self._photos(cell, M) for i in range(len(table))]
+        spread = np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int)
+        return [
+            SamplePhoto(_read(table, tar, i), *(table[name][i].as_py() for name in _FACTS))
+            for table, tar, i in (found[at] for at in spread)
+        ]
+
+    def _photos(self, cell: tuple[int, int], M: int) -> Iterator[tuple[pa.Table, Path]]:
+        """The cell's samples of each shard that has some, and the shard's tar."""
         if self.dataset is None or self.dataset.classes.M != M or cell not in self.rows:
-            return None
+            return
         classes, row = self.dataset.classes, self.rows[cell]
         label = int(classes.label[row])
         for path in self.tables.get(int(classes.group[row]), []):
-            columns = ["heading", "offset", "size"]
-            photos = pq.read_table(path, columns=columns, filters=[("label", "==", label)])
-            if len(photos) == 0:
-                continue
-            headings = photos["heading"].to_numpy().astype(np.float64)
-            turn = np.abs((headings - (heading or 0.0) + 180) % 360 - 180)
-            best = int(np.argmin(np.where(np.isfinite(turn), turn, 360)))
-            with path.with_suffix(".tar").open("rb") as tar:
-                tar.seek(photos["offset"][best].as_py())
-                return tar.read(photos["size"][best].as_py())
-        return None
+            table = pq.read_table(path, columns=[*_FACTS, "offset", "size"], filters=[("label", "==", label)])
+            if len(table):
+                yield table, path.with_suffix(".tar")
+
+
+def _read(table: pa.Table, path: Path, i: int) -> bytes:
+    with path.open("rb") as tar:
+        tar.seek(table["offset"][i].as_py())
+        return tar.read(table["size"][i].as_py())

@@ -15,7 +15,7 @@ from tiny import SOUTH, WEST, ZONE, photo, write_dataset, write_queries
 from tiny_run import write_run
 
 from evaluation import evaluate
-from evaluation.report import to_script
+from evaluation.pages import to_script
 from evaluation.thumbnails import data_url, thumbnails
 
 BROWSER = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import utm
@@ -125,13 +126,13 @@ def _reproject(name: PhotoName, zone: int) -> tuple[float, float] | str:
     return float(east), float(north)
 
 
-def decode_query(path: Path, shorter_side: int) -> np.ndarray:
+def decode_query(photo: Path | BinaryIO, shorter_side: int) -> np.ndarray:
     """One query photo as uint8 [H, W, 3] RGB, upright by its EXIF tag, its shorter side `shorter_side` pixels.
 
     Aspect kept; PIL's bilinear filter with antialiasing and torchvision's rounding, as the reference. Raises
     OSError or ValueError for a photo that cannot be decoded to its last row.
     """
-    with Image.open(path) as opened:
+    with Image.open(photo) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
     width, height = image.size
     if min(width, height) != shorter_side:

@@ -1,21 +1,6 @@
-"use strict";
-const data = JSON.parse(document.getElementById("data").textContent);
-const $ = (id) => document.getElementById(id);
-const RIGHT = "#16824a", WRONG = "#c8352b", ACCENT = "#2456a6";
+const data = JSON.parse($("data").textContent);
+const RIGHT = "var(--right)", WRONG = "var(--wrong)", ACCENT = "var(--accent)";
 const LINES = ["#2456a6", "#c77700", "#16824a", "#8a3ea8", "#c8352b", "#4d5b6c"];
-
-function el(tag, attributes = {}, ...children) {
-  const svg = ["svg", "g", "rect", "line", "path", "text", "circle"].includes(tag);
-  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children.map((child) => (child instanceof Node ? child : String(child))));
-  return node;
-}
-const number = (value, digits = 1) => (value === null || value === undefined ? "–" : value.toFixed(digits));
-const count = (value) => value.toLocaleString("en-US");
-const metres = (value) =>
-  value === null ? "unknown" : value >= 10000 ? `${(value / 1000).toFixed(1)} km` : `${value.toFixed(value < 10 ? 1 : 0)} m`;
-const groupColour = (group, alpha) => `hsl(${(215 + group * 137.5) % 360} 55% 55% / ${alpha})`;
 
 // Results
 
@@ -69,7 +54,7 @@ function label(svg, x, y, text, anchor = "middle", kind = "") {
 function percentAxis(svg, left, right, top, bottom, highest = 100) {
   for (let i = 0; i <= 4; i++) {
     const y = bottom - ((bottom - top) * i) / 4;
-    svg.append(el("line", { x1: left, x2: right, y1: y, y2: y, stroke: "#e4e8ed" }));
+    svg.append(el("line", { x1: left, x2: right, y1: y, y2: y, class: "grid" }));
     label(svg, left - 6, y + 4, `${Math.round((highest * i) / 4)} %`, "end");
   }
 }
@@ -160,7 +145,7 @@ function drawGallery(view, id, items, empty) {
     add(item.answer, "answer");
     add(item.truth, "true cell");
     const figure = el("figure", { tabindex: 0 }, pictures, el("figcaption", {}, ...facts(view, item.i)));
-    figure.onclick = () => { map.show(item.i); $("map").scrollIntoView({ block: "center", behavior: "smooth" }); };
+    figure.onclick = () => { show(item.i); $("map").scrollIntoView({ block: "center", behavior: "smooth" }); };
     return figure;
   });
   $(id).replaceChildren(...(figures.length ? figures : [el("p", { class: "note" }, empty)]));
@@ -176,185 +161,103 @@ function facts(view, i) {
 
 // The map
 
-const map = {
-  canvas: $("map").firstElementChild, view: null, scale: 1, x: 0, y: 0, hovered: null, kept: null, drag: null,
-  open(view) {
-    this.view = view; this.hovered = this.kept = null;
-    this.fit();
-  },
-  fit() {
-    const { canvas, view } = this;
-    const [west, south, east, north] = view.bounds;
-    this.scale = 0.94 * Math.min(canvas.clientWidth / (east - west), canvas.clientHeight / (north - south));
-    this.x = (west + east) / 2; this.y = (south + north) / 2;
-    this.draw();
-  },
-  toScreen(east, north) {
-    return [this.canvas.clientWidth / 2 + (east - this.x) * this.scale, this.canvas.clientHeight / 2 - (north - this.y) * this.scale];
-  },
-  zoom(factor, px = this.canvas.clientWidth / 2, py = this.canvas.clientHeight / 2) {
-    const dx = px - this.canvas.clientWidth / 2, dy = this.canvas.clientHeight / 2 - py;
-    const next = Math.min(Math.max(this.scale * factor, 1e-4), 60);
-    this.x += dx / this.scale - dx / next; this.y += dy / this.scale - dy / next;
-    this.scale = next;
-    this.draw();
-  },
-  show(i) {
-    const { set, cells, answers } = this.view, [ax, ay] = cells.center(answers.top[i][0]);
-    const qx = set.east[i] ?? ax, qy = set.north[i] ?? ay;
-    this.x = (qx + ax) / 2; this.y = (qy + ay) / 2;
-    this.scale = Math.min(0.6 * Math.min(this.canvas.clientWidth / (Math.abs(qx - ax) + 1), this.canvas.clientHeight / (Math.abs(qy - ay) + 1)), 4);
-    this.kept = i;
-    this.draw();
-  },
-  visible(i) {
-    const right = this.view.isRight(i);
-    return this.view.set.east[i] !== null && this.view.answers.readable[i] && (right ? $("show-right").checked : $("show-wrong").checked);
-  },
-  draw() {
-    const { canvas, view } = this, ratio = window.devicePixelRatio || 1, width = canvas.clientWidth, height = canvas.clientHeight;
-    canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
-    const c = canvas.getContext("2d");
-    c.setTransform(ratio, 0, 0, ratio, 0, 0);
-    if ($("show-cells").checked) this.drawCells(c, width, height);
-    const { set, answers, cells } = view;
-    const dense = set.photos.length > 3000 ? 0.25 : 0.5;
-    if ($("show-lines").checked) {
-      c.lineWidth = 1;
-      for (let i = 0; i < set.photos.length; i++) {
-        if (!this.visible(i)) continue;
-        const [x, y] = this.toScreen(set.east[i], set.north[i]), [ax, ay] = this.toScreen(...cells.center(answers.top[i][0]));
-        c.strokeStyle = view.isRight(i) ? RIGHT : WRONG; c.globalAlpha = view.isRight(i) ? 0.8 : dense * 0.6;
-        c.beginPath(); c.moveTo(x, y); c.lineTo(ax, ay); c.stroke();
-      }
-    }
-    c.globalAlpha = 1;
-    const radius = Math.min(Math.max(this.scale * 2, 2), set.photos.length > 3000 ? 3 : 5);
-    this.drawn = 0;
-    for (let i = 0; i < set.photos.length; i++) {
-      if (!this.visible(i)) continue;
-      const [x, y] = this.toScreen(set.east[i], set.north[i]);
-      if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
-      c.fillStyle = view.isRight(i) ? RIGHT : WRONG;
-      c.beginPath(); c.arc(x, y, radius, 0, 7); c.fill();
-      this.drawn++;
-    }
-    const chosen = this.hovered ?? this.kept;
-    if (chosen !== null) this.drawChosen(c, chosen);
-    this.drawScale(c, width, height);
-    this.card(chosen);
-    document.body.dataset.queriesOnMap = this.drawn;
-  },
-  drawCells(c, width, height) {
-    const { cells } = this.view, side = cells.M * this.scale, gap = side > 8 ? 1 : 0;
-    for (let k = 0; k < cells.east.length; k++) {
-      const [x, y] = this.toScreen(cells.east[k] * cells.M, (cells.north[k] + 1) * cells.M);
-      if (x + side < 0 || y + side < 0 || x > width || y > height) continue;
-      c.fillStyle = groupColour(cells.group[k], 0.22);
-      c.fillRect(x, y, Math.max(side - gap, 1), Math.max(side - gap, 1));
-    }
-  },
-  drawChosen(c, i) {
-    const { set, answers, cells } = this.view, known = set.east[i] !== null;
-    answers.top[i].slice().reverse().forEach((row, back) => {
-      const rank = answers.top[i].length - 1 - back, [ax, ay] = this.toScreen(...cells.center(row)), side = Math.max(cells.M * this.scale, 8);
-      c.strokeStyle = rank ? "#4d5b6c" : "#000"; c.lineWidth = rank ? 1 : 2.2;
-      if (known) {
-        c.beginPath(); c.moveTo(...this.toScreen(set.east[i], set.north[i])); c.lineTo(ax, ay); c.stroke();
-      }
-      c.strokeRect(ax - side / 2, ay - side / 2, side, side);
-      c.font = "600 12px system-ui, sans-serif"; c.textAlign = "center"; c.textBaseline = "middle";
-      c.lineWidth = 3; c.strokeStyle = "#fff"; c.strokeText(rank + 1, ax, ay); c.fillStyle = "#000"; c.fillText(rank + 1, ax, ay);
-    });
-    if (!known) return;
-    const [x, y] = this.toScreen(set.east[i], set.north[i]);
-    c.fillStyle = this.view.isRight(i) ? RIGHT : WRONG; c.strokeStyle = "#fff"; c.lineWidth = 2;
-    c.beginPath(); c.arc(x, y, 7, 0, 7); c.fill(); c.stroke();
-  },
-  drawScale(c, width, height) {
-    let length = 10 ** Math.floor(Math.log10(130 / this.scale));
-    if (length * 5 * this.scale <= 150) length *= 5; else if (length * 2 * this.scale <= 150) length *= 2;
-    const w = length * this.scale;
-    c.fillStyle = "rgb(255 255 255 / 85%)"; c.fillRect(10, height - 38, w + 20, 28);
-    c.strokeStyle = "#1c2430"; c.lineWidth = 2;
-    c.beginPath(); c.moveTo(20, height - 21); c.lineTo(20, height - 16); c.lineTo(20 + w, height - 16); c.lineTo(20 + w, height - 21); c.stroke();
-    c.fillStyle = "#1c2430"; c.font = "12px system-ui, sans-serif"; c.textAlign = "center"; c.textBaseline = "alphabetic";
-    c.fillText(length >= 1000 ? `${length / 1000} km` : `${length} m`, 20 + w / 2, height - 24);
-  },
-  card(i) {
-    const card = $("card");
-    card.hidden = i === null;
-    if (i === null) return;
-    const { set, answers, cells } = this.view, source = picture(set, i);
-    card.replaceChildren(...(source ? [el("img", { src: source, alt: "" })] : []), ...facts(this.view, i));
-    const anchor = set.east[i] === null ? cells.center(answers.top[i][0]) : [set.east[i], set.north[i]];
-    const [x, y] = this.toScreen(...anchor), width = this.canvas.clientWidth, height = this.canvas.clientHeight;
-    card.style.left = `${Math.max(4, x + 270 < width ? x + 14 : x - 264)}px`;
-    card.style.top = `${Math.max(4, Math.min(y + 14, height - card.offsetHeight - 6))}px`;
-  },
-  near(px, py) {
-    let best = null, least = 14 ** 2;
-    for (let i = 0; i < this.view.set.photos.length; i++) {
-      if (!this.visible(i)) continue;
-      const [x, y] = this.toScreen(this.view.set.east[i], this.view.set.north[i]), d = (x - px) ** 2 + (y - py) ** 2;
-      if (d < least) { least = d; best = i; }
-    }
-    return best;
-  },
-  listen() {
-    const { canvas } = this;
-    const position = (event) => { const box = canvas.getBoundingClientRect(); return [event.clientX - box.left, event.clientY - box.top]; };
-    canvas.onpointerdown = (event) => { this.drag = { at: position(event), moved: false }; canvas.setPointerCapture(event.pointerId); };
-    canvas.onpointermove = (event) => {
-      const [px, py] = position(event);
-      if (this.drag) {
-        const dx = px - this.drag.at[0], dy = py - this.drag.at[1];
-        if (!this.drag.moved && Math.hypot(dx, dy) < 4) return;
-        this.drag.moved = true; this.drag.at = [px, py];
-        this.x -= dx / this.scale; this.y += dy / this.scale;
-        requestAnimationFrame(() => this.draw());
-        return;
-      }
-      const found = this.near(px, py);
-      if (found !== this.hovered) { this.hovered = found; requestAnimationFrame(() => this.draw()); }
-    };
-    canvas.onpointerup = (event) => {
-      if (this.drag && !this.drag.moved) { this.kept = this.near(...position(event)); this.draw(); }
-      this.drag = null;
-    };
-    canvas.onpointerleave = () => { if (!this.drag && this.hovered !== null) { this.hovered = null; this.draw(); } };
-    canvas.addEventListener("wheel", (event) => { event.preventDefault(); this.zoom(Math.exp(-event.deltaY * 0.0016), ...position(event)); }, { passive: false });
-    canvas.onkeydown = (event) => {
-      const step = 60 / this.scale, moves = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, step], ArrowDown: [0, -step] };
-      if (event.key === "+" || event.key === "=") this.zoom(1.4);
-      else if (event.key === "-") this.zoom(1 / 1.4);
-      else if (moves[event.key]) { this.x += moves[event.key][0]; this.y += moves[event.key][1]; this.draw(); } else return;
-      event.preventDefault();
-    };
-    $("zoom-in").onclick = () => this.zoom(1.6); $("zoom-out").onclick = () => this.zoom(1 / 1.6); $("fit").onclick = () => this.fit();
-    for (const id of ["show-right", "show-wrong", "show-lines", "show-cells"]) $(id).onchange = () => this.draw();
-    new ResizeObserver(() => this.draw()).observe($("map"));
-  },
+const visible = (i) => {
+  const shown = view.isRight(i) ? $("show-right").checked : $("show-wrong").checked;
+  return view.set.east[i] !== null && view.answers.readable[i] && shown;
 };
+
+function paint(c, width, height) {
+  if (!view) return;
+  const { set, answers, cells } = view, right = colour("right"), wrong = colour("wrong");
+  if ($("show-cells").checked) map.drawCells(c, cells);
+  const dense = set.photos.length > 3000 ? 0.25 : 0.5;
+  if ($("show-lines").checked) {
+    c.lineWidth = 1;
+    for (let i = 0; i < set.photos.length; i++) {
+      if (!visible(i)) continue;
+      c.strokeStyle = view.isRight(i) ? right : wrong; c.globalAlpha = view.isRight(i) ? 0.8 : dense * 0.6;
+      c.beginPath(); c.moveTo(...map.toScreen(set.east[i], set.north[i])); c.lineTo(...map.toScreen(...cells.center(answers.top[i][0]))); c.stroke();
+    }
+  }
+  c.globalAlpha = 1;
+  const radius = Math.min(Math.max(map.scale * 2, 2), set.photos.length > 3000 ? 3 : 5);
+  let drawn = 0;
+  for (let i = 0; i < set.photos.length; i++) {
+    if (!visible(i)) continue;
+    const [x, y] = map.toScreen(set.east[i], set.north[i]);
+    if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
+    c.fillStyle = view.isRight(i) ? right : wrong;
+    c.beginPath(); c.arc(x, y, radius, 0, 7); c.fill();
+    drawn++;
+  }
+  const chosen = map.hovered ?? kept;
+  if (chosen !== null) drawChosen(c, chosen);
+  map.drawScale(c);
+  drawCard(chosen);
+  document.body.dataset.queriesOnMap = drawn;
+}
+
+function drawChosen(c, i) {
+  const { set, answers, cells } = view, known = set.east[i] !== null;
+  answers.top[i].slice().reverse().forEach((row, back) => {
+    const rank = answers.top[i].length - 1 - back, center = cells.center(row);
+    if (known) {
+      c.strokeStyle = rank ? colour("soft") : colour("ink"); c.lineWidth = rank ? 1 : 2.2;
+      c.beginPath(); c.moveTo(...map.toScreen(set.east[i], set.north[i])); c.lineTo(...map.toScreen(...center)); c.stroke();
+    }
+    map.drawRank(c, ...center, cells.M, rank);
+  });
+  if (known) map.drawDot(c, set.east[i], set.north[i], colour(view.isRight(i) ? "right" : "wrong"));
+}
+
+function drawCard(i) {
+  const card = $("card");
+  card.hidden = i === null;
+  if (i === null) return;
+  const { set, answers, cells } = view, source = picture(set, i);
+  card.replaceChildren(...(source ? [el("img", { src: source, alt: "" })] : []), ...facts(view, i));
+  map.placeCard(card, ...(set.east[i] === null ? cells.center(answers.top[i][0]) : [set.east[i], set.north[i]]));
+}
+
+function find(px, py) {
+  let best = null, least = 14 ** 2;
+  for (let i = 0; i < view.set.photos.length; i++) {
+    if (!visible(i)) continue;
+    const [x, y] = map.toScreen(view.set.east[i], view.set.north[i]), d = (x - px) ** 2 + (y - py) ** 2;
+    if (d < least) { least = d; best = i; }
+  }
+  return best;
+}
+
+function show(i) {
+  const { set, cells, answers } = view, [ax, ay] = cells.center(answers.top[i][0]);
+  const qx = set.east[i] ?? ax, qy = set.north[i] ?? ay;
+  map.x = (qx + ax) / 2; map.y = (qy + ay) / 2;
+  map.scale = Math.min(0.6 * Math.min(map.width / (Math.abs(qx - ax) + 1), map.height / (Math.abs(qy - ay) + 1)), 4);
+  kept = i;
+  map.draw();
+}
+
+let view = null, kept = null;
+const map = new CityMap($("map").firstElementChild, { paint, find, onKeep: (i) => { kept = i; } });
 
 function openRow(index) {
   const row = data.rows[index], answers = data.answers[index], set = data.sets[answers.set], cells = data.cells[answers.cells];
   cells.center ??= (k) => [cells.east[k] * cells.M + Math.floor(cells.M / 2), cells.north[k] * cells.M + Math.floor(cells.M / 2)];
   const scored = set.photos.map((_, i) => i).filter((i) => answers.error[i] !== null);
   const isRight = (i) => answers.error[i] !== null && answers.error[i] <= row.threshold_m;
-  const xs = cells.east.map((v) => v * cells.M), ys = cells.north.map((v) => v * cells.M);
-  const least = (values) => values.reduce((a, b) => Math.min(a, b), Infinity), most = (values) => values.reduce((a, b) => Math.max(a, b), -Infinity);
-  const bounds = [least(xs), least(ys), most(xs) + cells.M, most(ys) + cells.M];
-  const view = { row, answers, set, cells, scored, isRight, bounds };
+  view = { row, answers, set, cells, scored, isRight };
   drawHistogram(view); drawCurve(view); drawReliability(view); drawGroups(view);
   drawGallery(view, "confident", answers.confident, "No mistakes.");
   drawGallery(view, "farthest", answers.farthest, "No mistakes.");
   drawGallery(view, "successes", answers.successes, "No successes.");
-  map.open(view);
+  map.hovered = kept = null;
+  map.fit(boundsOf(cells));
 }
 
 drawResults();
-map.listen();
+$("fit").onclick = () => map.fit(boundsOf(view.cells));
+for (const id of ["show-right", "show-wrong", "show-lines", "show-cells"]) $(id).onchange = () => map.draw();
 data.rows.forEach((row, i) => $("row").append(el("option", { value: i }, `${row.checkpoint} on ${row.queries}`)));
 $("picker").hidden = data.rows.length < 2;
 $("row").onchange = () => openRow(Number($("row").value));

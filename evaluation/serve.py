@@ -1,0 +1,142 @@
+"""A web page that tells where a photo was taken.
+
+python evaluation/serve.py --checkpoint RUN [--shards DIR]
+
+Programs post a photo and get what `predict.py --json` prints, or an HTTP error with {"error": "the reason in words"}:
+
+curl --data-binary @photo.jpg "http://127.0.0.1:8000/locate?name=photo.jpg"
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import os
+import socket
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from PIL import Image
+
+from evaluation.answer_photos import Request
+from evaluation.answer_queue import AnswerQueue
+from evaluation.known_photos import KnownPhotos
+from evaluation.localiser import Localiser
+from evaluation.sample_photos import SamplePhotos
+from evaluation.uploads import Limits
+from shards.console import JobError, entry, printable
+from training.scoring import THRESHOLD_METRES
+
+_DECODERS = 4
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """A web page on this computer: drop a photo, see the places on a map with confidences and known photos nearby.
+
+    JPEG, PNG and WebP. Uploads stay in memory and are forgotten once answered. The page loads nothing from elsewhere.
+    """
+
+    checkpoint: Path
+    """Run (its best checkpoint is taken) or a single checkpoint folder."""
+    shards: Path | None = None
+    """Data set whose photos are shown beside the answers."""
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every one, so that others can use the page (there is no password)."""
+    port: int = 8000
+    """Port to listen on; 0 for a free one."""
+    names: tuple[str, ...] = ()
+    """Host names of this server besides localhost and its own, as where a proxy publishes it."""
+    top: int = 5
+    """Places for each photo."""
+    apart: float = THRESHOLD_METRES
+    """Metres between the places of a photo; the confidence is the probability within this distance."""
+    southern: bool = False
+    """The city lies south of the equator (names of photos say so themselves)."""
+    max_megabytes: float = 20.0
+    """Largest file accepted, in millions of bytes."""
+    max_megapixels: float = 50.0
+    """Largest photo accepted, in millions of pixels; decoding one takes up to 8 MB a megapixel."""
+    at_once: int = 32
+    """Photos received and answered at a time; more are turned away (HTTP 503)."""
+    cpu: bool = False
+    """Compute on the CPU even where there is a GPU."""
+
+
+def main() -> None:
+    """Load, listen, and answer until Ctrl-C."""
+    arguments = read_arguments()
+    make_server = load_web()
+    listener = listen(arguments.host, arguments.port)
+    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    localiser = Localiser.load(arguments.checkpoint, device)
+    known = KnownPhotos(SamplePhotos.open(arguments.shards), localiser.classes)
+    threads = min(len(os.sched_getaffinity(0)), _DECODERS)
+    request = Request(arguments.top, arguments.apart, arguments.southern, threads=threads)
+    limits = Limits(round(arguments.max_megabytes * 1e6), round(arguments.max_megapixels * 1e6))
+    queue = AnswerQueue(localiser, request, limits, arguments.at_once)
+    private = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+    server = make_server(queue, known, names=(socket.gethostname(), *arguments.names), private=private)
+    announce(arguments, listener, localiser, private)
+    try:
+        server.run(sockets=[listener])
+    finally:
+        queue.close()
+
+
+def load_web() -> Any:
+    """`evaluation.web_app.make_server`; JobError says how to install what it needs."""
+    try:
+        from evaluation.web_app import make_server
+    except ImportError as error:
+        raise JobError(f'{error.name} is not installed: pip install "divide-and-classify[serve]"') from error
+    return make_server
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; JobError where that cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        words = "; name another --port, or 0 for a free one" if error.errno == errno.EADDRINUSE else ""
+        raise JobError(f"--host {printable(host)} --port {port}: {error.strerror or error}{words}") from error
+
+
+def announce(arguments: Arguments, listener: socket.socket, localiser: Localiser, private: bool) -> None:
+    """One line with the address of the page; a warning where others can reach it."""
+    address, port = listener.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    if not private:
+        print(f"warning: --host {arguments.host}: whoever reaches this computer can use the page", file=sys.stderr)
+    cells = f"{len(localiser.classes):,} cells"
+    print(f"http://{shown}:{port}/  answers with {arguments.checkpoint} ({cells}); Ctrl-C ends it", flush=True)
+
+
+def read_arguments() -> Arguments:
+    """The command line; wrong arguments exit with 2."""
+    arguments = tyro.cli(Arguments, description=__doc__)
+    most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond that Pillow itself refuses, before that it warns
+    wrong = {
+        "--top: at least 1": arguments.top < 1,
+        "--apart: 0 metres or more": not arguments.apart >= 0,
+        "--port: 0 to 65535": not 0 <= arguments.port <= 65535,
+        "--max-megabytes: more than 0": not arguments.max_megabytes > 0,
+        f"--max-megapixels: more than 0, at most {most // 10**6}": not 0 < arguments.max_megapixels * 1e6 <= most,
+        "--at-once: at least 1": arguments.at_once < 1,
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            print(f"error: {message}", file=sys.stderr)
+            raise SystemExit(2)
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    return arguments
+
+
+if __name__ == "__main__":
+    entry(main)

@@ -1,0 +1,214 @@
+"""The small web page as an ASGI application: what it serves, and what it refuses.
+
+There is no address of a file: every path is one of a fixed list, and photos of the data set are named by an
+answer that this server gave and kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import secrets
+import sys
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from http import HTTPStatus
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from evaluation.answer_photos import to_document
+from evaluation.answer_queue import AnswerQueue, Located
+from evaluation.known_photos import KnownPhotos
+from evaluation.pages import map_cells, map_corner, read_page
+from evaluation.places import east_north
+from evaluation.result_files import without_nan
+from evaluation.uploads import FORMATS, Refused, base_name, read_body
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+_UPLOAD_SECONDS = 60.0
+_ANSWERS_KEPT = 512
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' blob: data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cache-Control": "no-store",
+}
+
+
+class WebApp:
+    """Answers uploads out of a queue, and shows them on a page."""
+
+    def __init__(self, queue: AnswerQueue, known: KnownPhotos, *, private: bool) -> None:
+        self.queue = queue
+        self.known = known
+        self.answers: OrderedDict[str, Located] = OrderedDict()
+        page = read_page("serve")
+        classes = queue.localiser.classes
+        corner = map_corner(classes)
+        self.about = {
+            "cells": map_cells(classes, corner),
+            "corner": corner,
+            "zone": classes.zone,
+            "apart": queue.request.apart,
+            "max_bytes": queue.limits.bytes,
+            "max_pixels": queue.limits.pixels,
+            "formats": FORMATS,
+            "private": private,
+        }
+        self.routes = [
+            _fixed("/", page.html, "text/html"),
+            _fixed("/page.css", page.css, "text/css"),
+            _fixed("/page.js", page.js, "text/javascript"),
+            _fixed("/about", json.dumps(self.about, separators=(",", ":")), "application/json"),
+            Route("/locate", self.locate, methods=["POST"]),
+            Route("/known/{answer}/{rank:int}", self.known_photos),
+        ]
+
+    async def locate(self, request: Request) -> Response:
+        """The places of the photo in the request's body, as `predict.py --json` gives them.
+
+        Beside them `known_east_north`, the known position in the class map's plane (UTM metres), and `answer`, the key
+        to the known photos of its places where there is a data set.
+        """
+        declared, name = request.headers.get("content-length"), base_name(request.query_params.get("name", ""))
+        with self.queue.place():
+            try:
+                async with asyncio.timeout(_UPLOAD_SECONDS):
+                    content = await read_body(request.stream(), declared, self.queue.limits)
+            except TimeoutError:
+                raise Refused(HTTPStatus.REQUEST_TIMEOUT, "The photo did not arrive within a minute.") from None
+            loop = asyncio.get_running_loop()
+            upload = await loop.run_in_executor(self.queue.decoders, self.queue.decode, content, name)
+            del content
+            located = await asyncio.wrap_future(self.queue.answer(upload))
+        document = to_document([located.photo], [], self.queue.localiser)
+        document["checkpoint"] = self.queue.localiser.path.name  # a path of the server is nobody's business
+        known = located.photo.known
+        document["known_east_north"] = known and east_north(known, self.queue.localiser.classes.zone)
+        if self.known:
+            document["answer"] = self._keep(located)
+        return JSONResponse(without_nan(document))
+
+    async def known_photos(self, request: Request) -> Response:
+        """The training photos most like an answered photo in the cell of one of its places (0: the best)."""
+        located = self.answers.get(request.path_params["answer"])
+        rank = request.path_params["rank"]
+        if located is None or rank >= len(located.photo.places):
+            raise Refused(HTTPStatus.NOT_FOUND, "This answer is no longer kept; ask again with the photo.")
+        place, side = located.photo.places[rank], self.queue.localiser.shorter_side
+        loop = asyncio.get_running_loop()
+        with self.queue.place():
+            try:
+                photos = await loop.run_in_executor(
+                    self.queue.decoders, self.known.nearest, place, located.vector, side, self.queue.describe
+                )
+            except OSError as error:
+                print(
+                    f"error: {self.known.samples.dataset and self.known.samples.dataset.path}: {error}", file=sys.stderr
+                )
+                raise Refused(HTTPStatus.INTERNAL_SERVER_ERROR, "The photos of this cell cannot be read.") from error
+        return JSONResponse(without_nan({"photos": photos}))
+
+    def _keep(self, located: Located) -> str:
+        answer = secrets.token_urlsafe(12)
+        self.answers[answer] = located
+        if len(self.answers) > _ANSWERS_KEPT:
+            self.answers.popitem(last=False)
+        return answer
+
+
+def make_server(queue: AnswerQueue, known: KnownPhotos, *, names: Iterable[str], private: bool) -> uvicorn.Server:
+    """A server of the page; `names` are host names by which it may be asked, besides addresses and localhost."""
+    starlette = Starlette(
+        routes=WebApp(queue, known, private=private).routes,
+        exception_handlers=dict.fromkeys((Refused, HTTPException, ClientDisconnect, Exception), _refuse),
+    )
+    return uvicorn.Server(
+        uvicorn.Config(
+            Guard(starlette, names),
+            http="h11",
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            proxy_headers=False,
+            server_header=False,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+        )
+    )
+
+
+class Guard:
+    """Lets only requests through that name this server and come from its own page or from no page; adds headers.
+
+    A name that is no address may be made to point here by whoever owns it (DNS rebinding), so it must be known.
+    """
+
+    def __init__(self, app: Starlette, names: Iterable[str]) -> None:
+        self.app = app
+        self.names = {"localhost", *(name.lower() for name in names)}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        headers = Headers(scope=scope)
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if not self._is_ours(host):
+            words = "This server does not go by the name in the request. Start it with --names if it should."
+            await _words(HTTPStatus.MISDIRECTED_REQUEST, words)(scope, receive, send_with_headers)
+        elif origin is not None and origin.partition("://")[2] != host:
+            await _words(HTTPStatus.FORBIDDEN, "Pages of other sites are not answered.")(
+                scope, receive, send_with_headers
+            )
+        else:
+            await self.app(scope, receive, send_with_headers)
+
+    def _is_ours(self, host: str) -> bool:
+        name = host.rpartition(":")[0] if not host.endswith("]") and ":" in host else host
+        if name.lower().rstrip(".") in self.names:
+            return True
+        try:
+            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            return False
+        return True
+
+
+def _fixed(path: str, text: str, kind: str) -> Route:
+    async def get(request: Request) -> Response:
+        return Response(text, media_type=kind)
+
+    return Route(path, get)
+
+
+def _words(status: HTTPStatus, reason: str) -> Response:
+    return JSONResponse({"error": reason}, status)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, Refused):
+        return _words(error.status, error.reason)
+    if isinstance(error, HTTPException):
+        return JSONResponse({"error": error.detail}, error.status_code, error.headers)
+    return _words(HTTPStatus.INTERNAL_SERVER_ERROR, "Something went wrong; the server's console says what.")
