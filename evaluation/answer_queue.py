@@ -18,7 +18,7 @@ from evaluation.answer_photos import AnsweredPhoto, Request, name_places
 from evaluation.localiser import Localiser
 from evaluation.places import KnownPosition, known_position
 from evaluation.uploads import Limits, Refused, check_photo, unreadable
-from training.queries import QueryBatch, decode_query
+from training.queries import UNREADABLE, QueryBatch, decode_query
 from training.scoring import describe_batches
 
 
@@ -74,7 +74,7 @@ class AnswerQueue:
         check_photo(content, self.limits)
         try:
             image = decode_query(io.BytesIO(content), self.localiser.shorter_side)
-        except Exception as error:  # as in check_photo
+        except UNREADABLE as error:
             raise unreadable(error) from error
         zone, southern = self.localiser.classes.zone, self.request.southern
         return Upload(name, image, known_position(Path(name), zone, southern=southern, content=io.BytesIO(content)))

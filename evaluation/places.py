@@ -15,6 +15,7 @@ from evaluation.ranking import Answers
 from evaluation.result_files import to_latlon
 from shards.classes import ClassTable
 from shards.names import BadName, parse_name
+from training.queries import UNREADABLE
 
 _GPS_TAG = 0x8825
 _EARTH_RADIUS = 6_371_008.8
@@ -113,7 +114,7 @@ def exif_position(photo: Path | BinaryIO) -> KnownPosition | None:
             gps = image.getexif().get_ifd(_GPS_TAG)
         latitude = _degrees(gps[2]) * (-1 if _letter(gps[1]) == "S" else 1)
         longitude = _degrees(gps[4]) * (-1 if _letter(gps[3]) == "W" else 1)
-    except (OSError, SyntaxError, KeyError, TypeError, ValueError, ZeroDivisionError, Image.DecompressionBombError):
+    except (*UNREADABLE, KeyError, ZeroDivisionError):
         return None
     if not (abs(latitude) <= 90 and abs(longitude) <= 180) or latitude == longitude == 0:
         return None

@@ -16,8 +16,9 @@ import socket
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import torch
 import tyro
@@ -71,7 +72,7 @@ class Arguments:
 def main() -> None:
     """Load, listen, and answer until Ctrl-C."""
     arguments = read_arguments()
-    make_server = load_web()
+    web = load_web()
     listener = listen(arguments.host, arguments.port)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
     localiser = Localiser.load(arguments.checkpoint, device)
@@ -81,21 +82,21 @@ def main() -> None:
     limits = Limits(round(arguments.max_megabytes * 1e6), round(arguments.max_megapixels * 1e6))
     queue = AnswerQueue(localiser, request, limits, arguments.at_once)
     private = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
-    server = make_server(queue, known, names=(socket.gethostname(), *arguments.names), private=private)
-    announce(arguments, listener, localiser, private)
+    page = web.WebApp(queue, known, private=private)
+    names = (socket.gethostname(), *arguments.names)
+    server = web.PageServer(page, names, lambda: announce(arguments, listener, localiser, private))
     try:
         server.run(sockets=[listener])
     finally:
         queue.close()
 
 
-def load_web() -> Any:
-    """`evaluation.web_app.make_server`; JobError says how to install what it needs."""
+def load_web() -> ModuleType:
+    """The module `evaluation.web_app`; JobError says how to install what it needs."""
     try:
-        from evaluation.web_app import make_server
+        return import_module("evaluation.web_app")
     except ImportError as error:
         raise JobError(f'{error.name} is not installed: pip install "divide-and-classify[serve]"') from error
-    return make_server
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from training.queries import UNREADABLE
+
 _SIZES = ((1500, 120, 72), (4000, 88, 65), (10**9, 56, 50))  # up to this many photos: pixels, JPEG quality
 
 
@@ -20,7 +22,7 @@ def data_url(source: Path | bytes, side: int, quality: int = 75) -> str:
             opened.draft("RGB", (side, side))
             image = ImageOps.exif_transpose(opened).convert("RGB")
             image.thumbnail((side, side))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except UNREADABLE:
         return ""
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=quality, optimize=True)

@@ -10,6 +10,8 @@ from pathlib import PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
 
+from training.queries import UNREADABLE
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 _ASPECT = 10  # the shorter side has a fixed size for the model: a strip of one pixel's width would fill the memory
@@ -64,7 +66,7 @@ def check_photo(content: bytes, limits: Limits) -> None:
         raise Refused(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"This is no photo of a known format ({', '.join(FORMATS)})."
         ) from None
-    except Exception as error:  # Pillow's parsers raise nearly anything for a damaged header
+    except UNREADABLE as error:
         raise unreadable(error) from error
     if width * height > limits.pixels:
         raise Refused(

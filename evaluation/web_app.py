@@ -10,6 +10,7 @@ import asyncio
 import ipaddress
 import json
 import secrets
+import socket
 import sys
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
@@ -131,14 +132,18 @@ class WebApp:
         return answer
 
 
-def make_server(queue: AnswerQueue, known: KnownPhotos, *, names: Iterable[str], private: bool) -> uvicorn.Server:
-    """A server of the page; `names` are host names by which it may be asked, besides addresses and localhost."""
-    starlette = Starlette(
-        routes=WebApp(queue, known, private=private).routes,
-        exception_handlers=dict.fromkeys((Refused, HTTPException, ClientDisconnect, Exception), _refuse),
-    )
-    return uvicorn.Server(
-        uvicorn.Config(
+class PageServer(uvicorn.Server):
+    """A server of the page that calls `ready` once it answers (Ctrl-C then ends it in order).
+
+    `names` are host names by which it may be asked, besides addresses and localhost.
+    """
+
+    def __init__(self, page: WebApp, names: Iterable[str], ready: Callable[[], None]) -> None:
+        starlette = Starlette(
+            routes=page.routes,
+            exception_handlers=dict.fromkeys((Refused, HTTPException, ClientDisconnect, Exception), _refuse),
+        )
+        config = uvicorn.Config(
             Guard(starlette, names),
             http="h11",
             ws="none",
@@ -146,10 +151,16 @@ def make_server(queue: AnswerQueue, known: KnownPhotos, *, names: Iterable[str],
             lifespan="off",
             proxy_headers=False,
             server_header=False,
-            log_level="warning",
+            log_level="error",
             timeout_graceful_shutdown=2,
         )
-    )
+        super().__init__(config)
+        self.ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
+        await super().startup(sockets)
+        self.ready()
 
 
 class Guard:

@@ -101,6 +101,17 @@ def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     assert decode_query(save(tmp_path / "a.jpg", 40, 30, exif=exif), 30).shape == (40, 30, 3)
 
 
+def test_a_photo_whose_exif_data_is_damaged_is_reported_and_the_rest_is_read(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0102], exif[0x0112] = (8, 8, 8), 6
+    damaged_exif = bytearray(exif.tobytes())
+    damaged_exif[19] = 1  # three numbers of two bytes become three of one byte, which Pillow cannot write again
+    paths = [save(tmp_path / "a.jpg", exif=bytes(damaged_exif)), save(tmp_path / "b.jpg")]
+    batches, failures = read(paths, shorter_side=24)
+    assert list(failures) == [0]
+    assert [batch.indices.tolist() for batch in batches] == [[1]]
+
+
 def test_batches_hold_one_shape_each_and_every_photo_once(tmp_path: Path) -> None:
     sizes = [(40, 30), (30, 40), (30, 30)] * 5
     paths = [save(tmp_path / f"{i}.jpg", *size) for i, size in enumerate(sizes)]

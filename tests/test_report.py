@@ -4,13 +4,13 @@ import html
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import simplejpeg
+from browser import BROWSER, FLAGS
 from tiny import SOUTH, WEST, ZONE, photo, write_dataset, write_queries
 from tiny_run import write_run
 
@@ -18,7 +18,6 @@ from evaluation import evaluate
 from evaluation.pages import to_script
 from evaluation.thumbnails import data_url, thumbnails
 
-BROWSER = next((found for name in ("chromium", "google-chrome", "chrome") if (found := shutil.which(name))), None)
 HOSTILE = "<img src=x onerror=alert(1)>"
 
 
@@ -45,10 +44,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def open_page(page: Path, profile: Path) -> str:
     """The page's elements after its scripts have run, as HTML."""
     assert BROWSER is not None
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
     done = subprocess.run(
-        [BROWSER, *flags, f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()],
+        [BROWSER, *FLAGS, f"--user-data-dir={profile}", "--virtual-time-budget=3000", "--dump-dom", page.as_uri()],
         capture_output=True,
         text=True,
         timeout=120,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,9 @@ from shards.console import JobError
 from shards.names import BadName, PhotoName, parse_name
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+
+# What Pillow raises for a photo that is damaged, EXIF data included, or a decompression bomb.
+UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ def decode_query(photo: Path | BinaryIO, shorter_side: int) -> np.ndarray:
     """One query photo as uint8 [H, W, 3] RGB, upright by its EXIF tag, its shorter side `shorter_side` pixels.
 
     Aspect kept; PIL's bilinear filter with antialiasing and torchvision's rounding, as the reference. Raises
-    OSError or ValueError for a photo that cannot be decoded to its last row.
+    one of UNREADABLE for a photo that cannot be decoded to its last row.
     """
     with Image.open(photo) as opened:
         image = ImageOps.exif_transpose(opened).convert("RGB")
@@ -191,7 +195,7 @@ def _decode_or_reason(path: Path, shorter_side: int) -> np.ndarray | str:
         return decode_query(path, shorter_side)
     except UnidentifiedImageError:
         return "not an image" if path.stat().st_size else "an empty file"
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         return " ".join(str(error).split()) or type(error).__name__
 
 

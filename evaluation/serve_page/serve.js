@@ -153,8 +153,8 @@ function paint(c) {
 function drawCircle(c, place, chosen) {
   c.strokeStyle = c.fillStyle = colour("accent"); c.lineWidth = chosen ? 2 : 1;
   c.beginPath(); c.arc(...map.toScreen(...local(place)), place.uncertainty_m * map.scale, 0, 7);
-  c.globalAlpha = chosen ? 0.14 : 0.03; c.fill();
-  c.globalAlpha = chosen ? 0.9 : 0.35; c.stroke(); c.globalAlpha = 1;
+  c.globalAlpha = chosen ? 0.12 : 0.02; c.fill();
+  c.globalAlpha = chosen ? 0.9 : 0.15 + 0.5 * place.confidence; c.stroke(); c.globalAlpha = 1;
 }
 
 function drawSquare(c, photo) {

@@ -1,0 +1,430 @@
+"""The web page: a real server asked over HTTP, and by a real browser where there is one."""
+
+import http.client
+import io
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import BROWSER, Page
+from PIL import Image
+from tiny import ROOT, SOUTH, WEST, class_table, photo, write_dataset, write_queries
+from tiny_run import write_run
+
+from evaluation import predict, serve
+from shards.console import JobError
+
+MEGABYTES, MEGAPIXELS, AT_ONCE = 1, 4, 24
+needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+
+
+class Server:
+    """`serve.py` in a process of its own on a free port."""
+
+    def __init__(self, *words: object) -> None:
+        command = [sys.executable, ROOT / "evaluation" / "serve.py", "--port", "0", "--cpu", *words]
+        self.process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.line = self.process.stdout.readline()
+        self.address = self.line.split()[0] if self.line else ""
+        self.port = int(self.address.rstrip("/").rpartition(":")[2]) if self.line else 0
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, chunked: bool = False
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers (lower case) and body of an answer; the path is sent as it is."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, headers or {}, encode_chunked=chunked)
+            reply = connection.getresponse()
+            return reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read()
+        finally:
+            connection.close()
+
+    def locate(self, body: bytes, name: str = "") -> tuple[int, dict[str, Any]]:
+        """Status and JSON of the answer to a photo."""
+        status, _, said = self.ask("POST", f"/locate?name={name}", body)
+        return status, json.loads(said)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, its shards, and query photos."""
+    folder = tmp_path_factory.mktemp("serve")
+    write_run(folder / "run")
+    write_dataset(folder / "shards")
+    write_queries(folder / "queries")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    limits = ["--max-megabytes", MEGABYTES, "--max-megapixels", MEGAPIXELS, "--at-once", AT_ONCE]
+    server = Server("--checkpoint", folder / "run", "--shards", folder / "shards", *limits)
+    yield server
+    server.process.terminate()
+    _, errors = server.process.communicate(timeout=30)
+    assert errors == ""  # nothing that was sent made the server complain
+
+
+def encoded(image: np.ndarray, kind: str = "JPEG", **options: Any) -> bytes:
+    """An image as the bytes of a file."""
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def square(side: int) -> bytes:
+    """A JPEG whose header claims that many pixels a side, and that ends soon after."""
+    jpeg = bytearray(encoded(photo(WEST, SOUTH, 64, 0)))
+    at = jpeg.index(b"\xff\xc0")
+    jpeg[at + 5 : at + 9] = struct.pack(">HH", side, side)
+    return bytes(jpeg)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A sound PNG of that many black pixels in a few kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(bytes((width // 8 + 1) * height), 9)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_an_upload_is_answered_as_predict_answers_the_file(
+    server: Server, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = sorted((folder / "queries").iterdir())[5]
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--checkpoint", str(folder / "run"), str(path), "--json", "--cpu"])
+    assert predict.main() == 0
+    expected = json.loads(capsys.readouterr().out)
+    status, said = server.locate(path.read_bytes(), path.name)
+    assert status == 200
+    assert said["utm_zone"] == expected["utm_zone"]
+    (ours,), (theirs,) = said["photos"], expected["photos"]
+    assert ours["photo"] == path.name
+    assert ours["known_position"] == theirs["known_position"]
+    for one, other in zip(ours["places"], theirs["places"], strict=True):
+        assert one == pytest.approx(other, rel=1e-4, abs=1e-4)
+    east, north = (float(part) for part in path.name.split("@")[1:3])
+    assert said["known_east_north"] == pytest.approx([east, north], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"progressive": True})]
+)
+def test_the_accepted_formats_are_answered(server: Server, kind: str, options: dict[str, Any]) -> None:
+    status, said = server.locate(encoded(photo(WEST, SOUTH, 64, 3), kind, **options))
+    assert status == 200
+    assert said["photos"][0]["known_position"] is None
+    assert len(said["photos"][0]["places"]) == 5
+
+
+def test_exif_positions_and_rotation_are_taken_from_an_upload(server: Server) -> None:
+    exif = Image.Exif()
+    exif.get_ifd(0x8825).update({1: "N", 2: (37.0, 46.0, 1.2), 3: "W", 4: (122.0, 30.0, 0.0)})
+    upright = photo(WEST, SOUTH, 64, 3)
+    exif[0x0112] = 8  # to be turned by 90 degrees to the left
+    turned = encoded(np.rot90(upright, -1).copy(), "PNG", exif=exif)
+    status, said = server.locate(turned)
+    assert status == 200
+    assert said["photos"][0]["known_position"]["source"] == "exif"
+    assert said["photos"][0]["places"][0]["distance_m"] < 200
+    _, straight = server.locate(encoded(upright, "PNG"))
+    confidences = [[p["confidence"] for p in s["photos"][0]["places"]] for s in (said, straight)]
+    assert confidences[0] == pytest.approx(confidences[1], rel=1e-4)
+
+
+def test_known_photos_are_those_of_the_answered_cell_the_most_alike_first(server: Server) -> None:
+    _, said = server.locate(encoded(photo(WEST, SOUTH, 32, 3)))
+    status, headers, body = server.ask("GET", f"/known/{said['answer']}/1")
+    photos, place = json.loads(body)["photos"], said["photos"][0]["places"][1]
+    assert (status, headers["content-type"]) == (200, "application/json")
+    assert len(photos) == 4
+    likeness = [photo["likeness"] for photo in photos]
+    assert likeness == sorted(likeness, reverse=True)
+    for shown in photos:
+        assert shown["picture"].startswith("data:image/jpeg;base64,")
+        # tiny's photos stand at the corner of their cell, the answer is its centre
+        assert (shown["east"], shown["north"]) == (place["east"] - 10, place["north"] - 10)
+    for address in (f"/known/{said['answer']}/9", "/known/nothing/0", f"/known/{said['answer']}/-1"):
+        assert server.ask("GET", address)[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (b"", 400, "empty"),
+        (b"no photo at all", 415, "no photo of a known format"),
+        (b"GIF89a" + bytes(100), 415, "no photo of a known format"),
+        (encoded(photo(WEST, SOUTH, 64, 0))[:600], 422, "damaged"),
+        (square(30_000), 413, "more pixels"),
+        (square(2_500), 413, "2,500 x 2,500 pixels"),
+        (bomb(30_000, 30_000), 413, "more pixels"),
+        (bomb(2_400, 2_400), 413, "2,400 x 2,400 pixels"),
+        (encoded(np.zeros((2000, 20, 3), np.uint8)), 422, "10 times"),
+        (encoded(photo(WEST, SOUTH, 64, 0), progressive=True) + b"\xff\xda" * 100, 422, "scans"),
+        (bytes(MEGABYTES * 10**6 + 1), 413, "larger than the 1 MB"),
+    ],
+    ids=["empty", "text", "gif", "cut", "huge", "large", "bomb", "small-bomb", "strip", "scans", "bytes"],
+)  # fmt: skip
+def test_a_bad_upload_is_refused_in_words(server: Server, body: bytes, status: int, words: str) -> None:
+    answered, said = server.locate(body)
+    assert answered == status
+    assert words in said["error"]
+    assert server.locate(encoded(photo(WEST, SOUTH, 32, 3)))[0] == 200
+
+
+def test_a_body_without_a_length_is_refused_once_it_passes_the_limit(server: Server) -> None:
+    sent = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(40):
+            sent += 100_000
+            yield bytes(100_000)
+
+    status, _, _ = server.ask("POST", "/locate", chunks(), {"Transfer-Encoding": "chunked"}, chunked=True)
+    assert status == 413
+    small = encoded(photo(WEST, SOUTH, 32, 3))
+    headers = {"Transfer-Encoding": "chunked"}
+    assert server.ask("POST", "/locate", iter([small[:90], small[90:]]), headers, chunked=True)[0] == 200
+
+
+def test_a_body_larger_than_its_declared_length_counts_as_declared(server: Server) -> None:
+    small, large = encoded(photo(WEST, SOUTH, 32, 3)), bytes(3 * MEGABYTES * 10**6)
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as wire:
+        head = f"POST /locate HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(small)}\r\n\r\n"
+        wire.sendall(head.encode() + small + b"\r\n\r\n" + large[:2000])
+        reply = wire.recv(100)
+    assert reply.startswith(b"HTTP/1.1 200")
+
+
+def test_a_declared_length_beyond_the_limit_is_refused_before_the_body_comes(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as wire:
+        wire.sendall(b"POST /locate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n")
+        assert wire.recv(100).startswith(b"HTTP/1.1 413")
+    for odd in (b"-1", b"many"):
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as wire:
+            wire.sendall(b"POST /locate HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + odd + b"\r\n\r\n")
+            assert wire.recv(100).startswith(b"HTTP/1.1 400")
+
+
+def test_twenty_uploads_at_once_are_all_answered_each_with_its_own_place(server: Server, folder: Path) -> None:
+    paths = sorted((folder / "queries").iterdir())
+    paths = (paths + paths)[:20]
+    alone = {path: server.locate(path.read_bytes(), path.name)[1]["photos"] for path in dict.fromkeys(paths)}
+    with ThreadPoolExecutor(20) as pool:
+        together = list(pool.map(lambda path: server.locate(path.read_bytes(), path.name), paths))
+    for path, (status, said) in zip(paths, together, strict=True):
+        assert status == 200
+        assert said["photos"][0]["photo"] == path.name
+        places, expected = said["photos"][0]["places"], alone[path][0]["places"]
+        assert [(p["group"], p["label"]) for p in places] == [(p["group"], p["label"]) for p in expected]
+
+
+def test_requests_beyond_the_bound_are_turned_away_and_a_place_that_is_given_up_is_free_again(server: Server) -> None:
+    small = encoded(photo(WEST, SOUTH, 32, 3))
+    wires = [socket.create_connection(("127.0.0.1", server.port), timeout=60) for _ in range(AT_ONCE)]
+    for wire in wires:
+        wire.sendall(f"POST /locate HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(small)}\r\n\r\n".encode())
+        wire.sendall(small[:100])
+    _wait_until(lambda: server.locate(small)[0] == 503)
+    assert f"{AT_ONCE} photos are being answered" in server.locate(small)[1]["error"]
+    for wire in wires:
+        wire.close()
+    _wait_until(lambda: server.locate(small)[0] == 200)
+
+
+def _wait_until(holds: Any, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/../serve.py", "/..%2f..%2fetc/passwd", "/%2e%2e/%2e%2e/etc/passwd", "//etc/passwd", "/page.js/../../serve.py",
+        "/serve.js", "/serve_page/serve.js", "/known/../../etc/passwd", "/known/..%2f..%2fetc/0", "/known/x/0/../1",
+        "/page.js%00", "/..\\..\\etc\\passwd", "/docs", "/openapi.json",
+    ],
+)  # fmt: skip
+def test_no_file_of_the_server_can_be_reached(server: Server, path: str) -> None:
+    status, _, body = server.ask("GET", path)
+    assert status == 404
+    assert "error" in json.loads(body)
+
+
+def test_only_known_names_and_own_pages_are_answered(server: Server) -> None:
+    for host in ("127.0.0.1", "localhost:1", "[::1]:80", "192.0.2.1", socket.gethostname().lower()):
+        assert server.ask("GET", "/", headers={"Host": host})[0] == 200
+    for host in ("rebound.example", "127.0.0.1.example:80", "localhost.example", ""):
+        assert server.ask("GET", "/", headers={"Host": host})[0] == 421
+    small = encoded(photo(WEST, SOUTH, 32, 3))
+    own = {"Host": "localhost:8000", "Origin": "http://localhost:8000"}
+    assert server.ask("POST", "/locate", small, own)[0] == 200
+    for origin in ("http://other.example", "null", "http://localhost:9000"):
+        assert server.ask("POST", "/locate", small, own | {"Origin": origin})[0] == 403
+
+
+def test_every_answer_forbids_foreign_scripts_sniffing_and_sharing(server: Server) -> None:
+    for method, path in (("GET", "/"), ("GET", "/page.js"), ("GET", "/nothing"), ("OPTIONS", "/locate"), ("POST", "/")):
+        _, headers, _ = server.ask(method, path)
+        assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'; style-src 'self'")
+        assert headers["x-content-type-options"] == "nosniff"
+        assert not any(name.startswith("access-control") for name in headers)
+        assert "server" not in headers
+
+
+def test_a_name_from_outside_comes_back_as_json_without_its_folders(server: Server) -> None:
+    small = encoded(photo(WEST, SOUTH, 32, 3))
+    _, headers, body = server.ask("POST", "/locate?name=..%2F..%2Fetc%2F%3Cimg%20src=x%3E%00.jpg", small)
+    assert headers["content-type"] == "application/json"
+    assert json.loads(body)["photos"][0]["photo"] == "<img src=x>\0.jpg"
+    assert str(Path.cwd()) not in body.decode()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_server_with_130_and_without_a_traceback(folder: Path) -> None:
+    server = Server("--checkpoint", folder / "run")
+    assert server.address == f"http://127.0.0.1:{server.port}/"
+    server.process.send_signal(signal.SIGINT)
+    out, errors = server.process.communicate(timeout=30)
+    assert server.process.returncode == 130
+    assert (out, errors.strip()) == ("", "interrupted")
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["serve.py", *map(str, words), "--cpu"])
+    serve.main()
+
+
+def test_what_cannot_be_served_is_one_clear_line(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--port", 0, "--checkpoint")
+    with pytest.raises(JobError, match="absent"):
+        run_here(monkeypatch, *words, tmp_path / "absent")
+    with pytest.raises(JobError, match="no checkpoint of this project"):
+        run_here(monkeypatch, *words, tmp_path)
+    elsewhere = write_dataset(tmp_path / "elsewhere", class_table(shift=100))
+    with pytest.raises(JobError, match="none of the checkpoint's cells"):
+        run_here(monkeypatch, *words, folder / "run", "--shards", elsewhere.path)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(JobError, match=r"name another --port"):
+        run_here(monkeypatch, "--checkpoint", folder / "run", "--port", taken.getsockname()[1])
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    monkeypatch.delitem(sys.modules, "evaluation.web_app", raising=False)
+    with pytest.raises(JobError, match=r"divide-and-classify\[serve\]"):
+        run_here(monkeypatch, *words, folder / "run")
+
+
+@pytest.mark.parametrize("words", [["--port", "70000"], ["--at-once", "0"], ["--max-megapixels", "9999"]])
+def test_wrong_arguments_exit_with_2(folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run_here(monkeypatch, "--checkpoint", folder / "run", *words)
+
+
+@pytest.fixture(scope="module")
+def page(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    page = Page(tmp_path_factory.mktemp("profile"))
+    yield page
+    page.close()
+
+
+def opened(page: Page, server: Server, width: int = 1280) -> Page:
+    page.open(server.address, width)
+    page.wait_for("document.body?.dataset.state === 'ready'")
+    return page
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_shows_the_places_of_a_chosen_photo_and_known_photos(
+    page: Page, server: Server, folder: Path
+) -> None:
+    path = sorted((folder / "queries").iterdir())[5]
+    _, expected = server.locate(path.read_bytes(), path.name)
+    for width in (1280, 390):
+        opened(page, server, width).choose("#file", path)
+        page.wait_for("document.body.dataset.state === 'answer' && !document.getElementById('known').hidden")
+        shown = page.evaluate("[...document.querySelectorAll('#places .percent')].map((n) => n.textContent)")
+        places = expected["photos"][0]["places"]
+        assert shown == ["< 0.1 %" if p["confidence"] < 1e-3 else f"{100 * p['confidence']:.1f} %" for p in places]
+        assert page.evaluate("document.getElementById('photo').naturalWidth") == 32
+        assert page.evaluate("document.querySelectorAll('#known figure img').length") == 4
+        assert "mlat=37.76" in page.evaluate("document.querySelector('#places a').href")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        # The first place is where the map says that it is: pointing there shows its card.
+        page.evaluate("map.canvas.scrollIntoView({ block: 'center' })")
+        x, y = page.evaluate(
+            "(() => { const b = map.canvas.getBoundingClientRect(), [x, y] = map.toScreen(...local(answer.places[0]));"
+            " return [b.left + x, b.top + y]; })()"
+        )
+        page.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        page.wait_for("!document.getElementById('card').hidden")
+        assert page.evaluate("document.getElementById('card').textContent").startswith(f"1. {shown[0]}")
+    assert page.problems == []
+
+
+@pytest.mark.slow
+@needs_browser
+def test_a_browser_shows_the_reason_for_a_broken_and_for_a_huge_image_and_goes_on(
+    page: Page, server: Server, folder: Path, tmp_path: Path
+) -> None:
+    opened(page, server)
+    good = sorted((folder / "queries").iterdir())[0]
+    cases = {
+        "cut.jpg": (good.read_bytes()[:300], "damaged"),
+        "huge.jpg": (square(30_000), "more pixels"),
+        "large.bin": (bytes(3 * MEGABYTES * 10**6), "larger than the 1 MB"),
+        "<img src=x onerror=alert(1)>.jpg": (b"text", "no photo of a known format"),
+    }
+    for name, (body, words) in cases.items():
+        (tmp_path / name).write_bytes(body)
+        page.choose("#file", tmp_path / name)
+        page.wait_for("document.body.dataset.state === 'error'")
+        assert words in page.evaluate("document.getElementById('status').textContent")
+        assert page.evaluate("document.getElementById('answer').hidden")
+        page.choose("#file", good)
+        page.wait_for("document.body.dataset.state === 'answer'")
+    assert all('"level": "error"' in problem and "status of 4" in problem for problem in page.problems)
+    page.problems.clear()
+
+
+@pytest.mark.slow
+@needs_browser
+def test_twenty_uploads_at_once_from_a_page_and_a_pasted_photo_are_answered(page: Page, server: Server) -> None:
+    opened(page, server)
+    picture = json.dumps(list(encoded(photo(WEST, SOUTH, 32, 3))))
+    page.evaluate(f"globalThis.photo = new File([new Uint8Array({picture})], 'a.jpg', {{ type: 'image/jpeg' }})")
+    statuses = page.evaluate(
+        "Promise.all(Array.from({ length: 20 }, () => fetch('locate', { method: 'POST', body: photo })"
+        ".then((reply) => reply.status)))"
+    )
+    assert statuses == [200] * 20
+    page.evaluate(
+        "(() => { const clipboardData = new DataTransfer(); clipboardData.items.add(photo);"
+        " document.dispatchEvent(new ClipboardEvent('paste', { clipboardData })); })()"
+    )
+    page.wait_for("document.body.dataset.state === 'answer'")
