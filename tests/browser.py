@@ -100,7 +100,7 @@ class Page:
         """Put a file into a file input, as a person does who chooses it."""
         root = self.command("DOM.getDocument")["root"]["nodeId"]
         node = self.command("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.command("DOM.setFileInputFiles", nodeId=node, files=[str(file)])
+        self.command("DOM.setFileInputFiles", nodeId=node, files=[str(file.resolve())])
 
     def picture(self) -> bytes:
         """What the window shows, as PNG."""
