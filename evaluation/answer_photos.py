@@ -115,6 +115,8 @@ def to_document(
     return {
         "checkpoint": str(localiser.path),
         "utm_zone": localiser.classes.zone,
+        "score_form": localiser.form,
+        "temperature": localiser.temperature(localiser.form),
         "photos": [
             {
                 "photo": str(photo.path),
@@ -166,4 +168,8 @@ def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], lo
             )
         lines.append("")
     summary = f"{len(answered):,} photos answered" + (f", {len(failures):,} failed" if failures else "")
-    return "\n".join([*lines, summary])
+    found = localiser.calibration
+    trust = (
+        f"calibrated on {found.count:,} queries" if found else "not calibrated (evaluate.py --val-queries does that)"
+    )
+    return "\n".join([*lines, f"{summary}; confidence {trust}"])

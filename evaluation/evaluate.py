@@ -14,7 +14,7 @@ from pathlib import Path
 import tyro
 
 from evaluation.query_set import Settings
-from evaluation.ranking import OWN_FORMS, RANKING_FORMS, RankingForm
+from evaluation.ranking import OWN_FORMS, RankingForm
 from evaluation.results import Job, evaluate_all, open_world, write_results
 from shards.console import entry
 from training.scoring import RECALL_NS, THRESHOLD_METRES
@@ -40,9 +40,10 @@ class Arguments:
     forms: tuple[RankingForm, ...] = OWN_FORMS
     """Scores to rank by: raw, cosine, zscore (cosines on one scale over groups), softmax (within groups)."""
     score_form: RankingForm | None = None
-    """Scores of the main figures; the default is what the checkpoint was trained for."""
-    choose_form_on: Path | None = None
-    """Validation queries on which the form with the highest LR@1 is chosen, of all forms, for the main figures."""
+    """Scores of the main figures; the default is the best on the validation queries."""
+    val_queries: Path | None = None
+    """Validation queries that choose the form of the main figures and calibrate the confidence, which is stored with
+    the checkpoint; the default is those of its training, if they are still there and nothing is stored yet."""
     shards: Path | None = None
     """Data set whose photos illustrate the report's failures."""
     report: bool = True
@@ -65,12 +66,12 @@ def main() -> int:
         Settings(
             tuple(sorted(set(arguments.ns))),
             arguments.threshold,
-            RANKING_FORMS if arguments.choose_form_on else arguments.forms,
+            arguments.forms,
             arguments.batch_size,
             arguments.threads or cores_of_process(),
         ),
         arguments.score_form,
-        arguments.choose_form_on,
+        arguments.val_queries,
     )
     with open_world(cpu=arguments.cpu) as world:
         results = evaluate_all(job, world)

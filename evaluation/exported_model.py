@@ -31,7 +31,7 @@ class ExportedModel(nn.Module):
     """Photos to descriptors and class scores in one network, normalisation included.
 
     Input: float32 [B, 3, H, W], RGB from 0 to 1. Outputs: unit descriptors float32 [B, D], and scores float32 [B, C] of
-    all classes by the checkpoint's own form, in the order of classes.csv.
+    all classes by the form that it was trained for, in the order of classes.csv.
     """
 
     weight: Tensor
@@ -41,14 +41,12 @@ class ExportedModel(nn.Module):
 
     def __init__(self, localiser: Localiser) -> None:
         super().__init__()
-        if localiser.form not in ("raw", "cosine"):
-            raise ValueError(f"scores {localiser.form!r} are neither raw nor cosine")
         self.model = localiser.model
         heads = localiser.heads.values()
         weight = torch.cat([head.weight.detach() for head in heads])
-        if localiser.form == "cosine":
+        if localiser.trained_form == "cosine":
             weight = nn.functional.normalize(weight, dim=1)
-        biases = [head.bias.detach() for head in heads if head.bias is not None and localiser.form == "raw"]
+        biases = [head.bias.detach() for head in heads if head.bias is not None and localiser.trained_form == "raw"]
         self.register_buffer("weight", weight)
         self.register_buffer("bias", torch.cat(biases) if biases else torch.zeros(len(weight)))
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
@@ -139,7 +137,7 @@ def _write_facts(localiser: Localiser, out: Path) -> None:
         "shorter_side_pixels": localiser.shorter_side,
         "resize": "bilinear with antialiasing, aspect kept",
         "outputs": ["descriptors [batch, dim], unit length", "scores [batch, classes], columns as in classes.csv"],
-        "score_form": localiser.form,
+        "score_form": localiser.trained_form,
         "utm_zone": classes.zone,
         "cell_metres": classes.M,
         "provenance": provenance(),
@@ -158,6 +156,8 @@ def export_hub(localiser: Localiser, out: Path, results: Path | None) -> None:
     with atomic_folder(out) as folder:
         for name in (*WEIGHT_FILES, "files.json", "provenance.json"):
             shutil.copyfile(localiser.path / name, folder / name)
+        if localiser.calibration:
+            localiser.calibration.save(folder)
         atomic_write_text(folder / "README.md", card)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evaluation.calibration import TEMPERATURES, Calibration, fit
 from evaluation.localiser import Localiser
 from evaluation.measures import (
     accuracy_by_group,
@@ -21,7 +22,7 @@ from evaluation.measures import (
     percent,
     recall_curve,
 )
-from evaluation.ranking import Answers, RankingForm
+from evaluation.ranking import RANKING_FORMS, Answers, RankingForm
 from shards.classes import ClassTable
 from training.distributed import World
 from training.queries import Queries, SetAside
@@ -134,6 +135,7 @@ class Outcome:
             "latency_ms": self.timing.latency,
             "processes": self.timing.processes,
             "device": self.timing.device,
+            "temperature": self.localiser.temperature(self.form),
             "calibration_error": calibration_error,
             "calibration": as_rows(table),
             "by_group": accuracy_by_group(
@@ -193,6 +195,38 @@ def evaluate_set(
         timing=Timing(float(slowest[0]), float(slowest[1]), latency, world.size, localiser.device.type),
         settings=settings,
     )
+
+
+def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world: World) -> Calibration | None:
+    """Form and temperatures from validation queries, each rank ranking its share; None where none can be scored.
+
+    All ranks must call it, and all get the same.
+    """
+    located = np.flatnonzero(queries.located)[world.rank :: world.size]
+    paths = [queries.paths[i] for i in located]
+    described = localiser.describe(paths, batch_size=settings.batch_size, threads=settings.threads)
+    kept = located[described.readable]
+    own: dict[RankingForm, tuple[np.ndarray, np.ndarray]] = {}
+    if len(kept):
+        found = localiser.ranker.confidences(
+            described.vectors[torch.from_numpy(described.readable)],
+            forms=RANKING_FORMS,
+            temperatures=TEMPERATURES,
+            threshold=settings.threshold,
+        )
+        east, north = queries.east[kept], queries.north[kept]
+        for form, (rows, confidence) in found.items():
+            errors = cell_distances(rows[:, None], localiser.classes, east, north)[:, 0]
+            own[form] = (errors <= np.float32(settings.threshold), confidence)
+    everyone = [part for part in world.gather(own) if part]
+    fitted = None
+    if world.is_main and everyone:
+        answers = {
+            form: (np.concatenate([p[form][0] for p in everyone]), np.concatenate([p[form][1] for p in everyone]))
+            for form in RANKING_FORMS
+        }
+        fitted = fit(answers, str(queries.folder), localiser.trained_form)
+    return world.gather(fitted)[0]
 
 
 def _merge(parts: Sequence[tuple[np.ndarray, Answers]], count: int) -> Answers:

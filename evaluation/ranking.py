@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from evaluation.cell_index import CellIndex
 from shards.classes import ClassTable
-from training.heads import NORM_FLOOR, Head
-from training.scoring import THRESHOLD_METRES
+from training.heads import NORM_FLOOR, Head, ScoreForm, full_precision
+from training.scoring import STRIP, THRESHOLD_METRES, strip_columns
 
 RankingForm = Literal["raw", "cosine", "zscore", "softmax"]
 RANKING_FORMS: tuple[RankingForm, ...] = get_args(RankingForm)
@@ -22,7 +21,9 @@ OWN_FORMS: tuple[RankingForm, ...] = ("raw", "cosine")
 
 UNCERTAINTY_MASS = 0.68
 _UNCERTAINTY_CLASSES = 256
-_SCORES_IN_MEMORY = 1 << 24
+_SCORES_IN_MEMORY = 1 << 25
+_QUERIES_AT_ONCE = 256
+_BLOCK = 2048  # classes whose weights and scores stay in cache together
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,63 @@ class Answers:
 
 
 class ClassRanker:
-    """Ranks the classes of `heads` (keyed by group id) for descriptors, on `device`."""
+    """Ranks the classes of `heads` (keyed by group id) for descriptors, on `device`.
+
+    Scores of q photos lie in one matrix [q, columns]: the groups one after another, each filled up to whole strips
+    with at least one column of no class, whose score is minus infinity.
+    """
 
     def __init__(self, heads: dict[int, Head], classes: ClassTable, device: torch.device) -> None:
         self.classes = classes
         self.device = device
         self.heads = {group: head.to(device) for group, head in heads.items()}
-        self.norms = {
-            group: head.weight.detach().norm(dim=1).clamp_min(NORM_FLOOR) for group, head in self.heads.items()
-        }
+        self.margin = next(iter(heads.values())).margin
         self.index = CellIndex(classes)
         self._centers = torch.from_numpy(classes.centers()).to(device)
         self._neighbours: dict[float, Tensor] = {}
+        self.starts: list[int] = []
+        rows: list[Tensor] = []
+        scales: list[Tensor] = []
+        shifts: list[Tensor] = []
+        groups: list[Tensor] = []
+        for group, head in self.heads.items():
+            self.starts.append(sum(len(some) for some in rows))
+            own = torch.arange(head.classes, device=device) + int(np.searchsorted(classes.group, group))
+            width = (head.classes // STRIP + 1) * STRIP
+            rows.append(_filled(own, width, -1))
+            weight = head.weight.detach()
+            scales.append(_filled(weight.norm(dim=1).clamp_min(NORM_FLOOR).reciprocal(), width, 1.0))
+            bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias.detach()
+            shifts.append(_filled(bias, width, 0.0))
+            groups.append(torch.full((width // STRIP,), len(groups), device=device))
+        self.row_of_column, self.inverse_norms, self.biases, self.group_of_strip = (
+            torch.cat(parts) for parts in (rows, scales, shifts, groups)
+        )
+        real = torch.nonzero(self.row_of_column >= 0)[:, 0]
+        self.column_of_row = torch.empty_like(real)
+        self.column_of_row[self.row_of_column[real]] = real
+
+    def order_of(self, form: RankingForm) -> ScoreForm:
+        """The scores that rank a group's own classes as `form` does: its weights' raw products or cosines."""
+        if form in OWN_FORMS:
+            return form  # type: ignore[return-value]
+        return "cosine" if self.margin.normalises else "raw"
+
+    def blocks(self) -> Iterator[tuple[int, Tensor, slice, slice]]:
+        """For every block its group's number, weights [c, D], its columns, and these with the filled-up ones."""
+        for number, (start, head) in enumerate(zip(self.starts, self.heads.values(), strict=True)):
+            for first in range(0, head.classes, _BLOCK):
+                weight = head.weight.detach()[first : first + _BLOCK]
+                end = start + first + len(weight)
+                last = first + len(weight) == head.classes
+                whole = start + (head.classes // STRIP + 1) * STRIP if last else end
+                yield number, weight, slice(start + first, end), slice(start + first, whole)
+
+    def in_order(self, products: Tensor, order: ScoreForm, columns: Tensor | slice) -> Tensor:
+        """Scores by `order` out of the products of descriptors and weights in these columns."""
+        if order == "cosine":
+            return products * self.inverse_norms[columns]
+        return products if self.margin.normalises else products + self.biases[columns]
 
     @torch.inference_mode()
     def rank(
@@ -62,28 +108,53 @@ class ClassRanker:
         forms: Sequence[RankingForm],
         top_k: int = 20,
         threshold: float = THRESHOLD_METRES,
+        temperatures: Mapping[RankingForm, float] | None = None,
     ) -> dict[RankingForm, Answers]:
         """Rank all groups' classes for descriptors float32 [Q, D] by each of `forms`.
 
-        `threshold` (metres) bounds the neighbourhood whose probability is a cell's confidence. K is `top_k`, or the
-        number of classes where there are fewer.
+        `threshold` (metres) bounds the neighbourhood whose probability is a cell's confidence. `temperatures` (1 where
+        none is given) divide the logits behind the probabilities; they change no ranking. K is `top_k`, or the number
+        of classes where there are fewer.
         """
         top_k = min(top_k, len(self.classes))
-        neighbours = self._neighbours_within(threshold)
-        chunk = int(np.clip(_SCORES_IN_MEMORY // len(self.classes), 1, 128))
+        divisors = {form: (temperatures or {}).get(form, 1.0) for form in forms}
         parts: dict[RankingForm, list[tuple[Tensor, ...]]] = {form: [] for form in forms}
-        for some in vectors.split(chunk):
-            groups = GroupScores(self.heads, self.norms, some.to(self.device))
-            probability = groups.probability()
-            likely = probability.topk(min(_UNCERTAINTY_CLASSES, probability.shape[1]), dim=1)
-            padded = F.pad(probability, (0, 1))  # the column that absent neighbours (-1) point at
+        for some in self._chunks(vectors):
+            scores = ScoredClasses(self, some, forms, set(divisors.values()))
             for form in forms:
-                scores, rows = groups.scores(form).topk(top_k, dim=1)
-                near = neighbours[rows].flatten(1)
-                confidence = padded.gather(1, near % padded.shape[1]).view(*rows.shape, -1).sum(2).clamp(max=1)
-                radius = self._radius(rows, likely.indices, likely.values)
-                parts[form].append(tuple(part.cpu() for part in (rows, scores, confidence, radius)))
+                values, columns = scores.best(form, top_k)
+                rows = self.row_of_column[columns]
+                confidence = self._confidence(scores, rows, divisors[form], threshold)
+                radius = self._radius(rows, *scores.likeliest(divisors[form]))
+                parts[form].append(tuple(part.cpu() for part in (rows, values, confidence, radius)))
         return {form: _join(parts[form], top_k) for form in forms}
+
+    @torch.inference_mode()
+    def confidences(
+        self, vectors: Tensor, *, forms: Sequence[RankingForm], temperatures: Sequence[float], threshold: float
+    ) -> dict[RankingForm, tuple[np.ndarray, np.ndarray]]:
+        """The first answer's row, int64 [Q], and its confidence at each temperature, float32 [Q, T], by each form."""
+        parts: dict[RankingForm, list[tuple[Tensor, Tensor]]] = {form: [] for form in forms}
+        for some in self._chunks(vectors):
+            scores = ScoredClasses(self, some, forms, set(temperatures))
+            for form in forms:
+                rows = self.row_of_column[scores.best(form, 1)[1]]
+                found = [self._confidence(scores, rows, divisor, threshold) for divisor in temperatures]
+                parts[form].append((rows[:, 0].cpu(), torch.cat(found, dim=1).cpu()))
+        return {
+            form: (torch.cat([rows for rows, _ in some]).numpy(), torch.cat([found for _, found in some]).numpy())
+            for form, some in parts.items()
+        }
+
+    def _chunks(self, vectors: Tensor) -> Iterator[Tensor]:
+        size = int(np.clip(_SCORES_IN_MEMORY // len(self.row_of_column), 1, _QUERIES_AT_ONCE))
+        for some in vectors.split(size):
+            yield some.to(self.device)
+
+    def _confidence(self, scores: ScoredClasses, rows: Tensor, divisor: float, threshold: float) -> Tensor:
+        """Probability float32 [q, K] of all classes within the threshold of each answer's."""
+        near = self._neighbours_within(threshold)[rows].flatten(1)
+        return scores.probability(near, divisor).view(*rows.shape, -1).sum(2).clamp(max=1)
 
     def _radius(self, rows: Tensor, likely: Tensor, mass: Tensor) -> Tensor:
         """Metres [q, K] around each answer that hold 68 % of the probability of the likeliest cells [q, L]."""
@@ -97,53 +168,115 @@ class ClassRanker:
         return distances.gather(2, at).squeeze(2).clamp(min=half_diagonal).float()
 
     def _neighbours_within(self, radius: float) -> Tensor:
+        """int64 [C, J]: the columns of the classes near each; a column of no class where there are fewer."""
         if radius not in self._neighbours:
-            self._neighbours[radius] = torch.from_numpy(self.index.neighbours(radius)).to(self.device)
+            rows = torch.from_numpy(self.index.neighbours(radius)).to(self.device)
+            nowhere = len(self.row_of_column) - 1
+            self._neighbours[radius] = torch.where(rows < 0, nowhere, self.column_of_row[rows.clamp(min=0)])
         return self._neighbours[radius]
 
 
-class GroupScores:
-    """Scores of q photos (unit descriptors) for the classes of all groups, [q, C], in the order of the class table.
+class ScoredClasses:
+    """Scores of q photos (unit descriptors) for the classes of all groups, and what each form makes of them.
 
     "raw" and "cosine" are the heads' own. Two more put the groups, which were trained apart, on one scale:
     "zscore" subtracts from each group's cosines (logits for FC_CE) their mean and divides by their deviation,
-    "softmax" takes each group's log-probabilities.
+    "softmax" takes each group's log-probabilities. Neither changes the order within a group, so one matrix product
+    and the maxima of its strips serve all forms. Probabilities are those of the softmax that training used, over
+    the classes of all groups, without margin; they can be asked for at each of `temperatures`.
     """
 
-    def __init__(self, heads: dict[int, Head], norms: dict[int, Tensor], descriptors: Tensor) -> None:
-        self.heads = heads
-        self.descriptors = descriptors
-        # One matrix product serves all forms: a cosine is the raw score of a unit descriptor over the weight's norm.
-        self.raw = [head.scores(descriptors, "raw").float() for head in heads.values()]
-        self.base = [
-            raw / norms[group] if head.margin.normalises else raw
-            for raw, (group, head) in zip(self.raw, heads.items(), strict=True)
-        ]
+    def __init__(
+        self,
+        ranker: ClassRanker,
+        descriptors: Tensor,
+        forms: Sequence[RankingForm],
+        temperatures: Collection[float],
+    ) -> None:
+        self.ranker = ranker
+        self.own: ScoreForm = ranker.order_of("softmax")  # what training took for logits, but for the scale
+        self.scale = ranker.margin.s
+        columns = len(ranker.row_of_column)
+        self.products = descriptors.new_empty(len(descriptors), columns)
+        orders = dict.fromkeys([self.own, *map(ranker.order_of, forms)])
+        self.maxima = {order: descriptors.new_empty(len(descriptors), columns // STRIP) for order in orders}
+        needed = {*temperatures, *([1.0] if "softmax" in forms else [])}
+        self.log_totals: dict[float, list[list[Tensor]]] = {divisor: [[] for _ in ranker.starts] for divisor in needed}
+        for block in ranker.blocks():
+            self._score(descriptors, *block)
 
-    def scores(self, form: RankingForm) -> Tensor:
-        """Scores float32 [q, C] to rank the classes by."""
-        if form == "raw":
-            return torch.cat(self.raw, dim=1)
-        if form == "cosine":
-            return torch.cat([self._cosine(i, head) for i, head in enumerate(self.heads.values())], dim=1)
-        if form == "zscore":
-            return torch.cat([_standardise(base) for base in self.base], dim=1)
-        return torch.cat([logits.log_softmax(dim=1) for logits in self._logits()], dim=1)
+    def _score(self, descriptors: Tensor, group: int, weight: Tensor, columns: slice, whole: slice) -> None:
+        """Fill in the products of a block, the maxima of its strips, and the sums behind probabilities."""
+        part = self.products[:, columns]
+        with full_precision(weight.device):
+            torch.mm(descriptors, weight.T, out=part)
+        self.products[:, columns.stop : whole.stop] = -torch.inf
+        strips = slice(whole.start // STRIP, whole.stop // STRIP)
+        for order, maxima in self.maxima.items():
+            scores = self.ranker.in_order(self.products[:, whole], order, whole)
+            maxima[:, strips] = scores.unflatten(1, (-1, STRIP)).amax(2)
+            if order == self.own:
+                highest = maxima[:, strips].amax(1, keepdim=True)
+                above = scores - highest
+                for divisor, totals in self.log_totals.items():
+                    factor = self.scale / divisor
+                    total = (above * factor).exp_().sum(1).log_()
+                    totals[group].append(total + highest[:, 0] * factor)
 
-    def probability(self) -> Tensor:
-        """Probability float32 [q, C] over the classes of all groups: the softmax that training used, without margin."""
-        return torch.cat(self._logits(), dim=1).softmax(dim=1)
+    def best(self, form: RankingForm, top_k: int) -> tuple[Tensor, Tensor]:
+        """The `top_k` best scores by a form, best first, and their columns: float32 and int64 [q, K]."""
+        order = self.ranker.order_of(form)
+        if form in OWN_FORMS:
+            return self._select(order, top_k)
+        return self._select(order, top_k, *(self._standard() if form == "zscore" else self._log_softmax()))
 
-    def _cosine(self, i: int, head: Head) -> Tensor:
-        return self.base[i] if head.margin.normalises else head.scores(self.descriptors, "cosine").float()
+    def likeliest(self, temperature: float) -> tuple[Tensor, Tensor]:
+        """Rows int64 [q, L] of the likeliest classes and their probabilities float32 [q, L]."""
+        columns = self._select(self.own, min(_UNCERTAINTY_CLASSES, len(self.ranker.classes)))[1]
+        return self.ranker.row_of_column[columns], self.probability(columns, temperature)
 
-    def _logits(self) -> list[Tensor]:
-        return [base * head.margin.s for base, head in zip(self.base, self.heads.values(), strict=True)]
+    def probability(self, columns: Tensor, temperature: float) -> Tensor:
+        """Probability float32 [q, n] of the classes in columns int64 [q, n]."""
+        scores = self.ranker.in_order(self.products.gather(1, columns), self.own, columns)
+        total = torch.stack([t for group in self.log_totals[temperature] for t in group]).logsumexp(0)
+        return (scores * (self.scale / temperature) - total[:, None]).exp()
+
+    def _select(
+        self, order: ScoreForm, top_k: int, shift: Tensor | None = None, factor: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The best of all groups, after `(score - shift) * factor` with one shift and factor [q, G] a group."""
+        group, maxima = self.ranker.group_of_strip, self.maxima[order]
+        if shift is not None and factor is not None:
+            maxima = (maxima - shift[:, group]) * factor[:, group]
+        strips = maxima.topk(min(top_k, maxima.shape[1]), dim=1).indices
+        columns = strip_columns(strips)
+        scores = self.ranker.in_order(self.products.gather(1, columns), order, columns)
+        if shift is not None and factor is not None:
+            of_column = group[strips].repeat_interleave(STRIP, dim=1)
+            scores = (scores - shift.gather(1, of_column)) * factor.gather(1, of_column)
+        values, at = scores.topk(top_k, dim=1)
+        return values, columns.gather(1, at)
+
+    def _standard(self) -> tuple[Tensor, Tensor]:
+        """Mean and inverse deviation of each group's scores, [q, G] both."""
+        means, factors = [], []
+        for start, head in zip(self.ranker.starts, self.ranker.heads.values(), strict=True):
+            columns = slice(start, start + head.classes)
+            scores = self.ranker.in_order(self.products[:, columns], self.own, columns)
+            variance, mean = torch.var_mean(scores, dim=1, correction=0)
+            means.append(mean)
+            factors.append(variance.sqrt().clamp_min(1e-12).reciprocal())
+        return torch.stack(means, dim=1), torch.stack(factors, dim=1)
+
+    def _log_softmax(self) -> tuple[Tensor, Tensor]:
+        """What turns each group's scores into log-probabilities: the log of its sum over the scale, and the scale."""
+        totals = torch.stack([torch.stack(group).logsumexp(0) for group in self.log_totals[1.0]], dim=1)
+        return totals / self.scale, torch.full_like(totals, self.scale)
 
 
-def _standardise(scores: Tensor) -> Tensor:
-    deviation = scores.std(dim=1, keepdim=True, correction=0).clamp_min(1e-12)
-    return (scores - scores.mean(dim=1, keepdim=True)) / deviation
+def _filled(values: Tensor, width: int, fill: float) -> Tensor:
+    """`values` with `fill` behind them up to `width`."""
+    return torch.cat([values, values.new_full((width - len(values),), fill)])
 
 
 def _join(parts: list[tuple[Tensor, ...]], top_k: int) -> Answers:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
+from evaluation.calibration import Calibration
 from evaluation.localiser import Localiser
-from evaluation.query_set import Outcome, Settings, evaluate_set
+from evaluation.query_set import Outcome, Settings, calibrate, evaluate_set
 from evaluation.ranking import RankingForm
 from evaluation.report import write_report
 from evaluation.result_files import Row, format_table, write_csv, write_json, write_predictions
@@ -27,14 +28,14 @@ _LINES_A_KIND = 10
 
 @dataclass(frozen=True)
 class Job:
-    """What to evaluate, and where the results go. `form` None: each checkpoint's own, or the best on `choose_on`."""
+    """What to evaluate, and where the results go. `form` None: the best on the validation queries."""
 
     checkpoints: tuple[Path, ...]
     query_sets: tuple[Path, ...]
     out: Path
     settings: Settings
     form: RankingForm | None = None
-    choose_on: Path | None = None
+    val_queries: Path | None = None
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    chosen: dict[str, Row] = field(default_factory=dict)
+    calibrations: dict[str, Calibration | None] = field(default_factory=dict)
     failed: int = 0
 
     def error(self, message: str, rows: int = 1) -> None:
@@ -88,11 +89,19 @@ def evaluate_all(job: Job, world: World) -> Results | None:
         localiser = _load(path, notes, world)
         if localiser is None:
             continue
-        form = _choose_form(localiser, path, notes, world)
+        _calibrate(localiser, path, notes, world)
+        notes.calibrations[str(path)] = localiser.calibration
+        form = job.form or localiser.form
         for folder in job.query_sets:
             queries = _list(folder, localiser, notes, world)
             if queries is None:
                 continue
+            if (
+                world.is_main
+                and localiser.calibration
+                and folder.resolve() == Path(localiser.calibration.queries).resolve()
+            ):
+                notes.warn(f"{folder}: the validation queries themselves; form and confidence are fitted to them")
             outcome = evaluate_set(localiser, str(path), queries, form, job.settings, world)
             if outcome is not None:
                 _add(outcome, results)
@@ -140,22 +149,27 @@ def _list(folder: Path, localiser: Localiser, notes: Results, world: World, rows
     return None
 
 
-def _choose_form(localiser: Localiser, path: Path, notes: Results, world: World) -> RankingForm:
-    """The form of the main figures: as asked, as the best on the validation queries, or the checkpoint's own."""
-    job = notes.job
-    if job.form is not None or job.choose_on is None:
-        return job.form or localiser.form
-    queries = _list(job.choose_on, localiser, notes, world, rows=0)
-    if queries is None or not queries.located.any():
-        notes.warn(f"{job.choose_on}: no form can be chosen on these queries; {path} keeps {localiser.form}")
-        return localiser.form
-    outcome = evaluate_set(localiser, str(path), queries, localiser.form, job.settings, world)
-    best = localiser.form
-    if outcome is not None:
-        first = {form: outcome.recall(form)[job.settings.ns[0]] for form in outcome.answers}
-        best = max(first, key=lambda form: (first[form], form == localiser.form))
-        notes.chosen[str(path)] = {"form": best, "queries": str(job.choose_on), "lr": first}
-    return world.gather(best)[0]
+def _calibrate(localiser: Localiser, path: Path, notes: Results, world: World) -> None:
+    """Fit form and temperature on the validation queries that were given or, where nothing is stored, trained with."""
+    folder = notes.job.val_queries
+    if folder is None and localiser.calibration is None:
+        trained_with = localiser.config.val_queries
+        found = trained_with if trained_with is not None and trained_with.is_dir() else None
+        folder = world.gather(found)[0]
+    if folder is None:
+        return
+    queries = _list(folder, localiser, notes, world, rows=0)
+    fitted = calibrate(localiser, queries, notes.job.settings, world) if queries is not None else None
+    if fitted is None:
+        if world.is_main:
+            notes.warn(f"{folder}: no readable query with coordinates; {path} keeps {localiser.form} scores")
+        return
+    localiser.calibration = fitted
+    if world.is_main:
+        try:
+            fitted.save(localiser.path)
+        except OSError as error:
+            notes.warn(f"the calibration is not stored: {describe_os_error(error)}")
 
 
 def _add(outcome: Outcome, results: Results) -> None:
@@ -193,7 +207,7 @@ def write_results(results: Results, *, report: bool = True, shards: Path | None 
     out, rows = results.job.out, results.rows
     facts: dict[str, Any] = {
         "settings": asdict(results.job.settings),
-        "chosen_forms": results.chosen,
+        "calibrations": {path: asdict(some) if some else None for path, some in results.calibrations.items()},
         "problems": results.problems,
         "failed": results.failed,
         "provenance": provenance(),
@@ -209,7 +223,6 @@ def write_results(results: Results, *, report: bool = True, shards: Path | None 
         except JobError as error:
             results.error(str(error))
     print(f"\n{format_table(rows)}\n")
-    for path, choice in results.chosen.items():
-        lr = ", ".join(f"{form} {value:.1f}" for form, value in choice["lr"].items())
-        print(f"{path}: {choice['form']} scores, the best of {lr} on {choice['queries']}")
+    for path, calibration in results.calibrations.items():
+        print(f"{path}: {calibration.describe() if calibration else 'confidence not calibrated; give --val-queries'}")
     print(f"written to {out}: {', '.join(written)}")

@@ -112,10 +112,10 @@ def compare(
 
 
 def class_weights(localiser: Localiser) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights [C, D] (and biases [C] of FC_CE) whose products with a descriptor rank all classes by the own form."""
+    """Weights [C, D] (and biases [C] of FC_CE): a product with a descriptor ranks all classes as trained for."""
     heads = localiser.heads.values()
     weight = torch.cat([head.weight.detach() for head in heads])
-    if localiser.form == "cosine":
+    if localiser.trained_form == "cosine":
         return torch.nn.functional.normalize(weight, dim=1), None
     biases = [head.bias.detach() for head in heads if head.bias is not None]
     return weight, torch.cat(biases) if biases else None

@@ -15,6 +15,7 @@ from tiny import ROOT, SOUTH, WEST, class_table, write_queries
 from tiny_run import write_run
 
 from evaluation import evaluate
+from evaluation.ranking import RANKING_FORMS
 from shards.console import JobError
 from shards.names import PhotoName, format_name
 
@@ -150,17 +151,49 @@ def test_what_cannot_be_evaluated_is_one_line_and_the_rest_goes_on(
     assert (tmp_path / "o" / "report.html").exists()
 
 
-def test_the_form_that_is_best_on_validation_gives_the_main_figures(
-    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_validation_queries_choose_the_form_and_the_temperature_that_later_answers_keep(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run, queries = run_and_queries
-    words = ["--checkpoints", run, "--queries", queries, "--out", tmp_path, "--choose-form-on", queries, "--no-report"]
+    run, val = shutil.copytree(run_and_queries[0], tmp_path / "run"), run_and_queries[1]
+    test = write_queries(tmp_path / "test", size=48)
+    words = ["--checkpoints", run, "--queries", test, "--no-report"]
+    assert run_here(monkeypatch, *words, "--val-queries", val, "--out", tmp_path / "a") == 0
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    (row,), fitted = results["rows"], results["calibrations"][str(run)]
+    assert sorted(fitted["lr_at_1"]) == sorted(RANKING_FORMS)
+    assert fitted["lr_at_1"][fitted["form"]] == max(fitted["lr_at_1"].values())
+    assert (fitted["queries"], fitted["count"], row["form"]) == (str(val), 32, fitted["form"])
+    assert row["temperature"] == fitted["temperatures"][row["form"]] != 1
+    assert "32 queries" in capsys.readouterr().out
+    assert json.loads(next(run.rglob("calibration.json")).read_text()) == fitted
+    # Nothing but the stored calibration is needed the next time.
+    assert run_here(monkeypatch, *words, "--out", tmp_path / "b") == 0
+    again = json.loads((tmp_path / "b" / "results.json").read_text())["rows"][0]
+    assert (again["temperature"], again["calibration_error"]) == (row["temperature"], row["calibration_error"])
+    before = tmp_path / "c"
+    words[1] = run_and_queries[0]
+    assert run_here(monkeypatch, *words, "--out", before) == 0
+    untouched = json.loads((before / "results.json").read_text())["rows"][0]
+    assert untouched["temperature"] is None
+    assert untouched["calibration_error"] != row["calibration_error"]
+
+
+def test_queries_that_the_confidence_was_fitted_to_are_told_from_others(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, val = shutil.copytree(run_and_queries[0], tmp_path / "run"), run_and_queries[1]
+    words = ["--checkpoints", run, "--queries", val, "--val-queries", val, "--no-report", "--out", tmp_path / "o"]
     assert run_here(monkeypatch, *words) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    (row,) = results["rows"]
-    assert sorted(row["forms"]) == ["cosine", "raw", "softmax", "zscore"]
-    assert row["lr_at_1"] == max(form["lr_at_1"] for form in row["forms"].values())
-    assert results["chosen_forms"][str(run)]["form"] == row["form"]
+    assert "the validation queries themselves" in capsys.readouterr().err
+    next(run.rglob("calibration.json")).write_text('{"form": "best"}')
+    assert run_here(monkeypatch, *words) == 1
+    assert "calibration.json: no calibration" in capsys.readouterr().err
 
 
 def test_n_and_threshold_can_be_chosen(

@@ -11,10 +11,12 @@ import torch
 from tiny import class_table, photo, write_queries
 from tiny_run import write_run
 
+from evaluation import ranking
 from evaluation.localiser import Localiser
-from evaluation.ranking import RANKING_FORMS, GroupScores
+from evaluation.ranking import RANKING_FORMS
 from shards.console import JobError
 from training.checkpoint import load_for_evaluation
+from training.heads import make_head
 from training.queries import find_photos
 
 CPU = torch.device("cpu")
@@ -30,38 +32,60 @@ def descriptors(localiser: Localiser, count: int = 6) -> torch.Tensor:
     return torch.nn.functional.normalize(torch.randn(count, localiser.model.descriptor_dim, generator=generator), dim=1)
 
 
-def test_forms_are_those_of_their_formulas_in_float64(localiser: Localiser) -> None:
-    vectors = descriptors(localiser)
-    scores = GroupScores(localiser.heads, localiser.ranker.norms, vectors)
+def cosines(localiser: Localiser, vectors: torch.Tensor) -> list[torch.Tensor]:
+    """float64 [q, classes of the group] for each group."""
     weights = [head.weight.detach().double() for head in localiser.heads.values()]
-    raw = [vectors.double() @ w.T for w in weights]
-    cosine = [r / w.norm(dim=1) for r, w in zip(raw, weights, strict=True)]
+    return [vectors.double() @ torch.nn.functional.normalize(w, dim=1).T for w in weights]
+
+
+def probabilities(localiser: Localiser, vectors: torch.Tensor, temperature: float = 1.0) -> np.ndarray:
+    """float64 [q, C] over the classes of all groups: the softmax of 30 times the cosines."""
+    return (30 / temperature * torch.cat(cosines(localiser, vectors), 1)).softmax(1).numpy()
+
+
+@pytest.mark.parametrize("side", [4, 21])  # with 441 classes, groups have several strips and blocks
+def test_forms_are_those_of_their_formulas_in_float64(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    monkeypatch.setattr(ranking, "_BLOCK", 64)
+    localiser = Localiser.load(write_run(tmp_path / "run", class_table(side)), CPU)
+    vectors = descriptors(localiser)
+    cosine = cosines(localiser, vectors)
+    norms = [head.weight.detach().double().norm(dim=1) for head in localiser.heads.values()]
     expected = {
-        "raw": raw,
+        "raw": [c * n for c, n in zip(cosine, norms, strict=True)],
         "cosine": cosine,
         "zscore": [(c - c.mean(1, keepdim=True)) / c.std(1, keepdim=True, correction=0) for c in cosine],
         "softmax": [torch.log((30 * c).exp() / (30 * c).exp().sum(1, keepdim=True)) for c in cosine],
     }
-    for form in RANKING_FORMS:
-        torch.testing.assert_close(scores.scores(form).double(), torch.cat(expected[form], 1), rtol=1e-4, atol=1e-4)
-    everything = (30 * torch.cat(cosine, 1)).softmax(1)
-    torch.testing.assert_close(scores.probability().double(), everything, rtol=1e-4, atol=1e-6)
+    for top_k in (5, len(localiser.classes)):
+        answers = localiser.answer(vectors, forms=RANKING_FORMS, top_k=top_k)
+        for form in RANKING_FORMS:
+            scores, rows = torch.cat(expected[form], 1).topk(top_k, dim=1)
+            np.testing.assert_array_equal(answers[form].rows, rows)
+            np.testing.assert_allclose(answers[form].scores, scores, rtol=1e-4, atol=1e-4)
 
 
-def test_confidence_is_the_probability_of_the_cells_within_the_threshold(localiser: Localiser) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_confidence_is_the_probability_of_the_cells_within_the_threshold(
+    localiser: Localiser, temperature: float
+) -> None:
     vectors = descriptors(localiser)
-    answers = localiser.answer(vectors, threshold=25.0, top_k=3)["cosine"]
-    probability = GroupScores(localiser.heads, localiser.ranker.norms, vectors).probability().detach().numpy()
+    answers = localiser.ranker.rank(
+        vectors, forms=["raw", "cosine"], threshold=25.0, top_k=3, temperatures={"cosine": temperature}
+    )
     centers = localiser.classes.centers()
-    for i, row in enumerate(answers.rows[:, 0]):
-        near = np.hypot(*(centers - centers[row]).T) <= 25
-        assert answers.confidence[i, 0] == pytest.approx(probability[i, near].sum(), abs=1e-5)
+    for form, divisor in (("raw", 1.0), ("cosine", temperature)):
+        probability = probabilities(localiser, vectors, divisor)
+        for i, row in enumerate(answers[form].rows[:, 0]):
+            near = np.hypot(*(centers - centers[row]).T) <= 25
+            assert answers[form].confidence[i, 0] == pytest.approx(probability[i, near].sum(), abs=1e-5)
 
 
 def test_uncertainty_is_the_radius_that_holds_68_percent(localiser: Localiser) -> None:
     vectors = descriptors(localiser)
     answers = localiser.answer(vectors, top_k=2)["cosine"]
-    probability = GroupScores(localiser.heads, localiser.ranker.norms, vectors).probability().detach().numpy()
+    probability = probabilities(localiser, vectors)
     centers = localiser.classes.centers()
     for i in range(len(vectors)):
         for k in range(2):
@@ -69,6 +93,21 @@ def test_uncertainty_is_the_radius_that_holds_68_percent(localiser: Localiser) -
             radius = answers.uncertainty[i, k]
             assert probability[i, apart <= radius + 0.01].sum() >= 0.68 - 1e-5
             assert radius == pytest.approx(20 / 2**0.5) or probability[i, apart < radius - 0.01].sum() < 0.68
+
+
+def test_ranking_a_hundred_queries_at_once_gives_the_scores_of_one_at_a_time() -> None:
+    torch.manual_seed(0)
+    classes = class_table(side=70)
+    heads = {group: make_head("AAMC", 64, classes.count(group)) for group in classes.groups}
+    ranker = ranking.ClassRanker(heads, classes, CPU)
+    vectors = torch.nn.functional.normalize(torch.randn(100, 64), dim=1)
+    together = ranker.rank(vectors, forms=RANKING_FORMS)
+    for i in range(0, 100, 7):
+        alone = ranker.rank(vectors[i : i + 1], forms=RANKING_FORMS)
+        for form in RANKING_FORMS:
+            scale = 100 if form == "softmax" else 1  # whose scores are cosines times s
+            np.testing.assert_allclose(together[form].scores[i], alone[form].scores[0], rtol=0, atol=1e-5 * scale)
+            np.testing.assert_allclose(together[form].confidence[i], alone[form].confidence[0], atol=1e-5)
 
 
 def test_photos_in_batches_score_as_they_do_one_at_a_time(localiser: Localiser, tmp_path: Path) -> None:
@@ -99,9 +138,11 @@ def test_logits_with_bias_are_scored_for_a_plain_linear_head(tmp_path: Path) -> 
     vectors = descriptors(localiser)
     heads = localiser.heads.values()
     logits = torch.cat([vectors @ head.weight.T + head.bias for head in heads], dim=1)
-    torch.testing.assert_close(
-        GroupScores(localiser.heads, localiser.ranker.norms, vectors).probability(), logits.softmax(1)
-    )
+    answers = localiser.answer(vectors, threshold=0.0, top_k=5)["raw"]
+    scores, rows = logits.topk(5, dim=1)
+    np.testing.assert_array_equal(answers.rows, rows)
+    np.testing.assert_allclose(answers.scores, scores.detach(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(answers.confidence, logits.softmax(1).gather(1, rows).detach(), rtol=1e-4)
 
 
 def test_a_checkpoint_whose_parts_do_not_fit_is_a_clear_error(tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ function drawReliability(view) {
       el("td", {}, count(bin.queries)), el("td", {}, `${number(bin.confidence)} %`), el("td", {}, `${number(bin.right)} %`))));
   $("reliability").replaceChildren(svg, el("details", {}, el("summary", {}, "Reliability table"), table));
   $("calibration-note").textContent = `Bars: percent of the answers of that confidence that are right; numbers: how many there are. On the dashed line ` +
-    `confidence is honest. Expected calibration error: ${number(view.row.calibration_error)} points.`;
+    `confidence is honest. Expected calibration error: ${number(view.row.calibration_error)} points; ` +
+    (view.row.temperature ? `confidence calibrated on validation queries (temperature ${number(view.row.temperature, 2)}).` : "confidence not calibrated.");
 }
 
 function drawGroups(view) {

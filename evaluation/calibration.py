@@ -1,0 +1,93 @@
+"""What validation queries say about a checkpoint's answers: the best form of scores, and a confidence that is honest.
+
+A network's probabilities are too sure of themselves; dividing its logits by one number, the temperature, before the
+softmax mends most of that and changes no ranking (Guo et al. 2017, "On calibration of modern neural networks").
+`calibration.json` in a checkpoint's folder keeps the outcome, and all programs that answer use it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evaluation.measures import calibration, percent
+from evaluation.ranking import RANKING_FORMS, RankingForm
+from shards.console import JobError
+from shards.files import atomic_write_json
+
+CALIBRATION = "calibration.json"
+TEMPERATURES = tuple(2 ** (step / 12) for step in range(-24, 49))  # 0.25 to 16, with 1 among them
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The outcome on the `count` queries of the folder `queries`.
+
+    `form` has the highest LR@1; by form: `temperatures`, `lr_at_1` in percent, and the expected calibration error in
+    points at temperature 1 and at the fitted one.
+    """
+
+    form: RankingForm
+    temperatures: dict[RankingForm, float]
+    queries: str
+    count: int
+    lr_at_1: dict[RankingForm, float]
+    error_before: dict[RankingForm, float]
+    error_after: dict[RankingForm, float]
+
+    def save(self, checkpoint: Path) -> None:
+        """Write it into a checkpoint's folder; OSError where that cannot be written to."""
+        atomic_write_json(checkpoint / CALIBRATION, asdict(self))
+
+    @classmethod
+    def load(cls, checkpoint: Path) -> Calibration | None:
+        """The calibration in a checkpoint's folder, None where there is none; JobError for a file that is none."""
+        path = checkpoint / CALIBRATION
+        try:
+            values: dict[str, Any] = json.loads(path.read_text())
+            found = cls(**values)
+            sound = found.form in RANKING_FORMS and found.form in found.temperatures
+            sound &= all(0 < t < np.inf for t in found.temperatures.values())
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise JobError(f"{path}: no calibration ({error}); delete it and evaluate again") from error
+        if not sound:
+            raise JobError(f"{path}: no calibration (unknown form or temperature); delete it and evaluate again")
+        return found
+
+    def describe(self) -> str:
+        """One line for the console."""
+        lr = ", ".join(f"{form} {value:.1f}" for form, value in self.lr_at_1.items())
+        form = self.form
+        return (
+            f"{form} scores, the best LR@1 of {lr}; temperature {self.temperatures[form]:.2f} takes the calibration "
+            f"error from {self.error_before[form]:.1f} to {self.error_after[form]:.1f} points "
+            f"({self.count:,} queries of {self.queries})"
+        )
+
+
+def fit(answers: dict[RankingForm, tuple[np.ndarray, np.ndarray]], queries: str, own: RankingForm) -> Calibration:
+    """Choose form and temperatures; `own` is preferred among equals.
+
+    `answers` by form: bool [Q], whether the first answer is right, and its confidence at each of `TEMPERATURES`,
+    float [Q, T]. The temperature is the one under which what happened is likeliest.
+    """
+    temperatures: dict[RankingForm, float] = {}
+    before: dict[RankingForm, float] = {}
+    after: dict[RankingForm, float] = {}
+    for form, (right, confidence) in answers.items():
+        sure = confidence.astype(np.float64).clip(1e-6, 1 - 1e-6)
+        likelihood = np.where(right[:, None], np.log(sure), np.log1p(-sure)).mean(axis=0)
+        best = int(likelihood.argmax())
+        temperatures[form] = TEMPERATURES[best]
+        after[form] = calibration(confidence[:, best], right)[1]
+        before[form] = calibration(confidence[:, TEMPERATURES.index(1.0)], right)[1]
+    first = {form: percent(right) for form, (right, _) in answers.items()}
+    form = max(first, key=lambda form: (first[form], form == own))
+    count = len(next(iter(answers.values()))[0])
+    return Calibration(form, temperatures, queries, count, first, before, after)
