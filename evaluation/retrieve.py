@@ -47,7 +47,7 @@ class Arguments:
     query_descriptors: Path | None = None
     """Descriptors of the queries by the model that made those of the database, where that is another one."""
     top_cells: int = 5
-    """Cells that within-cells searches."""
+    """Cells that within-cells searches, and more where these hold fewer images than the N of R@N asks for."""
     methods: tuple[Method, ...] = ("exhaustive", "ivf", "hnsw", "within-cells")
     """Ways of searching to compare."""
     threshold: float = THRESHOLD_METRES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from evaluation.gallery import Gallery
 from shards.console import JobError
+from training.scoring import top_scores
 
 
 class Searcher(Protocol):
@@ -60,9 +62,10 @@ class FaissSearcher:
 
 
 class CellSearcher:
-    """Ranks the classes, then compares the query with the images of the `top_cells` best only.
+    """Ranks the classes, then compares the query with the images of the best only.
 
-    `weights` float32 [C, D'] scores the classes of the gallery's map, with `bias` [C] for logits.
+    `weights` float32 [C, D'] scores the classes of the gallery's map, with `bias` [C] for logits. The `top_cells` best
+    are searched, and as many more as it takes to have all the images that were asked for.
     """
 
     name = "within-cells"
@@ -75,16 +78,31 @@ class CellSearcher:
 
     @torch.inference_mode()
     def search(self, vector: np.ndarray, classifier_vector: np.ndarray, count: int) -> np.ndarray:
-        """The `count` best images of the top cells, fewer where these hold fewer."""
+        """The `count` best images of the searched cells; fewer where all cells together hold fewer."""
         scores = torch.mv(self.weights, torch.from_numpy(classifier_vector))
         if self.bias is not None:
             scores += self.bias
         query = torch.from_numpy(vector)
-        cells = [(self.starts[row], self.starts[row + 1]) for row in scores.topk(self.top_cells).indices.tolist()]
-        likeness = torch.cat([torch.mv(self.vectors[first:last], query) for first, last in cells])
-        numbers = np.concatenate([np.arange(first, last) for first, last in cells])
-        best = likeness.topk(min(count, len(likeness))).indices.numpy()
-        return numbers[best]
+        runs = self._runs(top_scores(scores[None], self.top_cells)[1][0].tolist())
+        if sum(last - first for first, last in runs) < count:
+            runs = self._fill_up(scores.argsort(descending=True).tolist(), count)
+        likeness = torch.cat([torch.mv(self.vectors[first:last], query) for first, last in runs])
+        numbers = np.concatenate([np.arange(first, last) for first, last in runs])
+        return numbers[likeness.topk(min(count, len(numbers))).indices.numpy()]
+
+    def _runs(self, rows: Sequence[int]) -> list[tuple[int, int]]:
+        """First image and the one after the last of each cell."""
+        return [(self.starts[row], self.starts[row + 1]) for row in rows]
+
+    def _fill_up(self, rows: Sequence[int], count: int) -> list[tuple[int, int]]:
+        """The top cells and those after them, until `count` images are among them."""
+        runs, images = [], 0
+        for number, (first, last) in enumerate(self._runs(rows)):
+            if number >= self.top_cells and images >= count:
+                break
+            runs.append((first, last))
+            images += last - first
+        return runs
 
 
 def load_faiss() -> Any:

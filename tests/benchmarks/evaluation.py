@@ -4,10 +4,12 @@
 
 Rows `batched` and `one-at-a-time` (queries_per_second) rank 140,000 classes of 1,280 dimensions for descriptors that
 are there already: `one-at-a-time` scores and fully sorts each query as the reference does, `batched` is
-`training.scoring.rank_classes`, `batched-with-confidence` is what evaluate.py and predict.py do. Rows `exhaustive`,
-`ivf`, `hnsw` and `within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294
+`training.scoring.rank_classes`, `batched-with-confidence` is what evaluate.py does (two forms of scores, confidence,
+uncertainty), `products-alone` the matrix product, the limit of them all. Rows `exhaustive`, `ivf`, `hnsw` and `within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294
 images of 256 dimensions in each of 3,400 cells (with `--quick` 300), one query at a time; `within-cells` includes the
-classifier's ranking. A cell's images share a direction and differ by noise, and the classifier's weights are the means
+classifier's ranking. Row `predict` (milliseconds_per_photo) answers photos of 512 pixels one at a time as predict.py
+does once it is loaded: decoding, EfficientNet-B0 at 224 (untrained; shorter side 256), ranking 140,000 classes with
+confidences. A cell's images share a direction and differ by noise, and the classifier's weights are the means
 of the cells' images. All on one thread, except that FAISS builds its indexes on all cores.
 """
 
@@ -18,6 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,18 +30,23 @@ sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__fi
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
+from evaluation.answer_photos import Request, answer_photos
 from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images
+from evaluation.localiser import Localiser
 from evaluation.ranking import ClassRanker
 from evaluation.retrieve import measure
 from evaluation.searchers import CellSearcher, FaissSearcher, load_faiss
 from shards.classes import ClassTable
 from shards.console import entry
 from shards.files import atomic_write_json
-from shards.provenance import provenance
+from training.checkpoint import EvaluationWeights
 from training.heads import Head, make_head
+from training.model import GeoModel
+from training.presets import TrainConfig
 from training.scoring import class_blocks, rank_classes
 
 CLASSES, DIM = 140_000, 1280
@@ -75,7 +83,7 @@ def ranking_rows() -> list[dict[str, object]]:
     classes = class_table(CLASSES)
     torch.manual_seed(0)
     heads: dict[int, Head] = {group: make_head("AAMC", DIM, classes.count(group)) for group in classes.groups}
-    queries = F.normalize(torch.randn(128, DIM))
+    queries = F.normalize(torch.randn(256, DIM))
     blocks = class_blocks(heads, classes, "raw")
 
     @torch.inference_mode()
@@ -86,6 +94,12 @@ def ranking_rows() -> list[dict[str, object]]:
             best.append(scores[scores.argsort(descending=True)[:20]])
         return torch.stack(best)
 
+    @torch.inference_mode()
+    def products() -> None:
+        for head in heads.values():
+            for part in head.weight.split(2048):
+                torch.mm(queries, part.T)
+
     ranked = rank_classes(queries, blocks)[1][:8]
     difference = float((ranked - alone()).abs().max())
     ranker = ClassRanker(heads, classes, torch.device("cpu"))
@@ -94,12 +108,39 @@ def ranking_rows() -> list[dict[str, object]]:
     rates = {
         "one-at-a-time": rate_of(alone, 8),
         "batched": rate_of(lambda: rank_classes(queries, blocks), len(queries)),
-        "batched-with-confidence": rate_of(lambda: ranker.rank(queries, forms=("raw",)), len(queries)),
+        "batched-with-confidence": rate_of(lambda: ranker.rank(queries, forms=("raw", "cosine")), len(queries)),
+        "products-alone": rate_of(products, len(queries)),
     }
     return [
         {"name": name, "queries_per_second": rate, "classes": CLASSES, "largest_score_difference": difference}
         for name, rate in rates.items()
     ]
+
+
+def predict_row() -> dict[str, object]:
+    """Milliseconds from a file to its places, and what they are spent on."""
+    classes = class_table(CLASSES)
+    torch.manual_seed(0)
+    heads = {group: dict(make_head("AAMC", DIM, classes.count(group)).state_dict()) for group in classes.groups}
+    config = TrainConfig(shards=Path("none"), out=Path("none"), weights="none").to_json()
+    weights = EvaluationWeights(Path("none"), GeoModel(weights="none").state_dict(), heads, classes, config)
+    localiser = Localiser(weights, torch.device("cpu"))
+    rng = np.random.default_rng(0)
+    times: dict[str, list[float]] = {"photo": [], "describe": []}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(12):
+            path = Path(folder) / f"{number}.jpg"
+            coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+            coarse.resize((512, 512), Image.Resampling.BICUBIC).save(path, quality=90)
+            begun = time.perf_counter()
+            answered, _ = answer_photos(localiser, [path], Request())
+            times["photo"].append(time.perf_counter() - begun)
+            assert len(answered[0].places) == 5
+            begun = time.perf_counter()
+            localiser.describe([path], batch_size=1)
+            times["describe"].append(time.perf_counter() - begun)
+    photo, describe = (1000 * statistics.median(some[2:]) for some in times.values())
+    return {"name": "predict", "milliseconds_per_photo": photo, "of_which_describing": describe, "classes": CLASSES}
 
 
 def synthetic_city(cells: int) -> tuple[Gallery, Images, torch.Tensor]:
@@ -161,12 +202,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = ranking_rows() + retrieval_rows(QUICK_CELLS if arguments.quick else CELLS)
+    rows = [*ranking_rows(), predict_row()]
+    rows += retrieval_rows(QUICK_CELLS if arguments.quick else CELLS)
     for row in rows:
         facts = "  ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in list(row.items())[1:])
         print(f"{row['name']:<24} {facts}")
     if arguments.json:
-        atomic_write_json(arguments.json, {"rows": rows, "provenance": provenance()})
+        atomic_write_json(arguments.json, rows)
 
 
 if __name__ == "__main__":
