@@ -16,6 +16,7 @@ from typing import Any, Literal
 import tyro
 
 from shards.console import JobError
+from shards.stream import StreamSettings
 from training.backbones import BackboneName
 from training.heads import HeadKind, ScoreForm
 from training.schedules import ScheduleName
@@ -104,9 +105,9 @@ class TrainConfig:
     """JPEG decoding: DALI, or a pool of CPU threads; auto takes DALI where there is a GPU."""
     read: Literal["indexed", "stream"] = "indexed"
     """indexed: single photos, exactly at random (SSD); stream: runs of neighbours (hard disk, network)."""
-    stream_run: int = 32
+    stream_run: int = StreamSettings.run
     """Neighbouring photos of a class that --read stream reads in one request."""
-    stream_window: int = 4096
+    stream_window: int = StreamSettings.window
     """Photos of the global batches among which --read stream shuffles its runs."""
     threads: int = 0
     """Decoding threads of a process; 0: as many as it has cores."""

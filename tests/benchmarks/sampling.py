@@ -22,12 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """--preset quickstart --image-size 32 --colour-jitter 0 --iterations-per-epoch 200 --epochs 4
     --cpu --threads 1 --tracker none --keep 1""".split()  # noqa: SIM905
-STREAM = {
-    "indexed": [],
-    "K=32 W=4096": ["--read", "stream"],
-    "K=8 W=4096": ["--read", "stream", "--stream-run", "8"],
-    "K=32 W=1024": ["--read", "stream", "--stream-window", "1024"],
-    "K=128 W=4096": ["--read", "stream", "--stream-run", "128"],
+STREAM: dict[str, list[str]] = {"indexed": []} | {
+    f"K={run} W={window}": ["--read", "stream", "--stream-run", str(run), "--stream-window", str(window)]
+    for run, window in ((8, 4096), (32, 4096), (128, 4096), (16, 16384))
 }
 
 
