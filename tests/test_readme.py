@@ -1,0 +1,147 @@
+"""Every command that README.md and docs/own-data.md show is run on tiny data, in the order of the page.
+
+Commands stand in blocks marked `sh`. Each runs as written in a folder laid out as the page says (links to the checkout,
+a small rendered city in the place of SF-XL), with `MORE` behind it to keep it small. `make` is only asked whether it
+knows the target: what `quickstart` and `test` do is run elsewhere.
+"""
+
+import csv
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import utm
+from photos import name_at, picture
+from tiny import ROOT
+from tiny_run import write_run
+
+from shards.names import parse_name
+
+PAGES = ["README.md", "docs/own-data.md"]
+STARTS = re.compile(r"(python|make|accelerate|tensorboard|pip|torchrun|sbatch|docker) ")
+TRAIN = """--backbone small_cnn --weights none --freeze-until 0 --descriptor-dim 32 --s 20 --m 0.1 --image-size 32
+    --batch-size 16 --iterations-per-epoch 2 --epochs 1 --precision fp32 --threads 1 --cpu"""
+# What is put behind a command that holds the words on the left.
+MORE = {
+    "build_shards.py --source": "--image-size 64 --workers 2",
+    "training/train.py": TRAIN,
+    "tensorboard ": "--inspect",
+    "make ": "--dry-run",
+}
+INSTEAD = {"launch/eight_gpus.yaml": "launch/cpu.yaml", "--preset paper-b0": "--preset quickstart"}
+
+
+def blocks(page: str) -> list[tuple[str, list[str]]]:
+    """The language and the lines of every fenced block."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    return [(language, body.splitlines()) for language, body in found]
+
+
+def commands(page: str) -> list[str]:
+    """The commands of a page, each on one line, without comments."""
+    lines = [line for language, body in blocks(page) if language == "sh" for line in body]
+    joined = "\n".join(lines).replace("\\\n", " ")
+    return [" ".join(shlex.split(line, comments=True)) for line in joined.splitlines() if line.strip()]
+
+
+def tiny_form(command: str) -> list[str]:
+    """The words that are run for a command of a page."""
+    words = command
+    for text, other in INSTEAD.items():
+        words = words.replace(text, other)
+    for text, more in MORE.items():
+        if text in command:
+            words += " " + more
+    return words.split()
+
+
+@pytest.fixture
+def workspace(city: Path, tmp_path: Path) -> Path:
+    """A folder in which the pages' commands find what they name."""
+    for room in ("preprocessing", "shards", "training", "evaluation", "launch", "tests", "Makefile"):
+        (tmp_path / room).symlink_to(ROOT / room)
+    sf_xl = tmp_path / "data" / "sf-xl"
+    (sf_xl / "test").mkdir(parents=True)
+    (sf_xl / "train").symlink_to(city / "train")
+    (sf_xl / "val").symlink_to(city / "val")
+    (sf_xl / "test" / "queries_v1").symlink_to(city / "test" / "queries")
+    queries = sorted((city / "test" / "queries").iterdir())
+    (tmp_path / "photo.jpg").symlink_to(queries[0])
+    return tmp_path
+
+
+@pytest.fixture
+def own_photos(workspace: Path, city: Path) -> Path:
+    """`photos`, `list.csv`, `panoramas`, `more_photos` and an earlier run, for docs/own-data.md."""
+    photos = sorted((city / "train" / "database").rglob("*.jpg"))
+    (workspace / "photos").symlink_to(city / "train" / "database")
+    (workspace / "more_photos").symlink_to(city / "test" / "queries")
+    with (workspace / "list.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["path", "latitude", "longitude"])
+        for photo in photos:
+            name = parse_name(photo.name)
+            place = utm.to_latlon(name.east, name.north, name.zone, name.band)
+            rows.writerow([photo.relative_to(city / "train" / "database"), *(float(x) for x in place)])
+    (workspace / "panoramas").mkdir()
+    for i in range(3):
+        strip = np.concatenate([picture(64, 10 * i + k) for k in range(6)], axis=1)
+        path = workspace / "panoramas" / name_at(500000 + 20 * i + 5, 4180003, i)
+        path.write_bytes(simplejpeg.encode_jpeg(strip, quality=90))
+    write_run(workspace / "runs" / "b0")
+    return workspace
+
+
+def run(command: str, folder: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(tiny_form(command), cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs(workspace: Path) -> None:
+    for command in commands("README.md"):
+        run(command, workspace)
+    assert (workspace / "results" / "report.html").exists()
+    assert (workspace / "sf-xl-map.png").exists()
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page_on_own_data_runs(own_photos: Path) -> None:
+    for command in commands("docs/own-data.md"):
+        run(command, own_photos)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_stand_in_blocks_that_are_run(page: str) -> None:
+    assert commands(page)
+    for language, lines in blocks(page):
+        if language != "sh":
+            assert not [line for line in lines if STARTS.match(line)], f"{page}: mark the block with sh"
+
+
+@pytest.mark.parametrize(
+    "page", sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
+def test_links_of_a_page_lead_to_files(page: str) -> None:
+    for target in re.findall(r"\]\(([^)#\s]+)", (ROOT / page).read_text()):
+        assert target.startswith("http") or ((ROOT / page).parent / target).exists(), f"{page}: {target}"
+
+
+def test_flags_that_the_readme_names_exist() -> None:
+    """Flags in running text (troubleshooting): commands in blocks are run anyway."""
+    sources = "\n".join(p.read_text() for room in ("preprocessing", "shards", "training", "evaluation", "launch")
+                        for p in (ROOT / room).rglob("*") if p.suffix in (".py", ".yaml", ".sh"))  # fmt: skip
+    foreign = {"--ipc", "--help", "--incremental-mode", "--resume-train", "--cpu", "--num-processes",
+               "--main-process-port", "--config-file", "--quick"}  # fmt: skip
+    for page in PAGES:
+        for flag in sorted(set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", (ROOT / page).read_text()))):
+            name = flag[2:].replace("-", "_")
+            assert flag.replace("_", "-") in foreign or re.search(rf"^    {name}\b", sources, re.MULTILINE), flag
