@@ -11,7 +11,6 @@ Slots are dealt out to eight lanes, slot i to lane i mod 8, and a run stays with
 ranks every run is read by one rank alone, and the draws are the same for any number of ranks.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,8 +22,6 @@ from shards.reader import ShardReader
 from shards.sampler import Draws, IndexedSampler, philox, uniforms
 
 _LANES = 8
-_FIRST_WINDOW = 4096
-_GROWTH = 1.05
 _KEY = 0xFFFFFFFFFFFFFFFF  # keeps the windows' random numbers apart from those of slots
 
 
@@ -32,40 +29,11 @@ _KEY = 0xFFFFFFFFFFFFFFFF  # keeps the windows' random numbers apart from those 
 class StreamSettings:
     """How photos are read: `run` neighbours in a request, `window` photos of the global batch in memory.
 
-    A seek and a request of 32 photos of 10 kB take 7 ms on a hard disk, 4,500 photos a second. A larger window
-    mixes more runs; two windows are in memory, over all ranks.
+    A seek and a request of 32 photos of 10 kB take 7 ms on a hard disk, 4,500 photos a second.
     """
 
     run: int = 32
-    window: int = 16384
-
-
-class WindowSteps:
-    """Which steps belong to which window. The first window is small, so that the first batch comes soon, and each is
-    5 % larger than the one before until `StreamSettings.window` is reached, so that reading keeps ahead."""
-
-    def __init__(self, window: int, batch_size: int) -> None:
-        self._full = max(1, window // batch_size)
-        self._starts = [0]
-        size = first = min(self._full, max(1, _FIRST_WINDOW // batch_size))
-        while size < self._full:
-            self._starts.append(self._starts[-1] + size)
-            size = min(self._full, int(first * _GROWTH ** (len(self._starts) - 1)))
-
-    def number(self, step: int) -> int:
-        """The window that a step belongs to."""
-        growing = len(self._starts) - 1
-        if step < self._starts[growing]:
-            return bisect_right(self._starts, step) - 1
-        return growing + (step - self._starts[growing]) // self._full
-
-    def steps(self, number: int) -> range:
-        """The steps of a window."""
-        return range(self._start(number), self._start(number + 1))
-
-    def _start(self, number: int) -> int:
-        growing = len(self._starts) - 1
-        return self._starts[min(number, growing)] + max(0, number - growing) * self._full
+    window: int = 4096
 
 
 @dataclass(frozen=True)
@@ -122,7 +90,7 @@ class Stream:
         settings: StreamSettings,
     ) -> None:
         self._index, self._reader, self._schedule, self._slots, self._seed = index, reader, schedule, slots, seed
-        self._steps = WindowSteps(settings.window, batch_size)
+        self._steps = max(1, settings.window // batch_size)
         self._run = settings.run
         self._single = IndexedSampler(index, seed)
         self._pool = ThreadPoolExecutor(reader.parallel, thread_name_prefix="stream")
@@ -133,9 +101,9 @@ class Stream:
         """The samples of some slots; a later attempt of a slot draws as the indexed mode does."""
         if attempt:
             return self._single.draw(step, slots, groups, attempt)
-        number = self._steps.number(step)
+        number, place = divmod(step, self._steps)
         self._advance(number)
-        window, place = self._windows[number], step - self._steps.steps(number).start
+        window = self._windows[number]
         crop = uniforms(self._seed, step, slots)[:, 2:]
         return Draws(np.asarray(groups, np.int64), window.label[place, slots], window.row[place, slots], crop)
 
@@ -165,7 +133,8 @@ class Stream:
         """Hold a window and the next one; drop those that no batch under way needs any more."""
         for wanted in (number, number + 1):
             if wanted not in self._windows:
-                groups = np.stack([np.asarray(self._schedule(step)) for step in self._steps.steps(wanted)])
+                steps = range(wanted * self._steps, (wanted + 1) * self._steps)
+                groups = np.stack([np.asarray(self._schedule(step)) for step in steps])
                 self._windows[wanted] = make_window(self._index, groups, self._seed, wanted, self._run)
                 self._load(self._windows[wanted])
         for old in [n for n in self._windows if n < number - 1 or n > number + 1]:

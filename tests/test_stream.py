@@ -1,7 +1,5 @@
 """The stream mode: windows are pure functions, keep the distribution, and read each run once."""
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,7 @@ from test_loader import damage, same, spoil_some_photos, take
 from shards.index import GroupIndex, open_index
 from shards.loader import Loader
 from shards.reader import ShardReader
-from shards.stream import StreamSettings, WindowSteps, make_window
+from shards.stream import StreamSettings, make_window
 
 COUNTS = np.array([3, 0, 40, 10, 64])
 
@@ -67,24 +65,6 @@ def test_classes_and_photos_are_uniform_in_expectation(index):
         of_class = rows[labels == label] - index[0].starts[label]
         share = np.bincount(of_class, minlength=COUNTS[label]) / len(of_class)
         assert chisquare(share * runs * shares[label]).pvalue > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("window", "batch_size"), [(64, 16), (4096, 64), (16384, 64), (16384, 1000), (100_000, 256), (8, 64)]
-)
-def test_windows_follow_each_other_without_a_gap_and_grow_slowly_to_their_full_size(window, batch_size):
-    windows = WindowSteps(window, batch_size)
-    step, sizes = 0, []
-    for number in range(120):
-        steps = windows.steps(number)
-        assert steps.start == step
-        assert {windows.number(steps.start), windows.number(steps[-1])} == {number}
-        step = steps.stop
-        sizes.append(len(steps))
-    full = max(1, window // batch_size)
-    assert sizes[-1] == full
-    assert sizes[0] <= max(1, 4096 // batch_size)
-    assert all(a <= b <= 1.05 * (a + 1) for a, b in pairwise(sizes))
 
 
 def test_windows_differ_and_depend_on_seed_and_number_alone(index):
