@@ -7,7 +7,7 @@ are there already: `one-at-a-time` scores and fully sorts each query as the refe
 `training.scoring.rank_classes`, `batched-with-confidence` is what evaluate.py does (two forms of scores, confidence,
 uncertainty), `products-alone` the matrix product, the limit of them all. Rows `exhaustive`, `ivf`, `hnsw` and
 `within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294 images of 256
-dimensions in each of 3,400 cells (with `--quick` 300), one query at a time; `within-cells` includes the classifier's
+dimensions in each of 3,400 cells (with `--quick` 100), one query at a time; `within-cells` includes the classifier's
 ranking. Row `predict` (milliseconds_per_photo) answers photos of 512 pixels one at a time as predict.py does once it
 is loaded: decoding, EfficientNet-B0 at 224 (untrained; shorter side 256), ranking 140,000 classes with confidences. A
 cell's images share a direction and differ by noise, and the classifier's weights are the means of the cells' images.
@@ -51,7 +51,7 @@ from training.presets import TrainConfig
 from training.scoring import class_blocks, rank_classes
 
 CLASSES, DIM = 140_000, 1280
-CELLS, QUICK_CELLS, IMAGES_PER_CELL, IMAGE_DIM, QUERIES = 3_400, 300, 294, 256, 100
+CELLS, QUICK_CELLS, IMAGES_PER_CELL, IMAGE_DIM, QUERIES = 3_400, 100, 294, 256, 100
 SIGNAL = 0.37  # cosine of an image and its cell's direction
 
 
