@@ -27,13 +27,14 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
 benchmark: $(STAMP)
 	@mkdir -p build
 	$(BIN)/python tests/benchmarks/preprocessing.py --json build/preprocessing.json
 	$(BIN)/python tests/benchmarks/loader.py --json build/loader.json
 	$(BIN)/python tests/benchmarks/training.py --json build/training.json
+	$(BIN)/python tests/benchmarks/evaluation.py --json build/evaluation.json
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache

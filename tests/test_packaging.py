@@ -21,7 +21,7 @@ MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 ENTRY_POINTS = sorted(str(path.relative_to(ROOT)) for path in MODULES if "\n    entry(main)\n" in path.read_text())
 # Optional, slow to import, or for one command only.
 LAZY = ("nvidia.dali", "ray", "faiss", "onnx", "onnxruntime", "onnxscript", "matplotlib", "scipy", "tensorboard",
-        "webdataset", "http.server", "s3fs", "boto3")  # fmt: skip
+        "webdataset", "http.server", "starlette", "uvicorn", "s3fs")  # fmt: skip
 
 
 def dotted(path: Path) -> str:

@@ -64,7 +64,17 @@ def tiny_form(command: str) -> list[str]:
 @pytest.fixture
 def workspace(city: Path, tmp_path: Path) -> Path:
     """A folder in which the pages' commands find what they name."""
-    for room in ("preprocessing", "shards", "training", "evaluation", "launch", "tests", "Makefile"):
+    for room in (
+        "preprocessing",
+        "shards",
+        "training",
+        "evaluation",
+        "launch",
+        "tests",
+        "Makefile",
+        "pyproject.toml",
+        "constraints.txt",
+    ):
         (tmp_path / room).symlink_to(ROOT / room)
     sf_xl = tmp_path / "data" / "sf-xl"
     (sf_xl / "test").mkdir(parents=True)
@@ -140,7 +150,7 @@ def test_flags_that_the_readme_names_exist() -> None:
     sources = "\n".join(p.read_text() for room in ("preprocessing", "shards", "training", "evaluation", "launch")
                         for p in (ROOT / room).rglob("*") if p.suffix in (".py", ".yaml", ".sh"))  # fmt: skip
     foreign = {"--ipc", "--help", "--incremental-mode", "--resume-train", "--cpu", "--num-processes",
-               "--main-process-port", "--config-file", "--quick"}  # fmt: skip
+               "--main-process-port", "--config-file", "--quick", "--logdir"}  # fmt: skip
     for page in PAGES:
         for flag in sorted(set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", (ROOT / page).read_text()))):
             name = flag[2:].replace("-", "_")
