@@ -5,8 +5,9 @@
 Rows `batched` and `one-at-a-time` (queries_per_second) rank 140,000 classes of 1,280 dimensions for descriptors that
 are there already: `one-at-a-time` scores and fully sorts each query as the reference does, `batched` is
 `training.scoring.rank_classes`, `batched-with-confidence` is what evaluate.py does (two forms of scores, confidence,
-uncertainty), `products-alone` the matrix product, the limit of them all. Rows `exhaustive`, `ivf`, `hnsw` and `within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294
-images of 256 dimensions in each of 3,400 cells (with `--quick` 300), one query at a time; `within-cells` includes the
+uncertainty), `products-alone` the matrix product, the limit of them all. Rows `exhaustive`, `ivf`, `hnsw` and
+`within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294 images of 256
+dimensions in each of 3,400 cells (with `--quick` 300), one query at a time; `within-cells` includes the
 classifier's ranking. Row `predict` (milliseconds_per_photo) answers photos of 512 pixels one at a time as predict.py
 does once it is loaded: decoding, EfficientNet-B0 at 224 (untrained; shorter side 256), ranking 140,000 classes with
 confidences. A cell's images share a direction and differ by noise, and the classifier's weights are the means
