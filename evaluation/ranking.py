@@ -23,7 +23,7 @@ UNCERTAINTY_MASS = 0.68
 _UNCERTAINTY_CLASSES = 256
 _SCORES_IN_MEMORY = 1 << 25
 _QUERIES_AT_ONCE = 256
-_BLOCK = 2048  # classes whose weights and scores stay in cache together
+_SCORES_IN_CACHE = 1 << 19  # of a block of classes, for all queries at once: 2 MB
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,12 @@ class ClassRanker:
             return form  # type: ignore[return-value]
         return "cosine" if self.margin.normalises else "raw"
 
-    def blocks(self) -> Iterator[tuple[int, Tensor, slice, slice]]:
-        """For every block its group's number, weights [c, D], its columns, and these with the filled-up ones."""
+    def blocks(self, queries: int) -> Iterator[tuple[int, Tensor, slice, slice]]:
+        """Blocks of a size for so many queries: group number, weights [c, D], columns, and these with the filled-up ones."""
+        size = max(_SCORES_IN_CACHE // max(queries, 1) // STRIP, 1) * STRIP
         for number, (start, head) in enumerate(zip(self.starts, self.heads.values(), strict=True)):
-            for first in range(0, head.classes, _BLOCK):
-                weight = head.weight.detach()[first : first + _BLOCK]
+            for first in range(0, head.classes, size):
+                weight = head.weight.detach()[first : first + size]
                 end = start + first + len(weight)
                 last = first + len(weight) == head.classes
                 whole = start + (head.classes // STRIP + 1) * STRIP if last else end
@@ -154,7 +155,7 @@ class ClassRanker:
     def _confidence(self, scores: ScoredClasses, rows: Tensor, divisor: float, threshold: float) -> Tensor:
         """Probability float32 [q, K] of all classes within the threshold of each answer's."""
         near = self._neighbours_within(threshold)[rows].flatten(1)
-        return scores.probability(near, divisor).view(*rows.shape, -1).sum(2).clamp(max=1)
+        return scores.probability(near, divisor).view(*rows.shape, near.shape[1] // rows.shape[1]).sum(2).clamp(max=1)
 
     def _radius(self, rows: Tensor, likely: Tensor, mass: Tensor) -> Tensor:
         """Metres [q, K] around each answer that hold 68 % of the probability of the likeliest cells [q, L]."""
@@ -202,7 +203,7 @@ class ScoredClasses:
         self.maxima = {order: descriptors.new_empty(len(descriptors), columns // STRIP) for order in orders}
         needed = {*temperatures, *([1.0] if "softmax" in forms else [])}
         self.log_totals: dict[float, list[list[Tensor]]] = {divisor: [[] for _ in ranker.starts] for divisor in needed}
-        for block in ranker.blocks():
+        for block in ranker.blocks(len(descriptors)):
             self._score(descriptors, *block)
 
     def _score(self, descriptors: Tensor, group: int, weight: Tensor, columns: slice, whole: slice) -> None:
@@ -214,7 +215,7 @@ class ScoredClasses:
         strips = slice(whole.start // STRIP, whole.stop // STRIP)
         for order, maxima in self.maxima.items():
             scores = self.ranker.in_order(self.products[:, whole], order, whole)
-            maxima[:, strips] = scores.unflatten(1, (-1, STRIP)).amax(2)
+            maxima[:, strips] = scores.unflatten(1, (scores.shape[1] // STRIP, STRIP)).amax(2)
             if order == self.own:
                 highest = maxima[:, strips].amax(1, keepdim=True)
                 above = scores - highest

@@ -47,7 +47,7 @@ def probabilities(localiser: Localiser, vectors: torch.Tensor, temperature: floa
 def test_forms_are_those_of_their_formulas_in_float64(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
 ) -> None:
-    monkeypatch.setattr(ranking, "_BLOCK", 64)
+    monkeypatch.setattr(ranking, "_SCORES_IN_CACHE", 6 * 64)
     localiser = Localiser.load(write_run(tmp_path / "run", class_table(side)), CPU)
     vectors = descriptors(localiser)
     cosine = cosines(localiser, vectors)
@@ -121,6 +121,11 @@ def test_photos_in_batches_score_as_they_do_one_at_a_time(localiser: Localiser, 
         alone = localiser.answer(localiser.describe([path], batch_size=1).vectors)[localiser.form]
         np.testing.assert_allclose(together.scores[i], alone.scores[0], atol=1e-5)
         np.testing.assert_array_equal(together.rows[i], alone.rows[0])
+
+
+def test_no_photos_get_no_answers(localiser: Localiser) -> None:
+    answers = localiser.answer(torch.zeros(0, localiser.model.descriptor_dim), forms=RANKING_FORMS, top_k=3)
+    assert all(answers[form].rows.shape == answers[form].confidence.shape == (0, 3) for form in RANKING_FORMS)
 
 
 def test_a_single_class_and_more_answers_than_classes_are_fine(tmp_path: Path) -> None:
