@@ -85,7 +85,7 @@ class ClassRanker:
         return "cosine" if self.margin.normalises else "raw"
 
     def blocks(self, queries: int) -> Iterator[tuple[int, Tensor, slice, slice]]:
-        """Blocks of a size for so many queries: group number, weights [c, D], columns, and these with the filled-up ones."""
+        """Blocks for so many queries: group number, weights [c, D], columns, and these with the filled-up ones."""
         size = max(_SCORES_IN_CACHE // max(queries, 1) // STRIP, 1) * STRIP
         for number, (start, head) in enumerate(zip(self.starts, self.heads.values(), strict=True)):
             for first in range(0, head.classes, size):
