@@ -150,7 +150,8 @@ def test_flags_that_the_readme_names_exist() -> None:
     sources = "\n".join(p.read_text() for room in ("preprocessing", "shards", "training", "evaluation", "launch")
                         for p in (ROOT / room).rglob("*") if p.suffix in (".py", ".yaml", ".sh"))  # fmt: skip
     foreign = {"--ipc", "--help", "--incremental-mode", "--resume-train", "--cpu", "--num-processes",
-               "--main-process-port", "--config-file", "--quick", "--logdir"}  # fmt: skip
+               "--main-process-port", "--config-file", "--quick", "--logdir",
+               "--max-restarts"}  # fmt: skip
     for page in PAGES:
         for flag in sorted(set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", (ROOT / page).read_text()))):
             name = flag[2:].replace("-", "_")
