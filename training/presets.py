@@ -247,7 +247,6 @@ def changes(before: TrainConfig, now: TrainConfig) -> list[str]:
 
 
 FIXED_BY_WEIGHTS = ("backbone", "head", "descriptor_dim")
-FIXED_BY_DRAWS = ("seed", "batch_size", "schedule", "iterations_per_epoch", "image_size", "s", "m")
 
 
 def fields_that_differ(before: TrainConfig, now: TrainConfig, names: Sequence[str]) -> list[str]:
