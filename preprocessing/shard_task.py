@@ -114,8 +114,7 @@ def _when_and_whither(task: ShardTask, i: int, maker: SampleMaker) -> dict[str, 
 
 
 def finished_shard(out: Path, group: int, number: int, *, with_tar: bool = True) -> ShardResult | None:
-    """The result of a shard that an earlier run finished, or None. `with_tar`: whether its tar is
-    to be there too."""
+    """The result of a shard that an earlier run finished, or None. `with_tar`: whether its tar must be there too."""
     stem = out / shard_stem(group, number)
     try:
         result = ShardResult.from_facts(shard_facts(stem.with_suffix(".parquet")))

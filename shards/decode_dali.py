@@ -15,6 +15,7 @@ from shards.batch import BatchPlan, Source
 from shards.console import JobError
 from shards.decode_cpu import CpuDecoder
 
+HARDWARE_SHARE = 0.65  # DALI's own default
 _DEPTH = 2
 _Reading = tuple[BatchPlan, Future[list[np.ndarray]]]
 
@@ -28,7 +29,12 @@ class DaliDecoder:
     """
 
     def __init__(
-        self, source: Source, image_size: int, threads: int, device: torch.device, hardware_share: float = 0.65
+        self,
+        source: Source,
+        image_size: int,
+        threads: int,
+        device: torch.device,
+        hardware_share: float = HARDWARE_SHARE,
     ) -> None:
         try:
             import nvidia.dali  # noqa: F401

@@ -17,7 +17,7 @@ from shards.batch import Batch, BatchPlan, Source
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.decode_cpu import CpuDecoder
-from shards.decode_dali import DaliDecoder
+from shards.decode_dali import HARDWARE_SHARE, DaliDecoder
 from shards.index import open_index
 from shards.sampler import CropRange, IndexedSampler
 from shards.stream import Stream, StreamSettings
@@ -61,7 +61,7 @@ class Loader:
         stream: StreamSettings | None = None,
         decoder: DecoderName = "auto",
         threads: int | None = None,
-        hardware_share: float = 0.65,
+        hardware_share: float = HARDWARE_SHARE,
         device: torch.device | str = "cpu",
         scale: tuple[float, float] = (0.66, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),

@@ -49,43 +49,43 @@ class Store:
     def read(self, name: str) -> bytes:
         """A file's bytes; raises `FileNotFoundError`, and `JobError` where it cannot be read."""
         try:
-            return _patiently(lambda: self._files.cat_file(self._path(name)))
+            return _patiently(lambda: self.files.cat_file(self._path(name)))
         except FileNotFoundError:
             raise
         except Exception as error:  # each file system has errors of its own
-            raise self._lost(error) from None
+            raise self.lost(error) from None
 
     def read_range(self, name: str, begin: int, length: int) -> bytes:
         """Bytes of a file of a finished data set, fewer at its end. Raises `OSError`, or `JobError` where the whole
         data set is out of reach."""
         try:
-            return _patiently(lambda: self._files.cat_file(self._path(name), start=begin, end=begin + length))
+            return _patiently(lambda: self.files.cat_file(self._path(name), start=begin, end=begin + length))
         except Exception as error:  # each file system has errors of its own
             try:
                 self.read(MANIFEST)
             except FileNotFoundError:
-                raise self._lost(error) from None
-            raise OSError(f"{self.url}/{name}: {one_line(error)}") from None
+                raise self.lost(error) from None
+            raise OSError(f"{self.url}/{name}: {_one_line(error)}") from None
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to `path`; raises as `read` does."""
         try:
-            _patiently(lambda: self._files.get_file(self._path(name), str(path)))
+            _patiently(lambda: self.files.get_file(self._path(name), str(path)))
         except FileNotFoundError:
             raise
         except Exception as error:  # each file system has errors of its own
-            raise self._lost(error) from None
+            raise self.lost(error) from None
 
     def sizes(self) -> dict[str, int]:
         """Bytes of every file below the URL, by name, as they are now; raises `JobError` where listing them fails."""
-        self._files.invalidate_cache()
+        self.files.invalidate_cache()
         try:
-            found = _patiently(lambda: self._files.find(self._root, detail=True))
+            found = _patiently(lambda: self.files.find(self.root, detail=True))
         except FileNotFoundError:
             return {}
         except Exception as error:  # each file system has errors of its own
-            raise self._lost(error) from None
-        files = {path.removeprefix(self._root).lstrip("/"): info for path, info in found.items()}
+            raise self.lost(error) from None
+        files = {path.removeprefix(self.root).lstrip("/"): info for path, info in found.items()}
         return {name: info["size"] for name, info in files.items() if name and info["type"] == "file"}
 
     def put(self, path: Path, name: str) -> None:
@@ -93,20 +93,20 @@ class Store:
         target = self._path(name)
         try:
             if self._protocol in _WHOLE_OR_NOTHING:
-                _patiently(lambda: self._files.put_file(str(path), target))
+                _patiently(lambda: self.files.put_file(str(path), target))
                 return
             folder, _, last = target.rpartition("/")
             partial = f"{folder}/.{last}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
-            self._files.makedirs(folder, exist_ok=True)
-            self._files.put_file(str(path), partial)
-            self._files.mv(partial, target)
+            self.files.makedirs(folder, exist_ok=True)
+            self.files.put_file(str(path), partial)
+            self.files.mv(partial, target)
         except Exception as error:  # each file system has errors of its own
             raise JobError(
-                f"{self.url}: {name} cannot be written ({one_line(error)}); mend that and run the same command again"
+                f"{self.url}: {name} cannot be written ({_one_line(error)}); mend that and run the same command again"
             ) from None
 
     def _path(self, name: str) -> str:
-        return f"{self._root}/{name}"
+        return f"{self.root}/{name}"
 
     @cached_property
     def _opened(self) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -117,25 +117,30 @@ class Store:
             return fsspec.core.url_to_fs(self.url, **options)
         except (ImportError, ValueError) as error:
             hint = "; pip install 'divide-and-classify[s3]'" if self._protocol in ("s3", "s3a") else ""
-            raise JobError(f"{self.url}: {one_line(error)}{hint}") from None
+            raise JobError(f"{self.url}: {_one_line(error)}{hint}") from None
 
     @property
-    def _files(self) -> fsspec.AbstractFileSystem:
+    def files(self) -> fsspec.AbstractFileSystem:
+        """The file system."""
         return self._opened[0]
 
     @property
-    def _root(self) -> str:
+    def root(self) -> str:
+        """The store's folder, as the file system names it."""
         return self._opened[1].rstrip("/")
 
     @property
     def _protocol(self) -> str:
         return self.url.partition("://")[0]
 
-    def _lost(self, error: Exception) -> JobError:
-        return JobError(f"{self.url}: cannot be read ({one_line(error)}); bring it back and run the same command again")
+    def lost(self, error: Exception) -> JobError:
+        """What an error that concerns all of the store is reported as."""
+        return JobError(
+            f"{self.url}: cannot be read ({_one_line(error)}); bring it back and run the same command again"
+        )
 
 
-def one_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     """An error of any file system in one line."""
     return " ".join(f"{type(error).__name__} {error}".split())[:300]
 

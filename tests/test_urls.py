@@ -100,7 +100,7 @@ def memory(request: pytest.FixtureRequest) -> Iterator[str]:
     """An empty place in memory."""
     url = f"memory://{place_of(request)}/city"
     yield url
-    Store.at(url)._files.store.clear()
+    Store.at(url).files.store.clear()
 
 
 def place_of(request: pytest.FixtureRequest) -> str:
@@ -191,8 +191,8 @@ def test_killed_the_same_command_goes_on_from_another_machine_and_keeps_what_was
     store, command = Store.at(bucket), [*COMMAND, "--source", photos, "--out", bucket, "--workers", "1"]
 
     def tables() -> dict[str, object]:
-        store._files.invalidate_cache()
-        found = store._files.find(store._root, detail=True)
+        store.files.invalidate_cache()
+        found = store.files.find(store.root, detail=True)
         return {path: i["LastModified"] for path, i in found.items() if "/group-" in path and path.endswith(".parquet")}
 
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -221,8 +221,8 @@ def test_a_shard_whose_tar_did_not_arrive_is_written_again(photos, whole, memory
     build_at(memory, photos)
     store = Store.at(memory)
     tar = next(name for name in store.sizes() if name.endswith(".tar"))
-    store._files.pipe_file(store._path(tar), b"cut short")
-    store._files.rm_file(store._path(MANIFEST))
+    store.files.pipe_file(store._path(tar), b"cut short")
+    store.files.rm_file(store._path(MANIFEST))
     build_at(memory, photos)
     assert stored(memory) == contents(whole)
 
@@ -277,7 +277,7 @@ def test_a_dry_run_leaves_only_the_list(photos, memory):
 
 def test_a_place_of_something_else_is_left_alone_and_named_by_its_url(photos, memory):
     store = Store.at(memory)
-    store._files.pipe_file(store._path("thesis.txt"), b"mine")
+    store.files.pipe_file(store._path("thesis.txt"), b"mine")
     with pytest.raises(JobError, match=rf"{memory}: not empty and not a data set"):
         build_at(memory, photos)
     assert stored(memory) == {"thesis.txt": b"mine"}
@@ -324,7 +324,7 @@ def test_stream_asks_for_runs_and_indexed_for_photos_each_once(whole, memory, mo
 def test_photos_of_a_deleted_object_are_replaced_counted_and_named_in_both_modes(whole, bucket, caplog):
     upload(whole, bucket)
     store, here, there = Store.at(bucket), Dataset.open(whole), Dataset.open(bucket)
-    store._files.rm_file(store._path("group-03/group-03-000001.tar"))
+    store.files.rm_file(store._path("group-03/group-03-000001.tar"))
     for mode in ("indexed", "stream"):
         caplog.clear()
         taken, failures = batches(there, mode)
@@ -342,7 +342,7 @@ def test_a_damaged_photo_at_a_url_is_replaced(whole, tmp_path):
     store = Store.at(url)
     tar = bytearray(store.read("group-00/group-00-000000.tar"))
     tar[700] ^= 1
-    store._files.pipe_file(store._path("group-00/group-00-000000.tar"), bytes(tar))
+    store.files.pipe_file(store._path("group-00/group-00-000000.tar"), bytes(tar))
     assert batches(Dataset.open(url), "indexed", steps=20)[1] > 0
 
 
@@ -351,7 +351,7 @@ def test_a_data_set_that_vanishes_while_it_is_read_is_one_clear_error(whole, mod
     url = "memory://vanished/city"
     upload(whole, url)
     dataset = Dataset.open(url)
-    Store.at(url)._files.rm("/vanished", recursive=True)
+    Store.at(url).files.rm("/vanished", recursive=True)
     with pytest.raises(JobError, match=rf"^{url}: cannot be read .*bring it back and run the same command again"):
         batches(dataset, mode)
 
@@ -381,12 +381,12 @@ def test_a_table_that_is_not_what_was_sealed_is_refused(whole):
     url = "memory://rotten/city"
     upload(whole, url)
     store = Store.at(url)
-    store._files.pipe_file(store._path("group-02/group-02-000000.parquet"), b"rotten")
+    store.files.pipe_file(store._path("group-02/group-02-000000.parquet"), b"rotten")
     with pytest.raises(JobError, match=r"memory://rotten/city/group-02/.*parquet: differs from its checksum"):
         Dataset.open(url)
     upload(whole, url)
     assert Dataset.open(url).manifest.shards == SHARDS
-    store._files.pipe_file(store._path(MANIFEST), store.read(MANIFEST) + b"\n")
+    store.files.pipe_file(store._path(MANIFEST), store.read(MANIFEST) + b"\n")
     with pytest.raises(JobError, match="is being changed, or a change was interrupted"):
         Dataset.open(url)
 
@@ -395,8 +395,8 @@ def test_names_from_outside_do_not_lead_out_of_the_mirror(whole, cache):
     url = "memory://hostile/city"
     upload(whole, url)
     store = Store.at(url)
-    store._files.pipe_file("/hostile/city/group-00/../../../evil.parquet", b"evil")
-    store._files.rm_file(store._path("checksums.txt"))
+    store.files.pipe_file("/hostile/city/group-00/../../../evil.parquet", b"evil")
+    store.files.rm_file(store._path("checksums.txt"))
     Dataset.open(url)
     assert not list(cache.parent.rglob("evil*"))
 
