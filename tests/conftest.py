@@ -1,11 +1,15 @@
 """Fixtures: a rendered city and a data set built from it, made once for all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: float sums depend on it, and tests run side by side
 
 import pytest
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job has it; children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from preprocessing.build import Summary, build
 from preprocessing.city.plan import CitySettings
