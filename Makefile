@@ -13,6 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dali-cuda13,dev]'
+	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib
 	@touch $@
 
 quickstart: $(STAMP)

@@ -19,6 +19,8 @@ ROOMS = ("shards", "preprocessing", "training", "evaluation")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 ENTRY_POINTS = sorted(str(path.relative_to(ROOT)) for path in MODULES if "\n    entry(main)\n" in path.read_text())
+BENCHMARKS = sorted(f"tests/benchmarks/{path.name}" for path in (ROOT / "tests" / "benchmarks").glob("*.py")
+                    if "__main__" in path.read_text())  # fmt: skip
 # Optional, slow to import, or for one command only.
 LAZY = ("nvidia.dali", "ray", "faiss", "onnx", "onnxruntime", "onnxscript", "matplotlib", "scipy", "tensorboard",
         "webdataset", "http.server", "starlette", "uvicorn", "s3fs")  # fmt: skip
@@ -127,7 +129,7 @@ def test_the_installed_wheel_works_from_another_directory(installed: Path, city:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ENTRY_POINTS)
+@pytest.mark.parametrize("path", [*ENTRY_POINTS, *BENCHMARKS])
 def test_an_entry_point_prints_its_options_from_any_directory(path: str, tmp_path: Path) -> None:
     as_script = subprocess.run(
         [sys.executable, ROOT / path, "--help"], cwd=tmp_path, capture_output=True, text=True, env=os.environ

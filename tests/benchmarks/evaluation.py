@@ -14,22 +14,17 @@ cell's images share a direction and differ by noise, and the classifier's weight
 All on one thread, except that FAISS builds its indexes on all cores.
 """
 
-# ruff: noqa: E402
-
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-# This file is called evaluation.py: without its folder on the path, `evaluation` is the room of the project.
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-
 import numpy as np
+import paths  # noqa: F401
 import torch
 from PIL import Image
 from torch.nn import functional as F

@@ -32,9 +32,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-sys.path.append(sys.path.pop(0))  # this folder last: a benchmark named like a package would shadow it
-
 import numpy as np
+import paths  # noqa: F401
 import pyarrow.parquet as pq
 import torch
 from loader_peers import (

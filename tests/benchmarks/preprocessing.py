@@ -28,11 +28,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-if __name__ == "__main__":  # not in the worker processes, which get the path as it is then
-    sys.path.pop(0)  # this folder: a benchmark named like a package would shadow it
-
 import cv2
 import numpy as np
+import paths  # noqa: F401
 import pyarrow as pa
 import simplejpeg
 from PIL import Image

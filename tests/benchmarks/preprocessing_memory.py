@@ -15,10 +15,9 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.pop(0)  # this folder: a benchmark named like a package would shadow it
-
 import cv2
 import numpy as np
+import paths  # noqa: F401
 import simplejpeg
 
 from shards.names import PhotoName, format_name

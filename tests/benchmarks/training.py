@@ -11,8 +11,6 @@ alone. Without `--quick` a step's parts follow for two backbones on the CPU, and
 step costs, and the images a second of training from photos on disk beside the reference's loop (on a GPU, if any).
 """
 
-# ruff: noqa: E402
-
 import argparse
 import json
 import math
@@ -24,13 +22,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# This file is called training.py: with its folder last on the path, `training` is the room of the project.
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE] + [str(HERE)]
-
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for its memory events only
 
 import numpy as np
+import paths  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp

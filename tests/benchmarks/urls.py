@@ -17,17 +17,15 @@ import multiprocessing
 import os
 import re
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-if sys.path[0] == str(Path(__file__).resolve().parent):
-    sys.path.pop(0)  # a benchmark named like a package would shadow it
-
+import paths  # noqa: F401
 import torch
+from loader import multiply, ours
 
 from preprocessing.build import build
 from preprocessing.city.plan import CitySettings
@@ -101,9 +99,6 @@ def measure(batches: Iterator[int], requests: Dataset) -> tuple[float, float]:
 
 
 def main() -> None:
-    sys.path.insert(0, str(Path(__file__).resolve().parent))
-    from loader import multiply, ours  # takes this folder off the path again
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--delay", type=float, default=0.02, help="seconds that a request takes")
     parser.add_argument("--json", type=Path, help="write the rows as JSON to this file")
