@@ -86,6 +86,9 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        os.posix_fadvise(
+            self.descriptor, 0, 0, os.POSIX_FADV_RANDOM
+        )  # no read-ahead: what is read is what was asked for
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):

@@ -56,10 +56,11 @@ def make_window(index: dict[int, GroupIndex], groups: np.ndarray, seed: int, num
     runs: list[tuple[int, np.ndarray]] = []
     for group in np.unique(groups):
         of_group = index[int(group)]
-        for lane in range(min(_LANES, groups.shape[1])):
-            slots = np.flatnonzero((groups == group) & (lanes == lane))
-            count = -(-len(slots) // run)
-            labels = of_group.labels[(random(count) * len(of_group.labels)).astype(np.int64)]
+        by_lane = [np.flatnonzero((groups == group) & (lanes == lane)) for lane in range(min(_LANES, groups.shape[1]))]
+        counts = [-(-len(slots) // run) for slots in by_lane]
+        drawn = np.split(_draw_evenly(random, len(of_group.labels), sum(counts)), np.cumsum(counts)[:-1])
+        for slots, count, of_lane in zip(by_lane, counts, drawn, strict=True):
+            labels = of_group.labels[of_lane]
             first = of_group.starts[labels]
             photos = of_group.starts[labels + 1] - first
             start = (random(count) * photos).astype(np.int64)
@@ -70,6 +71,12 @@ def make_window(index: dict[int, GroupIndex], groups: np.ndarray, seed: int, num
             of_run.ravel()[slots] = shuffled // run + len(runs)
             runs += [(int(group), np.unique(r)) for r in rows]
     return Window(number, label, row, of_run, runs)
+
+
+def _draw_evenly(random: Callable[[int], np.ndarray], classes: int, count: int) -> np.ndarray:
+    """`count` of so many classes, int64 [count]: each equally likely, none again before all have been drawn."""
+    rounds = -(-count // classes)
+    return np.concatenate([np.argsort(random(classes), kind="stable") for _ in range(rounds)])[:count]
 
 
 class Stream:
