@@ -83,8 +83,8 @@ def name_places(
 ) -> list[AnsweredPhoto]:
     """Places for photos by their descriptors float32 [Q, D], in order."""
     # Neighbours of a better cell are dropped from the list, so more cells than places are ranked.
-    neighbours = localiser.index.neighbours(request.apart).shape[1]
-    ranked = localiser.answer(vectors, top_k=request.top * neighbours, threshold=request.apart)[localiser.form]
+    cells = request.top * localiser.index.most_neighbours(request.apart)
+    ranked = localiser.answer(vectors, top_k=cells, threshold=request.apart)[localiser.form]
     return [
         AnsweredPhoto(
             path,

@@ -64,12 +64,21 @@ class CellIndex:
 
         The class itself is among them; places beyond the last neighbour hold -1.
         """
+        east, north = self._offsets(radius)
+        return self.find(self.classes.cell_east[:, None] + east, self.classes.cell_north[:, None] + north)
+
+    def most_neighbours(self, radius: float) -> int:
+        """How many cells' centres can lie within `radius` metres of a cell's own, itself among them."""
+        return len(self._offsets(radius)[0])
+
+    def _offsets(self, radius: float) -> tuple[np.ndarray, np.ndarray]:
+        """Metres east and north (int64 [J] both) from a cell to those whose centres lie within `radius` metres."""
         M = self.classes.M
         reach = int(radius // M)
         steps = np.arange(-reach, reach + 1, dtype=np.int64) * M
         east, north = (grid.ravel() for grid in np.meshgrid(steps, steps, indexing="ij"))
         near = np.hypot(east, north) <= radius
-        return self.find(self.classes.cell_east[:, None] + east[near], self.classes.cell_north[:, None] + north[near])
+        return east[near], north[near]
 
     def _keys(self, cell_east: np.ndarray, cell_north: np.ndarray) -> np.ndarray:
         """One number a cell of the bounding box, -1 outside of it."""

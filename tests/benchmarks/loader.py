@@ -273,6 +273,10 @@ def render_shards(scratch: Path) -> Path:
 
 def warm_rows(shards: Path, scratch: Path, *, quick: bool) -> list[Row]:
     files = scratch / "files"
+    if not quick:  # the libraries' loaders begin anew after every epoch: it must not be a short one
+        many = scratch / "many"
+        multiply(shards, many, -(-10_000 // Dataset.open(shards).manifest.images))
+        shards = many
     write_files(shards, files)
     loaders: Loaders = {
         ("indexed", "cpu", "uint8"): lambda cores: ours(shards, "indexed", "cpu", cores),

@@ -50,7 +50,8 @@ def webdataset_torchvision(shards: Path, cores: int) -> Iterator[int]:
 
     tars = [str(t.with_suffix(".tar")) for t in shard_tables(shards)]
     samples = (
-        webdataset.WebDataset(tars, shardshuffle=len(tars), repeat=True, nodesplitter=webdataset.split_by_node)
+        webdataset.WebDataset(tars, shardshuffle=len(tars), nodesplitter=webdataset.split_by_node)
+        .repeat()
         .shuffle(1000)
         .decode("pil")
         .to_tuple("jpg", "cls")
