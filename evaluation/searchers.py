@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from evaluation.gallery import Gallery
 from shards.console import JobError
-from training.scoring import top_scores
 
 
 class Searcher(Protocol):
@@ -64,45 +62,41 @@ class FaissSearcher:
 class CellSearcher:
     """Ranks the classes, then compares the query with the images of the best only.
 
-    `weights` float32 [C, D'] scores the classes of the gallery's map, with `bias` [C] for logits. The `top_cells` best
-    are searched, and as many more as it takes to have all the images that were asked for.
+    An inverted file of FAISS whose lists are the cells and whose coarse quantiser is the classifier: `weights`
+    float32 [C, D'] score the classes of the gallery's map, with `bias` [C] for logits. The `top_cells` best are
+    searched, and as many more as it takes to have all the images that were asked for. JobError without FAISS.
     """
 
     name = "within-cells"
 
     def __init__(self, gallery: Gallery, weights: Tensor, bias: Tensor | None, top_cells: int) -> None:
-        self.vectors = torch.from_numpy(gallery.images.vectors)
-        self.starts = gallery.starts.tolist()
-        self.weights, self.bias, self.top_cells = weights.contiguous(), bias, min(top_cells, len(weights))
-        self.bytes = gallery.images.vectors.nbytes + weights.nbytes + gallery.starts.nbytes
+        faiss = load_faiss()
+        self.has_bias = bias is not None
+        rows = np.ascontiguousarray((weights if bias is None else torch.column_stack([weights, bias])).numpy())
+        self.classes: Any = faiss.IndexFlatIP(rows.shape[1])
+        self.classes.add(rows)
+        self.sizes, self.top_cells = np.diff(gallery.starts), min(top_cells, len(rows))
+        vectors = gallery.images.vectors[: gallery.starts[-1]]
+        self.quantizer = faiss.IndexFlatIP(vectors.shape[1])  # FAISS wants one; the lists are named to it instead
+        self.index: Any = faiss.IndexIVFFlat(self.quantizer, vectors.shape[1], len(rows), faiss.METRIC_INNER_PRODUCT)
+        self.index.is_trained = True
+        cells = np.repeat(np.arange(len(rows)), self.sizes)
+        numbers = np.arange(len(vectors))
+        self.index.add_core(len(vectors), *map(faiss.swig_ptr, (vectors, numbers, cells)))
+        self.bytes = vectors.nbytes + numbers.nbytes + rows.nbytes
 
-    @torch.inference_mode()
     def search(self, vector: np.ndarray, classifier_vector: np.ndarray, count: int) -> np.ndarray:
         """The `count` best images of the searched cells; fewer where all cells together hold fewer."""
-        scores = torch.mv(self.weights, torch.from_numpy(classifier_vector))
-        if self.bias is not None:
-            scores += self.bias
-        query = torch.from_numpy(vector)
-        runs = self._runs(top_scores(scores[None], self.top_cells)[1][0].tolist())
-        if sum(last - first for first, last in runs) < count:
-            runs = self._fill_up(scores.argsort(descending=True).tolist(), count)
-        likeness = torch.cat([torch.mv(self.vectors[first:last], query) for first, last in runs])
-        numbers = np.concatenate([np.arange(first, last) for first, last in runs])
-        return numbers[likeness.topk(min(count, len(numbers))).indices.numpy()]
-
-    def _runs(self, rows: Sequence[int]) -> list[tuple[int, int]]:
-        """First image and the one after the last of each cell."""
-        return [(self.starts[row], self.starts[row + 1]) for row in rows]
-
-    def _fill_up(self, rows: Sequence[int], count: int) -> list[tuple[int, int]]:
-        """The top cells and those after them, until `count` images are among them."""
-        runs, images = [], 0
-        for number, (first, last) in enumerate(self._runs(rows)):
-            if number >= self.top_cells and images >= count:
-                break
-            runs.append((first, last))
-            images += last - first
-        return runs
+        if self.has_bias:
+            classifier_vector = np.append(classifier_vector, np.float32(1))
+        cells = self.classes.search(classifier_vector[None], self.top_cells)[1]
+        if self.sizes[cells].sum() < count:
+            cells = self.classes.search(classifier_vector[None], len(self.sizes))[1]
+            enough = 1 + int(np.searchsorted(self.sizes[cells[0]].cumsum(), count))
+            cells = cells[:, : max(self.top_cells, enough)]
+        self.index.nprobe = cells.shape[1]
+        found = self.index.search_preassigned(vector[None], count, cells, None)[1][0]
+        return found[found >= 0]
 
 
 def load_faiss() -> Any:

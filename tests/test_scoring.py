@@ -94,9 +94,11 @@ def test_ranking_equals_a_full_sort_of_all_groups_for_both_score_forms() -> None
 def test_rankings_over_parts_of_the_classes_merge_into_the_whole() -> None:
     torch.manual_seed(1)
     scores = torch.randn(5, 30)
-    whole = rank_classes(torch.eye(5), [ClassBlock(0, 30, lambda d: d @ scores)], top_k=7)
+    whole = rank_classes(torch.eye(5), [ClassBlock(0, 30, lambda d, c: d @ scores[:, c])], top_k=7)
     parts = [
-        rank_classes(torch.eye(5), [ClassBlock(first, 10, lambda d, f=first: d @ scores[:, f : f + 10])], top_k=7)
+        rank_classes(
+            torch.eye(5), [ClassBlock(first, 10, lambda d, c, f=first: d @ scores[:, f : f + 10][:, c])], top_k=7
+        )
         for first in (20, 0, 10)
     ]
     merged = merge_rankings(parts, 7)
@@ -105,7 +107,7 @@ def test_rankings_over_parts_of_the_classes_merge_into_the_whole() -> None:
 
 
 def test_fewer_classes_than_asked_for_are_ranked_as_they_are() -> None:
-    rows, _ = rank_classes(torch.eye(2), [ClassBlock(0, 3, lambda d: torch.ones(len(d), 3))], top_k=20)
+    rows, _ = rank_classes(torch.eye(2), [ClassBlock(0, 3, lambda d, c: torch.ones(len(d), 3)[:, c])], top_k=20)
     assert rows.shape == (2, 3)
 
 

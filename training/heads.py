@@ -277,8 +277,8 @@ class Head(nn.Module):
             return F.normalize(descriptors, dim=1, eps=NORM_FLOOR) if self.margin.normalises else descriptors
 
     @torch.no_grad()
-    def scores(self, descriptors: Tensor, form: ScoreForm = "raw") -> Tensor:
-        """Scores [B, classes] to rank cells by, in the weight's dtype; `descriptors` [B, dim].
+    def scores(self, descriptors: Tensor, form: ScoreForm = "raw", classes: slice = slice(None)) -> Tensor:
+        """Scores [B, classes] to rank cells by, in the weight's dtype; `descriptors` [B, dim]. `classes`: only these.
 
         "raw": dot product with the weight as it is (for FC_CE the logits, bias included); "cosine": cosine of
         the descriptor and the weight. `own_scores` is the form that the reference ranks by. ValueError for
@@ -287,11 +287,11 @@ class Head(nn.Module):
         if form not in ("raw", "cosine"):
             raise ValueError(f"scores {form!r} are neither raw nor cosine")
         with full_precision(self.weight.device):
-            descriptors = descriptors.to(self.weight.dtype)
+            descriptors, weight = descriptors.to(self.weight.dtype), self.weight[classes]
             if form == "raw":
-                return F.linear(descriptors, self.weight, self.bias)
-            norms = torch.linalg.vector_norm(self.weight, dim=1).clamp_min(NORM_FLOOR)
-            return F.linear(F.normalize(descriptors, dim=1, eps=NORM_FLOOR), self.weight).div_(norms)
+                return F.linear(descriptors, weight, None if self.bias is None else self.bias[classes])
+            norms = torch.linalg.vector_norm(weight, dim=1).clamp_min(NORM_FLOOR)
+            return F.linear(F.normalize(descriptors, dim=1, eps=NORM_FLOOR), weight).div_(norms)
 
     def extra_repr(self) -> str:
         """Kind, size and margin, as `print(head)` shows them."""

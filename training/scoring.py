@@ -22,19 +22,21 @@ from training.queries import Queries, QueryBatch, SetAside, read_queries
 RECALL_NS = (1, 5, 10, 20)
 THRESHOLD_METRES = 25.0
 STRIP = 32  # adjacent classes whose highest score is taken first, when the best of many are wanted
+_SCORES_IN_CACHE = 1 << 19  # 2 MB, beside the weights that make them
+_SCORES_IN_MEMORY = 1 << 25
 
 
 @dataclass(frozen=True)
 class ClassBlock:
-    """Adjacent rows of a class table, scored together.
+    """Adjacent rows of a class table: a group's classes, or some of them.
 
     `first` is the table row of the block's first class, `count` the number of classes, and `score` maps unit
-    descriptors float32 [B, D] to scores float32 [B, count].
+    descriptors float32 [B, D] and a slice of the block's classes to their scores float32 [B, n].
     """
 
     first: int
     count: int
-    score: Callable[[Tensor], Tensor]
+    score: Callable[[Tensor, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ def class_blocks(heads: Mapping[int, Head], classes: ClassTable, form: ScoreForm
     ]
 
 
-def _scorer(head: Head, form: ScoreForm) -> Callable[[Tensor], Tensor]:
-    return lambda descriptors: head.scores(descriptors.to(head.weight.device), form)
+def _scorer(head: Head, form: ScoreForm) -> Callable[[Tensor, slice], Tensor]:
+    return lambda descriptors, classes: head.scores(descriptors.to(head.weight.device), form, classes)
 
 
 @torch.inference_mode()
@@ -126,46 +128,50 @@ def rank_classes(
     *,
     top_k: int = max(RECALL_NS),
     device: torch.device | None = None,
-    chunk: int = 256,
+    chunk: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """The best `top_k` classes over all blocks: table rows int64 [Q, K] and scores float32 [Q, K].
 
     The same result as concatenating all groups' scores and sorting, without the sort and with scores of only
-    `chunk` queries and one block in memory. K is smaller than `top_k` where there are fewer classes.
+    `chunk` queries (fewer where that takes over 128 MB) and one block in memory. K is smaller than `top_k` where
+    there are fewer classes.
     """
     if not blocks or not len(descriptors):
         return torch.zeros(len(descriptors), 0, dtype=torch.int64), torch.zeros(len(descriptors), 0)
     rows: list[Tensor] = []
     scores: list[Tensor] = []
+    device = device or descriptors.device
+    widest = max(-(-block.count // STRIP) for block in blocks) * STRIP
+    chunk = min(chunk, len(descriptors), max(_SCORES_IN_MEMORY // widest, 1))
+    room = torch.empty(chunk, widest, device=device)  # made once: new memory costs its page faults
     for queries in descriptors.split(chunk):
-        part = [_top_of_block(queries.to(device or queries.device), block, top_k) for block in blocks]
+        part = [_top_of_block(queries.to(device), block, top_k, room) for block in blocks]
         best_rows, best_scores = merge_rankings(part, top_k)
         rows.append(best_rows.cpu())
         scores.append(best_scores.cpu())
     return torch.cat(rows), torch.cat(scores)
 
 
-def _top_of_block(descriptors: Tensor, block: ClassBlock, top_k: int) -> tuple[Tensor, Tensor]:
-    scores, labels = top_scores(block.score(descriptors).float(), top_k)
-    return (labels + block.first).to(descriptors.device), scores.to(descriptors.device)
+def _top_of_block(descriptors: Tensor, block: ClassBlock, top_k: int, room: Tensor) -> tuple[Tensor, Tensor]:
+    """The best of a block: its table rows and scores [q, k]. K are in the K strips with the highest maxima.
 
-
-def top_scores(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The best `top_k` of each row of scores [Q, C], best first: values and columns [Q, K], as `Tensor.topk`.
-
-    The K best lie in the K strips of columns with the highest maxima, so that all but a few strips are read once.
+    Pieces of the block are scored and their strips' maxima taken while they are in cache. `room` float32 [q or more,
+    the block's whole strips or more] holds the scores meanwhile.
     """
-    count = scores.shape[1]
-    strips = count // STRIP
-    if strips < 4 * top_k:
-        return scores.topk(min(top_k, count), dim=1)
-    whole = strips * STRIP
-    best = scores[:, :whole].unflatten(1, (strips, STRIP)).amax(2).topk(top_k, dim=1).indices
-    columns = strip_columns(best)
-    rest = torch.arange(whole, count, device=scores.device).expand(len(scores), -1)
-    columns = torch.cat([columns, rest], dim=1)
-    values, order = scores.gather(1, columns).topk(top_k, dim=1)
-    return values, columns.gather(1, order)
+    strips = -(-block.count // STRIP)
+    scores = room[: len(descriptors), : strips * STRIP]
+    scores[:, block.count :] = -torch.inf
+    maxima = scores.new_empty(len(scores), strips)
+    size = max(_SCORES_IN_CACHE // len(scores) // STRIP, 1) * STRIP if scores.device.type == "cpu" else strips * STRIP
+    for first in range(0, block.count, size):
+        piece = slice(first, min(first + size, block.count))
+        scores[:, piece] = block.score(descriptors, piece)
+        some = slice(first // STRIP, first // STRIP + -(-(piece.stop - first) // STRIP))
+        whole = scores[:, some.start * STRIP : some.stop * STRIP]
+        torch.amax(whole.unflatten(1, (some.stop - some.start, STRIP)), dim=2, out=maxima[:, some])
+    columns = strip_columns(maxima.topk(min(top_k, strips), dim=1).indices)
+    best, at = scores.gather(1, columns).topk(min(top_k, block.count), dim=1)
+    return columns.gather(1, at) + block.first, best
 
 
 def strip_columns(strips: Tensor) -> Tensor:

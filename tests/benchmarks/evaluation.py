@@ -7,7 +7,7 @@ are there already: `one-at-a-time` scores and fully sorts each query as the refe
 `training.scoring.rank_classes`, `batched-with-confidence` is what evaluate.py does (two forms of scores, confidence,
 uncertainty), `products-alone` the matrix product, the limit of them all. Rows `exhaustive`, `ivf`, `hnsw` and
 `within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294 images of 256
-dimensions in each of 3,400 cells (with `--quick` 100), one query at a time; `within-cells` includes the classifier's
+dimensions in each of 3,400 cells (with `--quick` 200), one query at a time; `within-cells` includes the classifier's
 ranking. Row `predict` (milliseconds_per_photo) answers photos of 512 pixels one at a time as predict.py does once it
 is loaded: decoding, EfficientNet-B0 at 224 (untrained; shorter side 256), ranking 140,000 classes with confidences. A
 cell's images share a direction and differ by noise, and the classifier's weights are the means of the cells' images.
@@ -46,7 +46,7 @@ from training.presets import TrainConfig
 from training.scoring import class_blocks, rank_classes
 
 CLASSES, DIM = 140_000, 1280
-CELLS, QUICK_CELLS, IMAGES_PER_CELL, IMAGE_DIM, QUERIES = 3_400, 100, 294, 256, 100
+CELLS, QUICK_CELLS, IMAGES_PER_CELL, IMAGE_DIM, QUERIES = 3_400, 200, 294, 256, 100
 SIGNAL = 0.37  # cosine of an image and its cell's direction
 
 
@@ -63,29 +63,27 @@ def class_table(count: int) -> ClassTable:
     return ClassTable(20, 2, 10, group.astype(np.int32), label.astype(np.int32), east[order], north[order], images)
 
 
-def rate_of(work: Callable[[], object], queries: int, rounds: int = 2) -> float:
-    """Queries a second, the mean of `rounds`, after one that is not counted."""
-    work()
-    times = []
+def rates_of(ways: dict[str, tuple[Callable[[], object], int]], rounds: int) -> dict[str, float]:
+    """Queries a second of each way (what does it, for so many queries), in turn: medians of `rounds`."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
-        begun = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - begun)
-    return queries / statistics.mean(times)
+        for name, (work, _) in ways.items():
+            begun = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - begun)
+    return {name: queries / statistics.median(times[name]) for name, (_, queries) in ways.items()}
 
 
-def ranking_rows() -> list[dict[str, object]]:
+def ranking_rows(classes: ClassTable, heads: dict[int, Head], *, quick: bool) -> list[dict[str, object]]:
     """How many queries a second are ranked in each way, with a check that their scores agree."""
-    classes = class_table(CLASSES)
-    torch.manual_seed(0)
-    heads: dict[int, Head] = {group: make_head("AAMC", DIM, classes.count(group)) for group in classes.groups}
-    queries = F.normalize(torch.randn(256, DIM))
+    queries = F.normalize(torch.randn(256 if quick else 512, DIM, generator=torch.Generator().manual_seed(1)))
+    few = queries[:16]
     blocks = class_blocks(heads, classes, "raw")
 
     @torch.inference_mode()
     def alone() -> torch.Tensor:
         best = []
-        for query in queries[:8]:
+        for query in few:
             scores = torch.cat([torch.mm(query[None], head.weight.T) for head in heads.values()], dim=1)[0]
             best.append(scores[scores.argsort(descending=True)[:20]])
         return torch.stack(best)
@@ -93,33 +91,31 @@ def ranking_rows() -> list[dict[str, object]]:
     @torch.inference_mode()
     def products() -> None:
         for head in heads.values():
-            for part in head.weight.split(2048):
+            for part in head.weight.split(1024):
                 torch.mm(queries, part.T)
 
-    ranked = rank_classes(queries, blocks)[1][:8]
-    difference = float((ranked - alone()).abs().max())
+    expected = alone()
     ranker = ClassRanker(heads, classes, torch.device("cpu"))
-    answer = ranker.rank(queries, forms=("raw",))["raw"]
-    difference = max(difference, float(np.abs(answer.scores[:8] - alone().numpy()).max()))
-    rates = {
-        "one-at-a-time": rate_of(alone, 8),
-        "batched": rate_of(lambda: rank_classes(queries, blocks), len(queries)),
-        "batched-with-confidence": rate_of(lambda: ranker.rank(queries, forms=("raw", "cosine")), len(queries)),
-        "products-alone": rate_of(products, len(queries)),
+    answer = ranker.rank(few, forms=("raw",))["raw"]
+    difference = float((rank_classes(few, blocks)[1] - expected).abs().max())
+    difference = max(difference, float(np.abs(answer.scores - expected.numpy()).max()))
+    ways: dict[str, tuple[Callable[[], object], int]] = {
+        "one-at-a-time": (alone, len(few)),
+        "batched": (lambda: rank_classes(queries, blocks), len(queries)),
+        "batched-with-confidence": (lambda: ranker.rank(queries[:239], forms=("raw", "cosine")), 239),
+        "products-alone": (products, len(queries)),
     }
     return [
         {"name": name, "queries_per_second": rate, "classes": CLASSES, "largest_score_difference": difference}
-        for name, rate in rates.items()
+        for name, rate in rates_of(ways, 2 if quick else 5).items()
     ]
 
 
-def predict_row() -> dict[str, object]:
+def predict_row(classes: ClassTable, heads: dict[int, Head]) -> dict[str, object]:
     """Milliseconds from a file to its places, and what they are spent on."""
-    classes = class_table(CLASSES)
-    torch.manual_seed(0)
-    heads = {group: dict(make_head("AAMC", DIM, classes.count(group)).state_dict()) for group in classes.groups}
     config = TrainConfig(shards=Path("none"), out=Path("none"), weights="none").to_json()
-    weights = EvaluationWeights(Path("none"), GeoModel(weights="none").state_dict(), heads, classes, config)
+    tensors = {group: dict(head.state_dict()) for group, head in heads.items()}
+    weights = EvaluationWeights(Path("none"), GeoModel(weights="none").state_dict(), tensors, classes, config)
     localiser = Localiser(weights, torch.device("cpu"))
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {"photo": [], "describe": []}
@@ -198,7 +194,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    rows = [*ranking_rows(), predict_row()]
+    classes = class_table(CLASSES)
+    torch.manual_seed(0)
+    heads: dict[int, Head] = {group: make_head("AAMC", DIM, classes.count(group)) for group in classes.groups}
+    rows = [*ranking_rows(classes, heads, quick=arguments.quick), predict_row(classes, heads)]
     rows += retrieval_rows(QUICK_CELLS if arguments.quick else CELLS)
     for row in rows:
         facts = "  ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in list(row.items())[1:])
