@@ -296,7 +296,7 @@ def warm_rows(shards: Path, scratch: Path, *, quick: bool) -> list[Row]:
     rows: list[Row] = []
     for cores in (1,) if quick else sorted({1, len(available)}):
         os.sched_setaffinity(0, set(available[-cores:]))
-        rows += measure(loaders, cores, 3 if quick else 5, 2.0 if quick else 2.5)
+        rows += measure(loaders, cores, 3, 2.0)
     return rows
 
 

@@ -3,6 +3,7 @@
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -20,6 +21,7 @@ AUGMENTATION = transforms.Compose(
         transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
     ]
 )
+OF_TENSOR = transforms.Compose([transforms.ConvertImageDtype(torch.float32), *AUGMENTATION.transforms[1:]])
 
 
 class Files(Dataset[tuple[torch.Tensor, int]]):
@@ -65,18 +67,14 @@ def webdataset_torchvision(shards: Path, cores: int) -> Iterator[int]:
 def litdata_stream(folder: Path, cores: int) -> Iterator[int]:
     from litdata import StreamingDataLoader, StreamingDataset
 
-    of_tensor = transforms.Compose([transforms.ConvertImageDtype(torch.float32), *AUGMENTATION.transforms[1:]])
-
-    class Crops(StreamingDataset):
-        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-            sample = super().__getitem__(index)
-            return of_tensor(sample["image"]), sample["label"]  # LitData has decoded it
-
+    photos = StreamingDataset(str(folder), shuffle=True, transform=_litdata_crop)
     while True:
-        for images, _ in StreamingDataLoader(
-            Crops(str(folder), shuffle=True), batch_size=BATCH, num_workers=0 if cores == 1 else cores
-        ):
+        for images, _ in StreamingDataLoader(photos, batch_size=BATCH, num_workers=0 if cores == 1 else cores):
             yield len(images)
+
+
+def _litdata_crop(sample: dict[str, Any]) -> tuple[torch.Tensor, int]:
+    return OF_TENSOR(sample["image"]), sample["label"]  # LitData has decoded it
 
 
 def write_files(shards: Path, folder: Path, copies: int = 1) -> None:
