@@ -25,22 +25,25 @@ from pathlib import Path
 
 import paths  # noqa: F401
 import torch
-from loader import multiply, ours
+from loader import BATCH, multiply, ours
 
 from preprocessing.build import build
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
 from preprocessing.plan import Settings
+from preprocessing.shard_run import Machinery
 from shards.checksums import CHECKSUMS, seal
 from shards.dataset import Dataset
 from shards.range_reader import RangeReader
+from shards.stream import StreamSettings
 
-ROUNDS, SECONDS = 3, 6.0
+ROUNDS = 3
+WINDOW = StreamSettings.window
 EXPECT = RangeReader.expect
-ROWS = {
-    "indexed, asked for when needed": ("indexed", False),
-    "indexed": ("indexed", True),
-    "stream": ("stream", True),
+ROWS = {  # mode, asking ahead, images a round (of `stream` whole windows, since it asks for one at a time)
+    "indexed, asked for when needed": ("indexed", False, 8 * BATCH),
+    "indexed": ("indexed", True, WINDOW),
+    "stream": ("stream", True, 3 * WINDOW),
 }
 _RANGE = re.compile(rb"[Rr]ange: bytes=(\d+)-(\d+)")
 
@@ -84,15 +87,15 @@ def serve(folder: Path, delay: float, core: int, out: Connection) -> None:
     asyncio.run(main())
 
 
-def measure(batches: Iterator[int], requests: Dataset) -> tuple[float, float]:
-    """Images a second after the first batches, and requests an image (`stream`: only where whole windows pass)."""
+def measure(batches: Iterator[int], requests: Dataset, images: int) -> tuple[float, float]:
+    """Images a second and requests an image over so many images, after a warm-up of at most a window."""
     assert requests.store is not None
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < SECONDS / 3:
+    for _ in range(min(images, WINDOW) // BATCH):
         next(batches)
-    before, begin, images = int(requests.store.read("count")), time.perf_counter(), 0
-    while (spent := time.perf_counter() - begin) < SECONDS:
-        images += next(batches)
+    before, begin = int(requests.store.read("count")), time.perf_counter()
+    for _ in range(images // BATCH):
+        next(batches)
+    spent = time.perf_counter() - begin
     asked = int(requests.store.read("count")) - before
     batches.close()  # type: ignore[attr-defined]
     return images / spent, asked / images
@@ -109,7 +112,7 @@ def main() -> None:
         os.environ["DIVIDE_AND_CLASSIFY_CACHE"] = f"{scratch}/cache"
         city, small, shards = (Path(scratch) / name for name in ("photos", "small", "city"))
         render_city(city, CitySettings(blocks=1, size=256, years=1, val_queries=1, test_queries=1), workers=len(cores))
-        build(city / "train" / "database", small, Settings(20, 2, 10, 224, 90, "fast", 0))
+        build(city / "train" / "database", small, Settings(20, 2, 10, 224, 90, "fast", 0), Machinery(1))
         multiply(small, shards, -(-30_000 // Dataset.open(small).manifest.images))
         (shards / CHECKSUMS).unlink()
         seal(shards)
@@ -122,9 +125,9 @@ def main() -> None:
         counter = Dataset.open(url)
         measured: dict[str, list[tuple[float, float]]] = {name: [] for name in ROWS}
         for _ in range(ROUNDS):
-            for name, (mode, ahead) in ROWS.items():
+            for name, (mode, ahead, images) in ROWS.items():
                 RangeReader.expect = EXPECT if ahead else lambda *_: None  # type: ignore[method-assign]
-                measured[name].append(measure(ours(url, mode, "cpu", 1), counter))
+                measured[name].append(measure(ours(url, mode, "cpu", 1), counter, images))
         server.terminate()
     rows = [
         {"name": name, "delay_seconds": arguments.delay, "images_per_second": statistics.median(r for r, _ in found),
