@@ -93,6 +93,10 @@ def parse_utm(paths: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         part = slice(first, min(first + _CHUNK, n))
         text, starts, ends = _text(paths.slice(first, _CHUNK))
         base = _base_starts(text, starts, ends)
+        dotted = (text[ends - 4] == ord(".")) | (text[ends - 5] == ord("."))  # .jpg or .jpeg, not a number
+        if dotted.all() and (full := _full_form(text, base, ends)) is not None:
+            east[part], north[part], zone[part] = full
+            continue
         at = np.append(np.flatnonzero(text == ord("@")), [len(text)] * 5)
         k = np.searchsorted(at, base)
         a, b, c, d, e = (at[k + i] for i in range(5))
@@ -101,7 +105,7 @@ def parse_utm(paths: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         north[part], north_ok = _decimals(text, dots, b + 1, c)
         zone[part], zone_ok = _two_digits(text, c + 1, d)
         band = text[np.minimum(d + 1, len(text) - 1)]
-        slow = ~(east_ok & north_ok & zone_ok & (e - d == 2) & (e < ends) & _IS_BAND[band])
+        slow = ~(east_ok & north_ok & zone_ok & (e - d == 2) & dotted & (e < ends - 5) & _IS_BAND[band])
         for i in np.flatnonzero(slow):
             try:
                 name = parse_name(bytes(text[starts[i] : ends[i]]).decode("utf-8", "replace"))
@@ -120,10 +124,13 @@ def hash_names(paths: pa.Array) -> np.ndarray:
         words = _words(text)
         lengths = ends - base
         h = lengths.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        shortest = int(lengths.min()) if len(lengths) else 0
         for offset in range(0, int(lengths.max(initial=0)), 8):
-            left = np.clip(lengths - offset, 0, 8)
-            word = words[base + np.minimum(offset, lengths)]
-            word &= _KEEP_FIRST[left]
+            if offset + 8 <= shortest:
+                word = words[base + offset]
+            else:
+                word = words[base + np.minimum(offset, lengths)]
+                word &= _KEEP_FIRST[np.clip(lengths - offset, 0, 8)]
             h ^= word
             h *= np.uint64(0xD6E8FEB86659FD93)
             h ^= h >> np.uint64(32)
@@ -167,6 +174,36 @@ def _words(text: np.ndarray) -> np.ndarray:
     return np.ndarray((len(text) - 7,), "<u8", text, strides=(1,))
 
 
+def _full_form(
+    text: np.ndarray, base: np.ndarray, ends: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """East, north and zone where all names begin as SF-XL's do, `@0543256.96@4178906.70@10@S@`, and go on for five
+    bytes and more; else None."""
+    if (ends - base < 33).any():
+        return None
+    words = _words(text)
+    at_east, at_point, at_north, at_rest = (words[base + k] for k in (0, 8, 11, 19))
+    marks = (at_east & _byte(0) == _byte(0, "@")) & (at_north & _byte(0) == _byte(0, "@"))
+    marks &= at_point & (_byte(0) | _byte(3)) == _byte(0, ".") | _byte(3, "@")
+    marks &= at_rest & (_byte(0) | _byte(3) | _byte(6)) == _byte(0, ".") | _byte(3, "@") | _byte(6, "@")
+    marks &= _IS_BAND[at_rest >> np.uint64(56)] & (text[base + 27] == ord("@"))
+    if not marks.all():
+        return None
+    numbers = [_eight_digits(word, 7) for word in (at_east, at_north)]
+    numbers += [
+        _eight_digits(word << np.uint64(8 * (8 - end)), 2) for word, end in ((at_point, 3), (at_rest, 3), (at_rest, 6))
+    ]
+    (east, north, east_cents, north_cents, zone), plain = zip(*numbers, strict=True)
+    if not (np.all(plain) and zone.min() >= 1 and zone.max() <= 60):
+        return None
+    return (east * 100 + east_cents) / 100, (north * 100 + north_cents) / 100, zone
+
+
+def _byte(place: int, character: str = "\xff") -> np.uint64:
+    """A character at this place of eight, as part of their word."""
+    return np.uint64(ord(character) << 8 * place)
+
+
 def _decimals(
     text: np.ndarray, dots: np.ndarray, begins: np.ndarray, ends: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -192,7 +229,7 @@ def _two_digits(text: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> tuple
     return value, (ends - begins == 2) & (tens < 7) & (ones < 10) & (value >= 1) & (value <= 60)
 
 
-def _eight_digits(words: np.ndarray, digits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _eight_digits(words: np.ndarray, digits: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
     """The last `digits` of each word's eight characters as a number, and whether all of them are digits."""
     keep = ~_KEEP_FIRST[8 - digits]
     value = (words ^ np.uint64(0x3030303030303030)) & keep

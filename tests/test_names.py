@@ -78,6 +78,21 @@ def test_the_fast_path_agrees_with_the_plain_one(names):
         np.testing.assert_array_equal((east[i], north[i], zone[i]), expected, err_msg=name)
 
 
+@settings(deadline=None)
+@given(st.integers(0, 28), st.characters(codec="ascii"), st.integers(0, 40))
+def test_a_full_name_with_one_other_character_is_read_as_the_plain_path_reads_it(at, character, cut):
+    names = ["a/" + SF_XL, "a/" + SF_XL[:at] + character + SF_XL[at + 1 :], "a/" + SF_XL[: 40 - cut]]
+    for some in (names[:1], names[:2], names[2:], names[1:2]):
+        read = zip(*parse_utm(pa.array(some, pa.large_string())), strict=True)
+        for name, found in zip(some, read, strict=True):
+            try:
+                plain = parse_name(name)
+                expected = (plain.east, plain.north, plain.zone or 0)
+            except BadName:
+                expected = (math.nan, math.nan, 0)
+            np.testing.assert_array_equal(found, expected, err_msg=name)
+
+
 def test_the_fast_path_agrees_over_many_names_and_a_slice():
     rng = np.random.default_rng(0)
     names = [
