@@ -95,7 +95,8 @@ def describe_batches(
     vectors: Tensor | None = None
     readable = np.zeros(count, dtype=bool)
     was_training = model.training
-    model.eval()
+    if was_training:
+        model.eval()
     try:
         for batch in batches:
             described = model(to_input(torch.from_numpy(batch.images).to(device))).float().cpu()
@@ -104,7 +105,8 @@ def describe_batches(
             vectors[torch.from_numpy(batch.indices)] = described
             readable[batch.indices] = True
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
     return Descriptors(torch.zeros(count, 1) if vectors is None else vectors, readable, tuple(failures or ()))
 
 
