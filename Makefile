@@ -49,13 +49,14 @@ coverage: $(STAMP)
 	$(PYTEST) --cov --cov-report=html --cov-report=xml
 	@echo "All tests: $$($(REACHED))"
 
+# QUICK=--quick: four minutes. IMG2DATASET=PYTHON: a Python that has it. SHARDS=DATASET: whole training steps too.
 benchmark: $(STAMP)
 	@mkdir -p build
-	$(BIN)/python tests/benchmarks/preprocessing.py $(QUICK) --json build/preprocessing.json
+	$(BIN)/python tests/benchmarks/preprocessing.py $(QUICK) $(IMG2DATASET:%=--img2dataset %) --json build/preprocessing.json
 	$(BIN)/python tests/benchmarks/loader.py $(QUICK) --json build/loader.json
-	$(BIN)/python tests/benchmarks/training.py $(QUICK) --json build/training.json
+	$(BIN)/python tests/benchmarks/training.py $(QUICK) $(SHARDS:%=--shards %) --json build/training.json
 	$(BIN)/python tests/benchmarks/evaluation.py $(QUICK) --json build/evaluation.json
-	$(BIN)/python tests/benchmarks/render.py
+	$(BIN)/python tests/benchmarks/render.py $(QUICK) $(patsubst %,build/%.json,preprocessing loader training evaluation)
 
 clean:
 	rm -rf $(VENV) *.egg-info build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache
