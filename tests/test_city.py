@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import utm
 
+from preprocessing.city.buildings import cast
 from preprocessing.city.plan import (
     CELL,
     FIELD_OF_VIEW,
@@ -17,7 +18,6 @@ from preprocessing.city.plan import (
     CitySettings,
     Panorama,
     Plan,
-    cast,
 )
 from preprocessing.city.streetview import Renderer
 from preprocessing.city.view import Lens
