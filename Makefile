@@ -4,38 +4,59 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install quickstart test test-fast lint benchmark clean
+.PHONY: install quickstart format lint test test-fast coverage benchmark clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'
 	@$(PYTHON) -c 'import venv, ensurepip' || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dali-cuda13,dev]'
-	-$(BIN)/python -m compileall -q -j 0 $(VENV)/lib
+	@echo "installing pinned packages into $(VENV): 6 GB, some minutes"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[dali-cuda13,dev]'
+	@# Some packages hold files for newer Pythons only: what does not compile is of no concern.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 quickstart: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash launch/quickstart.sh
 
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The pre-commit hook and CI run this too.
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources launch/*.sh .ci/run
+	$(BIN)/hadolint launch/Dockerfile
 
-test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+REACHED = echo "$$($(BIN)/coverage report --format=total) % of the lines reached; which: build/coverage/index.html"
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+	$(PYTEST) -m 'not slow'
 
+# Coverage costs a quarter of the time, so that only the fast tests carry it here; `make coverage` measures all.
+test: lint
+	$(PYTEST) -m 'not slow' --cov --cov-report=html --cov-report=xml
+	@echo "Fast tests: $$($(REACHED))"
+	$(PYTEST) -m slow
+
+coverage: $(STAMP)
+	$(PYTEST) --cov --cov-report=html --cov-report=xml
+	@echo "All tests: $$($(REACHED))"
+
+# QUICK=--quick: four minutes. IMG2DATASET=PYTHON: a Python that has it. SHARDS=DATASET: whole training steps too.
 benchmark: $(STAMP)
 	@mkdir -p build
-	$(BIN)/python tests/benchmarks/preprocessing.py --json build/preprocessing.json
-	$(BIN)/python tests/benchmarks/loader.py --json build/loader.json
-	$(BIN)/python tests/benchmarks/training.py --json build/training.json
-	$(BIN)/python tests/benchmarks/evaluation.py --json build/evaluation.json
+	$(BIN)/python tests/benchmarks/preprocessing.py $(QUICK) $(IMG2DATASET:%=--img2dataset %) --json build/preprocessing.json
+	$(BIN)/python tests/benchmarks/loader.py $(QUICK) --json build/loader.json
+	$(BIN)/python tests/benchmarks/training.py $(QUICK) $(SHARDS:%=--shards %) --json build/training.json
+	$(BIN)/python tests/benchmarks/evaluation.py $(QUICK) --json build/evaluation.json
+	$(BIN)/python tests/benchmarks/render.py $(QUICK) $(patsubst %,build/%.json,preprocessing loader training evaluation)
 
 clean:
-	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) *.egg-info build dist .hypothesis .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,9 @@
 """Fixtures: a rendered city and a data set built from it, made once for all tests."""
 
+import fcntl
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: float sums depend on it, and tests run side by side
@@ -23,9 +25,21 @@ SETTINGS = Settings(M=20, N=2, min_images=10, image_size=64, quality=90, resize_
 
 @pytest.fixture(scope="session")
 def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small rendered city: train/database, val/queries, test/queries."""
-    out = tmp_path_factory.mktemp("city") / "city"
-    render_city(out, CitySettings(blocks=1, size=128, years=1), workers=1)
+    """A small rendered city: train/database, val/queries, test/queries. Tests must not change it."""
+    base = tmp_path_factory.getbasetemp()
+    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # all processes of a test run share it
+    settings = CitySettings(blocks=1, size=128, years=1, val_queries=40, test_queries=80)
+    return made_once(run / "city", lambda out: render_city(out, settings, workers=1))
+
+
+def made_once(out: Path, make: Callable[[Path], object]) -> Path:
+    """`out`, made by the first process that asks for it; the others wait."""
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = out.with_suffix(".done")
+        if not done.exists():
+            make(out)
+            done.touch()
     return out
 
 

@@ -1,5 +1,7 @@
 """Photos for tests: smooth random pictures under names that carry coordinates."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -18,6 +20,17 @@ def picture(size: int, seed: int) -> np.ndarray:
 def jpeg(size: int, seed: int) -> bytes:
     """A picture as a JPEG."""
     return simplejpeg.encode_jpeg(picture(size, seed), quality=90)
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A sound PNG of that many black pixels in a few kilobytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(bytes((width // 8 + 1) * height), 9)
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def name_at(east: float, north: float, number: int, zone: int = 10) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import utm
 
+from preprocessing.city.buildings import cast
 from preprocessing.city.plan import (
     CELL,
     FIELD_OF_VIEW,
@@ -17,7 +18,6 @@ from preprocessing.city.plan import (
     CitySettings,
     Panorama,
     Plan,
-    cast,
 )
 from preprocessing.city.streetview import Renderer
 from preprocessing.city.view import Lens
@@ -181,6 +181,7 @@ def test_photos_differ_between_years_and_are_neither_dark_nor_blank(plan: Plan, 
         assert image.std() > 15
 
 
+@pytest.mark.slow
 def test_bytes_do_not_depend_on_the_number_of_workers(city: Path, tmp_path: Path) -> None:
     render_city(tmp_path / "two", TINY, workers=2)
     assert photos(tmp_path / "two") == photos(city)
@@ -215,6 +216,7 @@ def test_the_same_command_again_changes_nothing(city: Path, capsys: pytest.Captu
     assert before == {path: path.stat().st_mtime_ns for path in city.rglob("*")}
 
 
+@pytest.mark.slow
 def test_an_interrupted_city_goes_on_to_the_same_bytes(city: Path, tmp_path: Path) -> None:
     out = tmp_path / "half"
     render_city(out, TINY, workers=1)

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import time
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import BROWSER, Page
+from photos import bomb
 from PIL import Image
 from tiny import ROOT, SOUTH, WEST, class_table, photo, write_dataset, write_queries
 from tiny_run import write_run
@@ -99,17 +99,6 @@ def square(side: int) -> bytes:
     at = jpeg.index(b"\xff\xc0")
     jpeg[at + 5 : at + 9] = struct.pack(">HH", side, side)
     return bytes(jpeg)
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A sound PNG of that many black pixels in a few kilobytes."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    rows = zlib.compress(bytes((width // 8 + 1) * height), 9)
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
 def test_an_upload_is_answered_as_predict_answers_the_file(

@@ -42,6 +42,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_tasks_in_any_order_and_a_finish_make_the_bytes_of_one_build(photos, whole, tmp_path):
     out, source = tmp_path / "out", Source.of(photos)
     shards = [build_share(source, out, SMALL, ONE, index=i, count=3) for i in (2, 0, 1)]

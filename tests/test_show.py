@@ -125,6 +125,7 @@ def test_the_contact_sheet_shows_photos_and_marks_the_damaged(dataset, tmp_path)
     assert (damaged[:, 200:] == (222, 224, 228)).all(2).mean() > 0.4
 
 
+@pytest.mark.slow
 def test_pictures_are_written_beside_each_other_and_exit_codes_are_0_1_and_2(dataset, tmp_path):
     done = run(dataset.path, "--out", tmp_path / "new" / "city.png")
     assert done.returncode == 0, done.stderr

@@ -65,7 +65,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Failing], None]:
     return install
 
 
-@pytest.mark.parametrize("schedule", ["sequential", "joint"])
+@pytest.mark.parametrize("schedule", [pytest.param("sequential", marks=pytest.mark.slow), "joint"])
 def test_a_run_learns_and_its_best_checkpoint_reproduces_its_recall(
     shards: Path, queries: Path, tmp_path: Path, schedule: str
 ) -> None:
@@ -96,7 +96,7 @@ def test_a_run_learns_and_its_best_checkpoint_reproduces_its_recall(
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"schedule": "joint", "ema": 0.9, "lr_schedule": "cosine", "channels_last": True, "colour_jitter": 0.2},
     ],
 )
@@ -121,6 +121,7 @@ def test_a_resumed_run_has_the_losses_of_one_that_never_stopped_bit_for_bit(
     assert ends[0].state["progress"]["latest"] == ends[1].state["progress"]["latest"]
 
 
+@pytest.mark.slow
 def test_stochastic_depth_draws_the_same_after_resuming(shards: Path, tmp_path: Path) -> None:
     settings = {"backbone": "efficientnet_b0", "iterations_per_epoch": 2, "batch_size": 4}
     whole = train_here(configure(shards, tmp_path / "whole", epochs=2, **settings))
@@ -284,6 +285,7 @@ def test_a_checkpoint_of_another_model_is_refused(shards: Path, tmp_path: Path, 
         train_here(configure(shards, tmp_path / "r", resume=True, **flag))
 
 
+@pytest.mark.slow
 def test_offloaded_heads_train_and_validate_as_resident_ones(shards: Path, queries: Path, tmp_path: Path) -> None:
     runs = [
         train_here(configure(shards, tmp_path / str(offload), offload_heads=offload, val_queries=queries))

@@ -195,6 +195,7 @@ def test_an_addition_that_is_killed_at_any_moment_ends_with_the_bytes_of_an_undi
     assert contents(begun) == contents(undisturbed)
 
 
+@pytest.mark.slow
 def test_photos_fetched_anew_are_appended_under_their_labels_and_leave_quarantine(tmp_path):
     photos = write_photos(tmp_path / "photos")
     build(tmp_path / "photos", tmp_path / "clean", SETTINGS, ONE)
@@ -223,6 +224,7 @@ def test_photos_fetched_anew_are_appended_under_their_labels_and_leave_quarantin
     assert contents(out) == before
 
 
+@pytest.mark.slow
 def test_panoramas_are_added_and_retried_crop_by_crop(tmp_path):
     from test_sources import write_panoramas
 

@@ -149,7 +149,7 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["file", "memory", "s3"])
+@pytest.mark.parametrize("kind", ["file", "memory", pytest.param("s3", marks=pytest.mark.slow)])
 def test_a_data_set_built_at_a_url_has_the_bytes_of_one_in_a_folder(kind, photos, whole, tmp_path, request, cache):
     url = {"file": f"file://{tmp_path}/city", "memory": "memory://built/city"}.get(kind) or (
         request.getfixturevalue("bucket")
@@ -159,6 +159,7 @@ def test_a_data_set_built_at_a_url_has_the_bytes_of_one_in_a_folder(kind, photos
     assert not list((cache / "scratch").iterdir())
 
 
+@pytest.mark.slow
 def test_photos_on_s3_make_a_data_set_on_s3(photos, whole, bucket):
     upload(photos, f"{bucket}/photos")
     build_at(f"{bucket}/city", Source.of(f"{bucket}/photos"))
@@ -289,6 +290,7 @@ def test_a_place_of_something_else_is_left_alone_and_named_by_its_url(photos, me
         build(photos, out, replace(SMALL, seed=1), machinery=HERE)
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there_is_one_line_before_any_work(photos, server):
     with pytest.raises(JobError, match=r"s3://no-such-bucket/city: .* cannot be written .*bucket does not exist"):
         build_at("s3://no-such-bucket/city", photos)
@@ -299,6 +301,7 @@ def test_a_bucket_that_is_not_there_is_one_line_before_any_work(photos, server):
         Dataset.open("nonsense://x/y")
 
 
+@pytest.mark.slow
 def test_batches_from_s3_are_those_from_a_folder_in_both_modes(whole, bucket):
     upload(whole, bucket)
     here, there = Dataset.open(whole), Dataset.open(bucket)
@@ -321,6 +324,7 @@ def test_stream_asks_for_runs_and_indexed_for_photos_each_once(whole, memory, mo
     assert len(asked) < 2 * 96 / 1.5  # runs of 5, cut by the lanes of so small a window and by shards of 6
 
 
+@pytest.mark.slow
 def test_photos_of_a_deleted_object_are_replaced_counted_and_named_in_both_modes(whole, bucket, caplog):
     upload(whole, bucket)
     store, here, there = Store.at(bucket), Dataset.open(whole), Dataset.open(bucket)
@@ -401,6 +405,7 @@ def test_names_from_outside_do_not_lead_out_of_the_mirror(whole, cache):
     assert not list(cache.parent.rglob("evil*"))
 
 
+@pytest.mark.slow
 def test_training_from_s3_has_the_losses_of_training_from_a_folder(bucket, tmp_path):
     upload(write_dataset(tmp_path / "tiny").path, bucket)  # without checksums
     losses = []
@@ -411,6 +416,7 @@ def test_training_from_s3_has_the_losses_of_training_from_a_folder(bucket, tmp_p
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_show_describes_a_data_set_at_a_url(whole, tmp_path):
     url = f"file://{tmp_path}/{whole.name}"
     shutil.copytree(whole, tmp_path / whole.name)

@@ -77,6 +77,7 @@ def test_a_built_data_set_is_sound_with_and_without_checksums(dataset, copy):
     assert report.sealed
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_at_any_of_sixty_random_places_is_found(copy):
     files = sorted(p for p in copy.rglob("*") if p.suffix in (".tar", ".idx", ".parquet"))
     assert len(files) >= 15
@@ -347,6 +348,7 @@ def test_tables_and_manifests_of_any_bytes_are_problems_and_no_crash(copy, damag
     assert names <= files_with_problems(copy)
 
 
+@pytest.mark.slow
 def test_exit_codes_are_0_for_sound_1_for_problems_and_2_for_wrong_arguments(copy, tmp_path):
     assert run(copy).returncode == 0
     flip(copy / TAR, 1000, 1)

@@ -11,8 +11,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocessing.city.buildings import Floats
 from preprocessing.city.painting import Colour, Image
-from preprocessing.city.plan import PAVEMENT, Floats, Plan, Street, Weather, stream
+from preprocessing.city.plan import PAVEMENT, Plan, Street, Weather, stream
 
 TILE = 512
 """Side of a tile, texels."""

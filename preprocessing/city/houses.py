@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocessing.city.buildings import Floats
 from preprocessing.city.painting import (
     PAINT,
     Colour,
@@ -18,7 +19,7 @@ from preprocessing.city.painting import (
     weather,
     write,
 )
-from preprocessing.city.plan import Floats, stream
+from preprocessing.city.plan import stream
 
 MURAL_SHARE = 0.35
 

@@ -12,11 +12,10 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from preprocessing.city.buildings import cast, place_buildings
 
 FIELD_OF_VIEW = 65.0
 """Horizontal field of view of every photo, degrees."""
@@ -30,8 +29,6 @@ PAVEMENT = 3.0
 CAMERA_HEIGHT = 2.5
 OVERRUN = 22.0
 """How far the car drives past the outermost crossings, metres."""
-
-Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -131,17 +128,6 @@ class Panorama:
     pano_id: str
 
 
-@dataclass(frozen=True)
-class Buildings:
-    """Axis-aligned boxes. `box` float64 [n, 5]: x0, y0, x1, y1, height; `front` bool [n, 4]: whether the west, east,
-    south, north side looks onto a street; `kind` int8 [n]: 0 house, 1 wall or fence; `block` int32 [n]."""
-
-    box: Floats
-    front: NDArray[np.bool_]
-    kind: NDArray[np.int8]
-    block: NDArray[np.int32]
-
-
 def season_of(month: int) -> int:
     """Foliage (0 summer, 1 autumn, 2 bare, 3 spring) of a month 1 to 12."""
     return (2, 2, 3, 3, 3, 0, 0, 0, 1, 1, 1, 2)[month - 1]
@@ -164,7 +150,9 @@ class Plan:
             spans.append((edges[0::2], edges[1::2]))  # low and high edges of the blocks of this axis
         (self.block_x0, self.block_x1), (self.block_y0, self.block_y1) = spans
         self.streets = self._streets()
-        self._build(stream(settings.seed, "lots"))
+        columns = list(zip(self.block_x0, self.block_x1, strict=True))
+        rows = list(zip(self.block_y0, self.block_y1, strict=True))
+        self.buildings, self.parks = place_buildings(columns, rows, stream(settings.seed, "lots"))
         self._plant(stream(settings.seed, "trees"))
 
     def _streets(self) -> list[Street]:
@@ -180,49 +168,6 @@ class Plan:
                 low, high = float(across[0]) - OVERRUN, float(across[-1]) + OVERRUN
                 streets.append(Street(len(streets), axis, float(centre), float(width), low, high))
         return streets
-
-    def _build(self, rng: np.random.Generator) -> None:
-        boxes: list[tuple[float, ...]] = []
-        fronts: list[tuple[bool, ...]] = []
-        kinds: list[int] = []
-        blocks: list[int] = []
-        columns, rows = len(self.block_x0), len(self.block_y0)
-        self.parks: list[tuple[float, float, float, float]] = []
-        for i in range(columns):
-            for j in range(rows):
-                x0, x1, y0, y1 = self.block_x0[i], self.block_x1[i], self.block_y0[j], self.block_y1[j]
-                inner = 0 < i < columns - 1 and 0 < j < rows - 1
-                if inner and rng.random() < 0.1 and len(self.parks) * 8 < (columns - 2) * (rows - 2):
-                    self.parks.append((x0, y0, x1, y1))
-                    continue
-                floors = float(rng.choice([2.2, 3.0, 3.6, 4.4, 6.0]))
-                gaps, depth = float(rng.uniform(0.0, 0.13)), float(rng.uniform(11, 15))
-                setback_share = float(rng.choice([0.0, 0.25, 0.7]))
-                for side in range(4):  # west, east, south, north
-                    low, high = (x0, x1) if side >= 2 else (y0 + depth, y1 - depth)
-                    cuts = _cut(rng, low, high)
-                    for lot, (a, b) in enumerate(pairwise(cuts)):
-                        corner = side >= 2 and lot in (0, len(cuts) - 2)
-                        gap = not corner and rng.random() < gaps
-                        back = rng.uniform(0.6, 3.2) if not corner and rng.random() < setback_share else 0.0
-                        height = 3.9 + 3.2 * max(1, round(rng.normal(floors - 1, 1.0))) + rng.uniform(0.4, 1.4)
-                        if rng.random() < 0.05:
-                            height += 3.2 * rng.integers(3, 7)
-                        near, far = back, depth
-                        if gap:
-                            height, near, far = rng.uniform(1.2, 2.6), 0.2, 0.5
-                        boxes.append(_lot_box(side, a, b, near, far, (x0, x1, y0, y1), height))
-                        front = [False] * 4
-                        front[side] = True
-                        if corner:
-                            front[0] |= lot == 0
-                            front[1] |= lot == len(cuts) - 2
-                        fronts.append(tuple(front))
-                        kinds.append(1 if gap else 0)
-                        blocks.append(i * rows + j)
-        self.buildings = Buildings(
-            np.array(boxes), np.array(fronts), np.array(kinds, np.int8), np.array(blocks, np.int32)
-        )
 
     def _plant(self, rng: np.random.Generator) -> None:
         """Trees float64 [k, 4] (x, y, height, shape) and lamp posts float64 [k, 2], at fixed places for all years."""
@@ -376,37 +321,3 @@ class Plan:
         fence = depth[:, self.buildings.kind == 1].min(axis=1, initial=np.inf)
         seen = np.mean(house < 60) >= 0.5 and np.median(house) > 5.0
         return bool(seen and house.min() > 1.5 and fence.min() > 4.0)
-
-
-def cast(boxes: Floats, x: float, y: float, rays_x: Floats, rays_y: Floats) -> Floats:
-    """Ray parameter [rays, boxes] at which rays from (x, y) enter axis-aligned boxes [n, 5]; inf where they miss."""
-    inverse_x = 1.0 / np.where(np.abs(rays_x) < 1e-9, 1e-9, rays_x)[:, None]
-    inverse_y = 1.0 / np.where(np.abs(rays_y) < 1e-9, 1e-9, rays_y)[:, None]
-    ax, bx = (boxes[:, 0] - x) * inverse_x, (boxes[:, 2] - x) * inverse_x
-    ay, by = (boxes[:, 1] - y) * inverse_y, (boxes[:, 3] - y) * inverse_y
-    enter = np.maximum(np.minimum(ax, bx), np.minimum(ay, by))
-    leave = np.minimum(np.maximum(ax, bx), np.maximum(ay, by))
-    return np.where((enter <= leave) & (enter > 0), enter, np.inf)
-
-
-def _cut(rng: np.random.Generator, low: float, high: float) -> list[float]:
-    """Borders of the lots of one side of a block."""
-    cuts = [low]
-    while high - cuts[-1] > 21:
-        cuts.append(cuts[-1] + float(rng.uniform(6.5, 14.5)))
-    if high - cuts[-1] > 15:
-        cuts.append((cuts[-1] + high) / 2)
-    return [*cuts, high]
-
-
-def _lot_box(
-    side: int, a: float, b: float, near: float, far: float, block: tuple[float, ...], height: float
-) -> tuple[float, ...]:
-    x0, x1, y0, y1 = block
-    if side == 0:
-        return (x0 + near, a, x0 + far, b, height)
-    if side == 1:
-        return (x1 - far, a, x1 - near, b, height)
-    if side == 2:
-        return (a, y0 + near, b, y0 + far, height)
-    return (a, y1 - far, b, y1 - near, height)

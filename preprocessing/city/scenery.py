@@ -9,8 +9,9 @@ from functools import cached_property, lru_cache
 import cv2
 import numpy as np
 
+from preprocessing.city.buildings import Floats
 from preprocessing.city.painting import Colour, Image, from_hsv, shade
-from preprocessing.city.plan import PAVEMENT, Floats, Panorama, Plan, Street, stream
+from preprocessing.city.plan import PAVEMENT, Panorama, Plan, Street, stream
 
 SKY_COLOURS: tuple[tuple[Colour, Colour], ...] = (
     ((88, 134, 200), (196, 216, 236)),

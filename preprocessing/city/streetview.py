@@ -15,11 +15,12 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from preprocessing.city.buildings import cast
 from preprocessing.city.facades import Facade, Facades
 from preprocessing.city.figures import draw_things
 from preprocessing.city.ground import Ground
 from preprocessing.city.painting import Image
-from preprocessing.city.plan import FIELD_OF_VIEW, Panorama, Plan, Weather, cast, stream
+from preprocessing.city.plan import FIELD_OF_VIEW, Panorama, Plan, Weather, stream
 from preprocessing.city.scenery import (
     SKY_COLOURS,
     Figure,
