@@ -288,7 +288,10 @@ class Trainer:
         if self.engine.rates.exhausted:
             self.say("the learning rate fell under 1e-6: training ends")
         best = best_checkpoint(self.config.out) if self.world.is_main else None
-        value = "" if self.progress.best is None else f" ({abs(self.progress.best):.4g})"
+        value = ""
+        if self.progress.best is not None:
+            loss = self.validator is None
+            value = f" (mean loss {-self.progress.best:.4g})" if loss else f" (LR@1 {self.progress.best:.1f} %)"
         self.say(f"trained to step {self.progress.step:,} in {format_duration(seconds)}; best checkpoint {best}{value}")
         if self.progress.skipped:
             self.say(f"{self.progress.skipped:,} steps were skipped: their loss was not finite")
