@@ -5,11 +5,14 @@ sample of its class. The global batches of some consecutive steps form a window.
 reads a run of `run` photos from a random place of each (going on at the class's beginning after its end), and
 hands the photos out shuffled. It is a pure function of (seed, window number): a resumed run reads its window
 again. Every slot's class and photo are uniform, as in `shards.sampler`; but up to `run` photos of a class lie
-together in a window.
+together in a window, so that a large window mixes better. The first windows are smaller, each half the next, since
+the first batch waits for all of the first one.
 
 Slots are dealt out to eight lanes, slot i to lane i mod 8, and a run stays within a lane, so that with 1, 2, 4 or 8
 ranks every run is read by one rank alone, and the draws are the same for any number of ranks.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,18 +25,46 @@ from shards.reader import ShardReader
 from shards.sampler import Draws, IndexedSampler, philox, uniforms
 
 _LANES = 8
+_FIRST_WINDOW = 4096  # photos
+_OVERDUE = 8  # steps into a window after which no batch under way needs the one before
 _KEY = 0xFFFFFFFFFFFFFFFF  # keeps the windows' random numbers apart from those of slots
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """How photos are read: `run` neighbours in a request, `window` photos of the global batch in memory.
+    """How photos are read: `run` neighbours in a request, up to `window` photos of the global batch shuffled.
 
-    A seek and a request of 32 photos of 10 kB take 7 ms on a hard disk, 4,500 photos a second.
+    A seek and a request of 32 photos of 10 kB take 7 ms on a hard disk, 4,500 photos a second. A window and the next
+    one lie in memory: at 65,536 photos of 10 kB 1.3 GB over all ranks.
     """
 
     run: int = 32
-    window: int = 4096
+    window: int = 1 << 16
+
+
+class WindowPlan:
+    """Which steps make up which window: the first of `_FIRST_WINDOW` photos, twice as many each, up to `window`."""
+
+    def __init__(self, window: int, batch_size: int) -> None:
+        sizes = [min(_FIRST_WINDOW, window)]
+        while sizes[-1] < window:
+            sizes.append(min(2 * sizes[-1], window))
+        steps = [max(1, size // batch_size) for size in sizes]
+        self._first = np.concatenate([[0], np.cumsum(steps)])
+        self._last = steps[-1]
+
+    def steps(self, number: int) -> range:
+        """The steps of a window."""
+        known = min(number, len(self._first) - 2)
+        later = (number - known) * self._last
+        return range(int(self._first[known]) + later, int(self._first[known + 1]) + later)
+
+    def find(self, step: int) -> tuple[int, int]:
+        """The window that a step is in, and the step's place there."""
+        number = int(np.searchsorted(self._first, step, side="right")) - 1
+        if number > len(self._first) - 2:
+            number += (step - int(self._first[-1])) // self._last
+        return number, step - self.steps(number).start
 
 
 @dataclass(frozen=True)
@@ -41,7 +72,6 @@ class Window:
     """The samples of some steps. `label`, `row` (of the group's index) and `run` have shape [steps, batch size];
     a run r is `runs[r]`: group, and the rows it reads."""
 
-    number: int
     label: np.ndarray
     row: np.ndarray
     run: np.ndarray
@@ -70,13 +100,21 @@ def make_window(index: dict[int, GroupIndex], groups: np.ndarray, seed: int, num
             row.ravel()[slots] = rows.ravel()[shuffled]
             of_run.ravel()[slots] = shuffled // run + len(runs)
             runs += [(int(group), np.unique(r)) for r in rows]
-    return Window(number, label, row, of_run, runs)
+    return Window(label, row, of_run, runs)
 
 
 def _draw_evenly(random: Callable[[int], np.ndarray], classes: int, count: int) -> np.ndarray:
     """`count` of so many classes, int64 [count]: each equally likely, none again before all have been drawn."""
     rounds = -(-count // classes)
     return np.concatenate([np.argsort(random(classes), kind="stable") for _ in range(rounds)])[:count]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A window in memory: by group and row, the run that a photo is read with, and its place there."""
+
+    window: Window
+    photos: dict[tuple[int, int], tuple[Future[list[bytes]], int]]
 
 
 class Stream:
@@ -97,20 +135,19 @@ class Stream:
         settings: StreamSettings,
     ) -> None:
         self._index, self._reader, self._schedule, self._slots, self._seed = index, reader, schedule, slots, seed
-        self._steps = max(1, settings.window // batch_size)
+        self._plan = WindowPlan(settings.window, batch_size)
         self._run = settings.run
         self._single = IndexedSampler(index, seed)
         self._pool = ThreadPoolExecutor(reader.parallel, thread_name_prefix="stream")
-        self._windows: dict[int, Window] = {}
-        self._held: dict[tuple[int, int], tuple[int, Future[list[bytes]], int]] = {}
+        self._drawing = ThreadPoolExecutor(1, thread_name_prefix="window")
+        self._held: dict[int, Future[_Held]] = {}
 
     def draw(self, step: int, slots: np.ndarray, groups: np.ndarray, attempt: int = 0) -> Draws:
         """The samples of some slots; a later attempt of a slot draws as the indexed mode does."""
         if attempt:
             return self._single.draw(step, slots, groups, attempt)
-        number, place = divmod(step, self._steps)
-        self._advance(number)
-        window = self._windows[number]
+        number, place = self._plan.find(step)
+        window = self._advance(number, place).window
         crop = uniforms(self._seed, step, slots)[:, 2:]
         return Draws(np.asarray(groups, np.int64), window.label[place, slots], window.row[place, slots], crop)
 
@@ -119,11 +156,11 @@ class Stream:
 
     def read(self, group: int, row: int) -> bytes:
         """The JPEG in `row` of a group's index, from memory; raises `OSError` as `ShardReader.read` does."""
-        held = self._held.get((group, row))
-        if held is None:
-            return self._reader.read(group, row)
-        _, photos, position = held
-        return self._reader.check(group, row, photos.result()[position])
+        for window in tuple(self._held.values()):
+            if window.done() and (found := window.result().photos.get((group, row))) is not None:
+                photos, position = found
+                return self._reader.check(group, row, photos.result()[position])
+        return self._reader.read(group, row)
 
     def place(self, group: int, row: int) -> str:
         """Where a photo lies, for messages."""
@@ -131,24 +168,25 @@ class Stream:
 
     def close(self) -> None:
         """Stop reading ahead and close the shards."""
+        self._drawing.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
-        self._windows.clear()
         self._held.clear()
         self._reader.close()
 
-    def _advance(self, number: int) -> None:
-        """Hold a window and the next one; drop those that no batch under way needs any more."""
+    def _advance(self, number: int, place: int) -> _Held:
+        """Hold a window and, soon, the next one; drop those that no batch under way needs any more."""
         for wanted in (number, number + 1):
-            if wanted not in self._windows:
-                steps = range(wanted * self._steps, (wanted + 1) * self._steps)
-                groups = np.stack([np.asarray(self._schedule(step)) for step in steps])
-                self._windows[wanted] = make_window(self._index, groups, self._seed, wanted, self._run)
-                self._load(self._windows[wanted])
-        for old in [n for n in self._windows if n < number - 1 or n > number + 1]:
-            del self._windows[old]
-            self._held = {key: held for key, held in self._held.items() if held[0] != old}
+            if wanted not in self._held:
+                self._held[wanted] = self._drawing.submit(self._hold, wanted)
+        oldest = number - (place < _OVERDUE)
+        for old in [n for n in self._held if not oldest <= n <= number + 1]:
+            del self._held[old]
+        return self._held[number].result()
 
-    def _load(self, window: Window) -> None:
+    def _hold(self, number: int) -> _Held:
+        """Draw a window and ask for its photos."""
+        groups = np.stack([np.asarray(self._schedule(step)) for step in self._plan.steps(number)])
+        window = make_window(self._index, groups, self._seed, number, self._run)
         requests = []
         for run in np.unique(window.run[:, self._slots]).tolist():
             group, rows = window.runs[run]
@@ -156,7 +194,8 @@ class Stream:
             broken = (np.diff(rows) != 1) | (np.diff(index.shard[rows].astype(np.int64)) != 0)
             requests += [(group, piece) for piece in np.split(rows, np.flatnonzero(broken) + 1)]
         requests.sort(key=lambda r: (r[0], int(r[1][0])))
+        held = _Held(window, {})
         for group, rows in requests:
             photos = self._pool.submit(self._reader.read_run, group, int(rows[0]), len(rows))
-            for position, row in enumerate(rows.tolist()):
-                self._held[group, row] = (window.number, photos, position)
+            held.photos.update(((group, row), (photos, position)) for position, row in enumerate(rows.tolist()))
+        return held

@@ -1,5 +1,7 @@
 """The stream mode: windows are pure functions, keep the distribution, and read each run once."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from test_loader import damage, same, spoil_some_photos, take
 from shards.index import GroupIndex, open_index
 from shards.loader import Loader
 from shards.reader import ShardReader
-from shards.stream import StreamSettings, make_window
+from shards.stream import StreamSettings, WindowPlan, make_window
 
 COUNTS = np.array([3, 0, 40, 10, 64])
 
@@ -73,6 +75,21 @@ def test_windows_differ_and_depend_on_seed_and_number_alone(index):
     assert (make_window(index, groups, seed=1, number=1, run=4).row == first.row).all()
     assert (make_window(index, groups, seed=1, number=2, run=4).row != first.row).any()
     assert (make_window(index, groups, seed=2, number=1, run=4).row != first.row).any()
+
+
+@pytest.mark.parametrize(("window", "batch_size"), [(65536, 64), (10_000, 3), (4096, 64), (100, 7), (5, 16)])
+def test_windows_follow_each_other_without_a_gap_and_grow_up_to_the_largest(window, batch_size):
+    plan = WindowPlan(window, batch_size)
+    spans = [plan.steps(number) for number in range(12)]
+    assert spans[0].start == 0
+    assert all(a.stop == b.start for a, b in pairwise(spans))
+    photos = [len(span) * batch_size for span in spans]
+    assert photos == sorted(photos)
+    assert min(window, 4096) - batch_size < photos[0] <= max(min(window, 4096), batch_size)
+    assert window - batch_size < photos[-1] <= max(window, batch_size)
+    for number, span in enumerate(spans):
+        for place in {0, len(span) // 2, len(span) - 1}:
+            assert plan.find(span[place]) == (number, place)
 
 
 @pytest.mark.parametrize("decoder", ["cpu", "dali"])
