@@ -1,12 +1,13 @@
 """Reading for hard disks and networks: runs of neighbouring photos of a class, one request each.
 
 Shards are class-major, and within a class photos lie in a seeded random order, so a run of neighbours is a random
-sample of its class. The global batches of some consecutive steps form a window. A window draws classes uniformly,
-reads a run of `run` photos from a random place of each (going on at the class's beginning after its end), and
-hands the photos out shuffled. It is a pure function of (seed, window number): a resumed run reads its window
-again. Every slot's class and photo are uniform, as in `shards.sampler`; but up to `run` photos of a class lie
-together in a window, so that a large window mixes better. The first windows are smaller, each half the next, since
-the first batch waits for all of the first one.
+sample of its class. The global batches of some consecutive steps form a window: runs of `run` photos are read from
+as many classes as it takes, and the photos handed out shuffled. A group's classes take turns in a random order that
+is new in each round, and a class goes on in each round where its run of the round before ended, from a random place
+in the first. So every slot's class and photo are uniform, as in `shards.sampler`, and classes and photos come up more
+evenly than there; but up to `run` photos of a class lie together in a window, so that a large window mixes better.
+The first windows are smaller, each half the next, since the first batch waits for all of the first one. A window is a
+pure function of (seed, first step): a resumed run reads its window again.
 
 Slots are dealt out to eight lanes, slot i to lane i mod 8, and a run stays within a lane, so that with 1, 2, 4 or 8
 ranks every run is read by one rank alone, and the draws are the same for any number of ranks.
@@ -27,7 +28,7 @@ from shards.sampler import Draws, IndexedSampler, philox, uniforms
 _LANES = 8
 _FIRST_WINDOW = 4096  # photos
 _OVERDUE = 8  # steps into a window after which no batch under way needs the one before
-_KEY = 0xFFFFFFFFFFFFFFFF  # keeps the windows' random numbers apart from those of slots
+_KEY = 0xFFFFFFFFFFFFFFFF  # keeps the windows' random numbers apart from those of slots; a group's rounds are below it
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class Window:
     runs: list[tuple[int, np.ndarray]]
 
 
-def make_window(index: dict[int, GroupIndex], groups: np.ndarray, seed: int, number: int, run: int) -> Window:
+def make_window(index: dict[int, GroupIndex], groups: np.ndarray, seed: int, first_step: int, run: int) -> Window:
     """Draw a window; `groups` int [steps, batch size] is the group of every slot."""
-    random = philox(seed, _KEY, number)
+    random = philox(seed, _KEY, first_step)
     label, row, of_run = (np.empty(groups.shape, np.int64) for _ in range(3))
     lanes = np.broadcast_to(np.arange(groups.shape[1]) % _LANES, groups.shape)
     runs: list[tuple[int, np.ndarray]] = []
@@ -88,25 +89,33 @@ def make_window(index: dict[int, GroupIndex], groups: np.ndarray, seed: int, num
         of_group = index[int(group)]
         by_lane = [np.flatnonzero((groups == group) & (lanes == lane)) for lane in range(min(_LANES, groups.shape[1]))]
         counts = [-(-len(slots) // run) for slots in by_lane]
-        drawn = np.split(_draw_evenly(random, len(of_group.labels), sum(counts)), np.cumsum(counts)[:-1])
-        for slots, count, of_lane in zip(by_lane, counts, drawn, strict=True):
-            labels = of_group.labels[of_lane]
-            first = of_group.starts[labels]
-            photos = of_group.starts[labels + 1] - first
-            start = (random(count) * photos).astype(np.int64)
-            rows = first[:, None] + (start[:, None] + np.arange(run)) % photos[:, None]
-            shuffled = np.argsort(random(count * run), kind="stable")[: len(slots)]
-            label.ravel()[slots] = np.repeat(labels, run)[shuffled]
-            row.ravel()[slots] = rows.ravel()[shuffled]
+        # The turn at which the window begins, if all steps before it had as many slots of the group as its own.
+        turns = sum(counts) * first_step // len(groups) + np.arange(sum(counts))
+        ends = np.cumsum(counts)
+        labels_drawn, rows_drawn = _take_turns(of_group, seed, int(group), turns, run)
+        for slots, first, last in zip(by_lane, ends - counts, ends, strict=True):
+            shuffled = np.argsort(random((last - first) * run), kind="stable")[: len(slots)]
+            label.ravel()[slots] = np.repeat(labels_drawn[first:last], run)[shuffled]
+            row.ravel()[slots] = rows_drawn[first:last].ravel()[shuffled]
             of_run.ravel()[slots] = shuffled // run + len(runs)
-            runs += [(int(group), np.unique(r)) for r in rows]
+            runs += [(int(group), np.unique(r)) for r in rows_drawn[first:last]]
     return Window(label, row, of_run, runs)
 
 
-def _draw_evenly(random: Callable[[int], np.ndarray], classes: int, count: int) -> np.ndarray:
-    """`count` of so many classes, int64 [count]: each equally likely, none again before all have been drawn."""
-    rounds = -(-count // classes)
-    return np.concatenate([np.argsort(random(classes), kind="stable") for _ in range(rounds)])[:count]
+def _take_turns(
+    of_group: GroupIndex, seed: int, group: int, turns: np.ndarray, run: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Labels int64 [n] and rows int64 [n, run] of the runs at these consecutive turns of a group's classes."""
+    key, classes = _KEY - 1 - group, len(of_group.labels)
+    rounds, places = np.divmod(turns, classes)
+    orders = [np.argsort(philox(seed, key, int(r) + 1)(classes), kind="stable") for r in np.unique(rounds)]
+    chosen = np.stack(orders)[rounds - rounds[0], places]
+    labels = of_group.labels[chosen]
+    first = of_group.starts[labels]
+    photos = of_group.starts[labels + 1] - first
+    begun = (philox(seed, key, 0)(classes)[chosen] * photos).astype(np.int64)
+    rows = begun[:, None] + rounds[:, None] * run + np.arange(run)
+    return labels, first[:, None] + rows % photos[:, None]
 
 
 @dataclass(frozen=True)
@@ -185,8 +194,9 @@ class Stream:
 
     def _hold(self, number: int) -> _Held:
         """Draw a window and ask for its photos."""
-        groups = np.stack([np.asarray(self._schedule(step)) for step in self._plan.steps(number)])
-        window = make_window(self._index, groups, self._seed, number, self._run)
+        steps = self._plan.steps(number)
+        groups = np.stack([np.asarray(self._schedule(step)) for step in steps])
+        window = make_window(self._index, groups, self._seed, steps.start, self._run)
         requests = []
         for run in np.unique(window.run[:, self._slots]).tolist():
             group, rows = window.runs[run]

@@ -38,7 +38,7 @@ def make_loader(dataset, *, batch_size=16, joint=False, **options) -> Loader:
 
 def test_every_slot_of_a_window_gets_a_photo_of_its_group_and_label(index):
     groups = np.array([[0, 1] * 9] * 7)
-    window = make_window(index, groups, seed=1, number=3, run=4)
+    window = make_window(index, groups, seed=1, first_step=21, run=4)
     starts = index[0].starts
     assert (window.row >= starts[window.label]).all()
     assert (window.row < starts[window.label + 1]).all()
@@ -49,14 +49,14 @@ def test_every_slot_of_a_window_gets_a_photo_of_its_group_and_label(index):
 
 
 def test_a_run_stays_within_a_lane(index):
-    window = make_window(index, np.zeros((10, 32), int), seed=1, number=0, run=4)
+    window = make_window(index, np.zeros((10, 32), int), seed=1, first_step=0, run=4)
     for run in range(len(window.runs)):
         _, slots = np.nonzero(window.run == run)
         assert len(set((slots % 8).tolist())) <= 1
 
 
 def test_classes_and_photos_are_uniform_in_expectation(index):
-    windows = [make_window(index, np.zeros((4, 16), int), seed=2, number=n, run=4) for n in range(1500)]
+    windows = [make_window(index, np.zeros((4, 16), int), seed=2, first_step=4 * n, run=4) for n in range(1500)]
     labels = np.concatenate([w.label.ravel() for w in windows])
     rows = np.concatenate([w.row.ravel() for w in windows])
     runs = len(windows) * 64 / 4  # photos of a run are not independent: test at the number of runs
@@ -69,12 +69,28 @@ def test_classes_and_photos_are_uniform_in_expectation(index):
         assert chisquare(share * runs * shares[label]).pvalue > 1e-3
 
 
-def test_windows_differ_and_depend_on_seed_and_number_alone(index):
+def test_classes_take_turns_and_each_goes_on_where_its_last_run_ended(index):
+    starts, seen = index[0].starts, {label: [] for label in np.flatnonzero(COUNTS).tolist()}
+    order = []
+    for number in range(6):  # 6 windows of 8 lanes: 48 turns of 4 classes
+        window = make_window(index, np.zeros((4, 8), int), seed=3, first_step=4 * number, run=4)
+        for _, rows in window.runs:
+            label = int(np.searchsorted(starts, rows[0], side="right")) - 1
+            order.append(label)
+            seen[label] += (rows - starts[label]).tolist()
+    rounds = np.sort(np.reshape(order, (12, 4)), axis=1)
+    assert (rounds == np.flatnonzero(COUNTS)).all()
+    assert len({tuple(order[i : i + 4]) for i in range(0, 48, 4)}) > 1
+    assert sorted(seen[2]) == sorted([*range(40), *seen[2][-8:]])  # 12 runs of 4: the class of 40 once, and 8 more
+    assert len(set(seen[4])) == 48
+
+
+def test_windows_differ_and_depend_on_seed_and_first_step_alone(index):
     groups = np.zeros((4, 16), int)
-    first = make_window(index, groups, seed=1, number=1, run=4)
-    assert (make_window(index, groups, seed=1, number=1, run=4).row == first.row).all()
-    assert (make_window(index, groups, seed=1, number=2, run=4).row != first.row).any()
-    assert (make_window(index, groups, seed=2, number=1, run=4).row != first.row).any()
+    first = make_window(index, groups, seed=1, first_step=4, run=4)
+    assert (make_window(index, groups, seed=1, first_step=4, run=4).row == first.row).all()
+    assert (make_window(index, groups, seed=1, first_step=8, run=4).row != first.row).any()
+    assert (make_window(index, groups, seed=2, first_step=4, run=4).row != first.row).any()
 
 
 @pytest.mark.parametrize(("window", "batch_size"), [(65536, 64), (10_000, 3), (4096, 64), (100, 7), (5, 16)])
