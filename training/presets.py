@@ -108,7 +108,7 @@ class TrainConfig:
     stream_run: int = StreamSettings.run
     """Neighbouring photos of a class that --read stream reads in one request."""
     stream_window: int = StreamSettings.window
-    """Photos of the global batches among which --read stream shuffles its runs."""
+    """Photos of the global batches among which --read stream shuffles its runs; twice as many lie in memory."""
     threads: int = 0
     """Decoding threads of a process; 0: as many as it has cores."""
 

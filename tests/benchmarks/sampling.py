@@ -24,7 +24,7 @@ RECIPE = """--preset quickstart --image-size 32 --colour-jitter 0 --iterations-p
     --cpu --threads 1 --tracker none --keep 1""".split()  # noqa: SIM905
 STREAM: dict[str, list[str]] = {"indexed": []} | {
     f"K={run} W={window}": ["--read", "stream", "--stream-run", str(run), "--stream-window", str(window)]
-    for run, window in ((8, 4096), (32, 4096), (128, 4096), (16, 16384))
+    for run, window in ((32, 65536), (32, 4096), (8, 65536))
 }
 
 
