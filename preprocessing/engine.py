@@ -25,6 +25,7 @@ from shards.mirror import scratch_folder
 from shards.store import Store
 
 _POLL_SECONDS = 0.2
+_GRACE_SECONDS = 1.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -94,7 +95,16 @@ def run_tasks(
         ) from None
     finally:
         stop.set()
-        pool.shutdown(wait=True, cancel_futures=True)
+        _end(pool, running)
+
+
+def _end(pool: ProcessPoolExecutor, running: set[Future[ShardResult]]) -> None:
+    """Leave workers a moment to drop their shards; one that starts, or waits for a disk or a network, is killed."""
+    started = [future for future in running if not future.cancel()]
+    if wait(started, _GRACE_SECONDS).not_done:
+        for worker in multiprocessing.active_children():
+            worker.kill()
+    pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _submit(pool: ProcessPoolExecutor, task: ShardTask) -> Future[ShardResult]:

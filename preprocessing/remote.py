@@ -7,7 +7,9 @@ import pyarrow as pa
 
 from preprocessing.photos import PHOTO_EXTENSIONS, Listing, load_listing, store_listing
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
-from shards.store import Store
+from shards.store import Store, patiently
+
+_witnesses: dict[str, str] = {}  # by URL: the photo that this process read last
 
 
 def list_remote(url: str, cache: Path | None, progress: Callable[[int], None]) -> Listing:
@@ -20,7 +22,7 @@ def list_remote(url: str, cache: Path | None, progress: Callable[[int], None]) -
         return listing
     store = Store.at(url)
     try:
-        found = sorted(store.files.find(store.root))
+        found = sorted(patiently(lambda: store.files.find(store.root)))
     except Exception as error:  # each file system has errors of its own
         raise store.lost(error) from None
     below = [name.removeprefix(store.root).lstrip("/") for name in found]
@@ -36,15 +38,12 @@ def read_remote(url: str, photo: str) -> bytes:
     """The bytes of a photo below `url`; raises `BadPhoto`, or `JobError` where all of them are out of reach."""
     store = Store.at(url)
     try:
-        data = store.files.cat_file(f"{store.root}/{photo}", end=MAX_FILE_BYTES + 1)
-    except FileNotFoundError as error:
-        if not store.files.exists(store.root):
-            raise store.lost(error) from None
+        data = store.read_range(photo, 0, MAX_FILE_BYTES + 1, _witnesses.get(url))
+    except FileNotFoundError:
         raise BadPhoto("missing", "listed, but gone when it was read") from None
-    except (IsADirectoryError, PermissionError) as error:
+    except OSError as error:
         raise BadPhoto("unreadable", str(error)) from None
-    except Exception as error:  # each file system has errors of its own
-        raise store.lost(error) from None
+    _witnesses[url] = photo
     if len(data) > MAX_FILE_BYTES:
         raise BadPhoto("too large", f"a file of more than {MAX_FILE_BYTES} bytes")
     return data

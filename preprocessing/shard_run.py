@@ -53,9 +53,11 @@ def write_shards(
         print(f"going on: {len(done)} of {shards} shards were done before")
     left = images - sum(r.images + len(r.bad) for r in results)
     bad_before = len(bad_names) + sum(len(r.bad) for r in results)
-    with tqdm(desc="writing shards", total=left, unit=" images", unit_scale=True, smoothing=0.05) as bar:
+    with tqdm(desc="starting workers", total=left, unit=" images", unit_scale=True, smoothing=0.05) as bar:
 
         def progress(counts: Counts) -> bool:
+            if counts.photos:
+                bar.set_description_str("writing shards", refresh=False)
             bar.set_postfix_str(f"{format_bytes(counts.source_bytes)} read, {counts.bad} set aside", refresh=False)
             bar.update(counts.photos - bar.n)
             return counts.bad + bad_before <= limit

@@ -94,6 +94,7 @@ def write_shard(
         result.tar_bytes = writer.position
         publish_shard(stem, partial, writer, result.facts())
     except OSError as error:
+        error.filename = error.filename or f"{stem}.tar"
         raise JobError(f"cannot write the shard: {describe_os_error(error)}") from None
     finally:
         partial.unlink(missing_ok=True)

@@ -16,7 +16,8 @@ TEMPORARY_SUFFIX = ".partial"
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`.
 
-    On an error the temporary file is removed and `path` is left as it was.
+    On an error the temporary file is removed and `path` is left as it was; an `OSError` that names no file (that of a
+    full disk does not) gets the name of `path`.
     """
     path = Path(path)
     partial = _partial(path)
@@ -24,8 +25,10 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         yield partial
         _flush(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     _flush(path.parent)
 

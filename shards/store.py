@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import fsspec  # type: ignore[import-untyped]
 
@@ -19,8 +19,9 @@ PARALLEL = 16
 """Requests worth having under way at a time: enough to hide 20 ms each behind the decoding of one core."""
 
 _WHOLE_OR_NOTHING = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"}  # what a put is there
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError)  # asking again changes nothing
-_PAUSES = (0.2, 1.0)  # seconds before asking again
+_PAUSES = (0.2, 1.0, 3.0)  # seconds before asking again
+_LATER = (408, 425, 429)  # the only statuses of HTTP from 400 to 499 that another time may not have
+_SILENCE = 30.0  # seconds without a byte after which a request over HTTP has failed
 
 T = TypeVar("T")
 
@@ -49,28 +50,40 @@ class Store:
     def read(self, name: str) -> bytes:
         """A file's bytes; raises `FileNotFoundError`, and `JobError` where it cannot be read."""
         try:
-            return _patiently(lambda: self.files.cat_file(self._path(name)))
+            return patiently(lambda: self.files.cat_file(self._path(name)))
         except FileNotFoundError:
             raise
         except Exception as error:  # each file system has errors of its own
             raise self.lost(error) from None
 
-    def read_range(self, name: str, begin: int, length: int) -> bytes:
-        """Bytes of a file of a finished data set, fewer at its end. Raises `OSError`, or `JobError` where the whole
-        data set is out of reach."""
+    def read_range(self, name: str, begin: int, length: int, witness: str | None = MANIFEST) -> bytes:
+        """Bytes of a file, fewer at its end. Raises `OSError` where it cannot be read (`FileNotFoundError` where it is
+        gone), and `JobError` where all of the store is out of reach: where `witness`, a file that was there, cannot
+        be read either."""
         try:
-            return _patiently(lambda: self.files.cat_file(self._path(name), start=begin, end=begin + length))
+            return patiently(lambda: self.files.cat_file(self._path(name), start=begin, end=begin + length))
         except Exception as error:  # each file system has errors of its own
-            try:
-                self.read(MANIFEST)
-            except FileNotFoundError:
+            if _begins_after_the_end(error):
+                return b""
+            if not self._is_there(witness, error):
                 raise self.lost(error) from None
-            raise OSError(f"{self.url}/{name}: {_one_line(error)}") from None
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
+            raise kind(f"{self.url}/{name}: {_one_line(error)}") from None
+
+    def _is_there(self, witness: str | None, error: Exception) -> bool:
+        """Whether the store can be read although a file gave `error`; without a witness a definite answer tells."""
+        if witness is None:
+            return _is_final(error) and (self._protocol in ("http", "https") or self.files.exists(self.root))
+        try:
+            self.read(witness)
+        except FileNotFoundError:
+            return False
+        return True
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to `path`; raises as `read` does."""
         try:
-            _patiently(lambda: self.files.get_file(self._path(name), str(path)))
+            patiently(lambda: self.files.get_file(self._path(name), str(path)))
         except FileNotFoundError:
             raise
         except Exception as error:  # each file system has errors of its own
@@ -80,7 +93,7 @@ class Store:
         """Bytes of every file below the URL, by name, as they are now; raises `JobError` where listing them fails."""
         self.files.invalidate_cache()
         try:
-            found = _patiently(lambda: self.files.find(self.root, detail=True))
+            found = patiently(lambda: self.files.find(self.root, detail=True))
         except FileNotFoundError:
             return {}
         except Exception as error:  # each file system has errors of its own
@@ -93,7 +106,7 @@ class Store:
         target = self._path(name)
         try:
             if self._protocol in _WHOLE_OR_NOTHING:
-                _patiently(lambda: self.files.put_file(str(path), target))
+                patiently(lambda: self.files.put_file(str(path), target))
                 return
             folder, _, last = target.rpartition("/")
             partial = f"{folder}/.{last}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
@@ -110,9 +123,11 @@ class Store:
 
     @cached_property
     def _opened(self) -> tuple[fsspec.AbstractFileSystem, str]:
-        options = {}
+        options: dict[str, Any] = {}
         if self._protocol in ("s3", "s3a") and "config_kwargs" not in fsspec.config.conf.get("s3", {}):
             options = {"config_kwargs": {"max_pool_connections": 2 * PARALLEL}}  # 10 by default
+        if self._protocol in ("http", "https") and "client_kwargs" not in fsspec.config.conf.get(self._protocol, {}):
+            options = {"client_kwargs": _client_options()}
         try:
             return fsspec.core.url_to_fs(self.url, **options)
         except (ImportError, ValueError) as error:
@@ -145,13 +160,34 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__} {error}".split())[:300]
 
 
-def _patiently(request: Callable[[], T]) -> T:
+def patiently(request: Callable[[], T]) -> T:
     """The request's result, asked for again after a pause where a network may have failed for a moment."""
     for pause in _PAUSES:
         try:
             return request()
-        except _FINAL:
-            raise
-        except Exception:  # each file system has errors of its own
+        except Exception as error:  # each file system has errors of its own
+            if _is_final(error):
+                raise
             time.sleep(pause)
     return request()
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether asking again changes nothing."""
+    if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError) or _begins_after_the_end(error):
+        return True
+    status = getattr(error, "status", None)  # of aiohttp's errors
+    return isinstance(status, int) and 400 <= status < 500 and status not in _LATER
+
+
+def _begins_after_the_end(error: Exception) -> bool:
+    """Whether a range was asked for of a file that has no byte there, such as an empty one."""
+    return getattr(error, "status", None) == 416 or "InvalidRange" in str(error.__cause__)  # HTTP's; that of s3fs
+
+
+def _client_options() -> dict[str, Any]:
+    try:
+        from aiohttp import ClientTimeout
+    except ImportError:  # fsspec says what is missing
+        return {}
+    return {"timeout": ClientTimeout(total=None, sock_connect=_SILENCE, sock_read=_SILENCE)}
