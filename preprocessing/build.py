@@ -1,6 +1,7 @@
 """Builds a data set: plan, run the shards that are not done, finish with the tables and the manifest."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,7 +10,7 @@ from preprocessing.claim import check_output, claim, one_at_a_time, unlock
 from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
 from preprocessing.output import Output
-from preprocessing.photos import Listing
+from preprocessing.photos import Listing, store_listing
 from preprocessing.plan import Plan, Settings, make_plan
 from preprocessing.shard_run import Machinery, write_shards
 from preprocessing.shard_task import ShardResult
@@ -18,7 +19,7 @@ from preprocessing.trial import Forecast, check_space, forecast
 from preprocessing.updates import complete_revisions
 from shards.console import JobError
 from shards.files import TEMPORARY_SUFFIX, remove_partials
-from shards.layout import LISTING, REVISIONS, SHARD_SAMPLES, shard_stem
+from shards.layout import LISTING, PLAN, REVISIONS, SHARD_SAMPLES, shard_stem
 
 
 def build(
@@ -93,6 +94,8 @@ def dry_run(source: Source, out: Output | Path, settings: Settings, *, workers: 
 def _begin(source: Source, out: Output, settings: Settings, rescan: bool) -> tuple[Listing, Plan]:
     listing, plan = _plan(source, out.folder, settings, rescan)
     claim(out.folder, source, plan)
+    if listing.fresh:
+        store_listing(listing, out.folder / LISTING)
     out.share()
     return listing, plan
 
@@ -110,12 +113,13 @@ def _plan(source: Source, out: Path, settings: Settings, rescan: bool) -> tuple[
     check_output(source, out)
     settings.resizer()  # where a GPU is missing, this says so before photos are listed
     out.mkdir(parents=True, exist_ok=True)
-    cache = out / LISTING
-    if rescan:
-        cache.unlink(missing_ok=True)
+    cache = None if rescan else out / LISTING
     with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
         changed_since = bool(list((out / REVISIONS).glob("*.parquet")))  # then new photos may lie beside the first ones
         listing = source.photos(cache, settings.zone, lambda n: bar.update(n - bar.n), changed_since)
+    if listing.fresh and len(listing) and not (out / PLAN).exists():  # with a plan there, only once it is the same one
+        store_listing(listing, out / LISTING)
+        listing = replace(listing, fresh=False)
     return listing, make_plan(listing, settings)
 
 

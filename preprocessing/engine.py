@@ -17,7 +17,7 @@ import cv2
 from preprocessing.photos import Bad
 from preprocessing.plan import ShardTask
 from preprocessing.resize import Resizer
-from preprocessing.shard_task import Monitor, ShardResult, Stopped, write_shard
+from preprocessing.shard_task import Monitor, ShardResult, Stopped, went_away, write_shard
 from preprocessing.sources import Source
 from shards.console import JobError
 from shards.layout import shard_stem
@@ -46,6 +46,8 @@ class Job:
     def run(self, task: ShardTask, monitor: Monitor) -> ShardResult:
         """Write one shard; see `write_shard`. Into a store it goes when it is whole, its table last."""
         if self.store is None:
+            if not self.out.is_dir():
+                raise went_away(self.out)
             return write_shard(task, self.sources, self.out, self.resizer, monitor)
         with scratch_folder() as folder:
             result = write_shard(task, self.sources, folder, self.resizer, monitor)

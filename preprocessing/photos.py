@@ -53,8 +53,8 @@ class Places:
 @dataclass(frozen=True)
 class Listing:
     """The photos of a source: `paths` (large_string [n], relative to the folder or URL `root`), those set aside
-    already, how many other files there were, the time stamp of every folder (nanoseconds), and what a list says of
-    each photo (`places`, None where the names say it)."""
+    already, how many other files there were, the time stamp of every folder (nanoseconds), what a list says of each
+    photo (`places`, None where the names say it), and whether a walk found them just now (`fresh`), not a cache."""
 
     root: Path | str
     paths: pa.Array
@@ -62,6 +62,7 @@ class Listing:
     others: int = 0
     folders: dict[str, int] = field(default_factory=dict)
     places: Places | None = None
+    fresh: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -124,10 +125,7 @@ def list_photos(
             bad.append(Bad(printable(path), kind))
     paths.add(pa.array(batch, pa.large_string()))
     progress(len(paths))
-    listing = Listing(root, paths.array(), bad, others, folders)
-    if cache is not None:
-        store_listing(listing, cache)
-    return listing
+    return Listing(root, paths.array(), bad, others, folders, fresh=True)
 
 
 def _walk(root: Path, folder: str, folders: dict[str, int], above: set[tuple[int, int]]) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from preprocessing.photos import PHOTO_EXTENSIONS, Listing, load_listing, store_listing
+from preprocessing.photos import PHOTO_EXTENSIONS, Listing, load_listing
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
 from shards.store import Store, patiently
 
@@ -28,10 +28,7 @@ def list_remote(url: str, cache: Path | None, progress: Callable[[int], None]) -
     below = [name.removeprefix(store.root).lstrip("/") for name in found]
     photos = [name for name in below if name.lower().endswith(PHOTO_EXTENSIONS)]
     progress(len(photos))
-    listing = Listing(url, pa.array(photos, pa.large_string()), [], len(below) - len(photos))
-    if cache is not None:
-        store_listing(listing, cache)
-    return listing
+    return Listing(url, pa.array(photos, pa.large_string()), [], len(below) - len(photos), fresh=True)
 
 
 def read_remote(url: str, photo: str) -> bytes:

@@ -94,11 +94,18 @@ def write_shard(
         result.tar_bytes = writer.position
         publish_shard(stem, partial, writer, result.facts())
     except OSError as error:
+        if not stem.parent.is_dir():
+            raise went_away(out) from None
         error.filename = error.filename or f"{stem}.tar"
         raise JobError(f"cannot write the shard: {describe_os_error(error)}") from None
     finally:
         partial.unlink(missing_ok=True)
     return result
+
+
+def went_away(out: Path) -> JobError:
+    """What to say where the folder of the data set is not there any more."""
+    return JobError(f"{out}: the output folder went away; bring it back and run the same command again")
 
 
 def _when_and_whither(task: ShardTask, i: int, maker: SampleMaker) -> dict[str, Any]:

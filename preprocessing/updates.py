@@ -113,6 +113,7 @@ def _sources(first: Source, begun: list[Revision]) -> list[Source]:
 def _complete(out: Output, revision: Revision, state: State, sources: list[Source], machinery: Machinery) -> None:
     shards = revision.shards()
     staged = stage(out.folder)
+    staged.mkdir(parents=True, exist_ok=True)
     finished = {s: out.finished_shard(*s) or finished_shard(staged, *s) for s in shards}
     write_shards(
         Job(tuple(sources), staged, state.settings.resizer(), out.store),

@@ -79,7 +79,6 @@ def publish_shard(stem: Path, partial_tar: Path, writer: ShardWriter, facts: dic
 
     `facts` are kept as JSON in the table's metadata (what was set aside, counts).
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(stem.with_suffix(".tar")) as place:
         os.rename(partial_tar, place)
     with atomic_path(stem.with_suffix(".idx")) as place:

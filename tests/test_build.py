@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from conftest import SETTINGS
 from photos import jpeg, name_at, write_photos
 
 from preprocessing.build import Summary, build
-from preprocessing.photos import list_photos
+from preprocessing.photos import list_photos, store_listing
 from preprocessing.plan import make_plan
 from preprocessing.shard_run import Machinery
 from shards.console import JobError
@@ -180,6 +181,20 @@ def test_a_second_run_over_a_finished_data_set_changes_nothing(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in times} == times
 
 
+@pytest.mark.parametrize("rescan", [False, True])
+@pytest.mark.parametrize(("photos", "message"), [(0, "no photos found"), (13, "the list of photos changed")])
+def test_a_source_that_is_empty_or_another_leaves_a_finished_data_set_as_it_was(tmp_path, rescan, photos, message):
+    source = tmp_path / "photos"
+    write_photos(source, cells=1)
+    build(source, tmp_path / "out", SETTINGS, Machinery(1))
+    before = contents(tmp_path / "out")
+    shutil.rmtree(source)
+    write_photos(source, cells=1, per_cell=photos)
+    with pytest.raises(JobError, match=message):
+        build(source, tmp_path / "out", SETTINGS, Machinery(1), rescan=rescan)
+    assert contents(tmp_path / "out") == before
+
+
 def test_photos_of_the_neighbouring_zone_are_carried_into_the_common_plane(tmp_path):
     import utm
 
@@ -198,9 +213,9 @@ def test_a_listing_is_read_from_its_cache_until_a_folder_changes(tmp_path):
     source, cache = tmp_path / "photos", tmp_path / "listing.parquet"
     write_photos(source / "a", cells=1)
     first = list_photos(source, cache, lambda n: None)
-    before = cache.stat().st_mtime_ns
-    assert list_photos(source, cache, lambda n: None).paths == first.paths
-    assert cache.stat().st_mtime_ns == before
+    store_listing(first, cache)
+    again = list_photos(source, cache, lambda n: None)
+    assert (again.paths, first.fresh, again.fresh) == (first.paths, True, False)
     (source / "a" / name_at(500001, 4180003, 5)).write_bytes(b"x")
     assert len(list_photos(source, cache, lambda n: None)) == 13
 

@@ -1,6 +1,7 @@
 """Lists of photos, panoramas and zones: what reaches the sample tables."""
 
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +17,13 @@ from photos import jpeg, name_at, picture, write_photos
 
 from preprocessing.build import build
 from preprocessing.coordinates import zone_of
+from preprocessing.engine import Job
 from preprocessing.photo_list import read_list
+from preprocessing.plan import make_plan
+from preprocessing.resize import Resizer
 from preprocessing.samples import cut_crop
 from preprocessing.shard_run import Machinery
+from preprocessing.shard_task import write_shard
 from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import Dataset
@@ -241,10 +246,6 @@ def write_photos_at(folder: Path, row: int) -> None:
 
 
 def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_command_goes_on(tmp_path, monkeypatch):
-    from preprocessing.plan import make_plan
-    from preprocessing.resize import Resizer
-    from preprocessing.shard_task import write_shard
-
     photos = tmp_path / "photos"
     write_photos(photos, cells=1)
     task = next(make_plan(Source.of(photos).photos(None, 0, lambda n: None), SETTINGS).tasks())
@@ -261,6 +262,23 @@ def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_comm
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     (tmp_path / "elsewhere").rename(photos)
     assert write_shard(task, photos, tmp_path / "out", Resizer(64, 90), lambda *_: True).images == 12
+
+
+def test_an_output_folder_that_vanishes_midway_is_named_and_not_made_again(tmp_path):
+    write_photos(tmp_path / "photos", cells=1)
+    task = next(make_plan(Source.of(tmp_path / "photos").photos(None, 0, lambda n: None), SETTINGS).tasks())
+    out = tmp_path / "out"
+
+    def unmount(*_: int) -> bool:
+        shutil.rmtree(out, ignore_errors=True)
+        return True
+
+    job = Job((Source.of(tmp_path / "photos"),), out, Resizer(64, 90))
+    out.mkdir()
+    for monitor in (unmount, lambda *_: True):  # midway, and before the next shard
+        with pytest.raises(JobError, match=rf"{out}: the output folder went away; bring it back"):
+            job.run(task, monitor)
+        assert not out.exists()
 
 
 def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
@@ -292,10 +310,6 @@ def test_photos_behind_a_url_make_the_bytes_of_a_folder(tmp_path):
 
 def test_a_list_may_name_objects_below_a_url_and_those_that_are_gone_are_set_aside(tmp_path):
     import fsspec
-
-    from preprocessing.plan import make_plan
-    from preprocessing.resize import Resizer
-    from preprocessing.shard_task import write_shard
 
     memory = fsspec.filesystem("memory")
     for i in range(12):
