@@ -61,7 +61,7 @@ def plan_addition(
         classes,
         candidates.take(pa.array(np.flatnonzero(row < 0))),
         state.bad + [b for b in bad if b.source not in seen],
-        len(listing),
+        listing.found,
     )
     return revision, Gain(len(fresh), int(usable.sum()) - len(fresh), len(samples), added)
 

@@ -4,6 +4,7 @@ Columns: `path`, and either `east`, `north` (UTM metres; `zone` as 10 or 10S whe
 `longitude` (degrees, WGS84); `heading` (degrees clockwise from north) and `timestamp` where there are any.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,11 @@ def read_list(file: Path, root: Path | str, zone: int) -> Listing:
     places.heading = _numbers(table, "heading").astype(np.float32)
     places.timestamp = _text(table, "timestamp")
     good = ~empty & np.isfinite(places.east)
+    if not good.any():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(b.reason for b in bad).most_common())
+        raise JobError(
+            f"{file}: none of its {len(paths)} rows names a photo and its place{reasons and f' ({reasons})'}"
+        )
     if not good.all():
         rows = pa.array(np.flatnonzero(good))
         paths, places.timestamp = paths.take(rows), places.timestamp.take(rows)
@@ -51,15 +57,14 @@ def read_list(file: Path, root: Path | str, zone: int) -> Listing:
 
 
 def _read(file: Path) -> pa.Table:
+    is_parquet = file.suffix.lower() == ".parquet"
     try:
-        if file.suffix.lower() == ".parquet":
-            names = pq.read_schema(file).names
-            wanted = {n: n.strip().lower() for n in names if n.strip().lower() in _COLUMNS}
+        names = pq.read_schema(file).names if is_parquet else _csv_columns(file)
+        wanted = {n: n.strip().lower() for n in names if n.strip().lower() in _COLUMNS}
+        _check_columns(file, names)
+        if is_parquet:
             table = pq.read_table(file, columns=list(wanted))
         else:
-            with csv.open_csv(file) as reader:
-                names = reader.schema.names
-            wanted = {n: n.strip().lower() for n in names if n.strip().lower() in _COLUMNS}
             table = csv.read_csv(
                 file,
                 parse_options=csv.ParseOptions(newlines_in_values=True),
@@ -72,15 +77,27 @@ def _read(file: Path) -> pa.Table:
     except OSError as error:
         raise JobError(f"cannot read the list: {describe_os_error(error)}") from None
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise JobError(f"{file}: not a list of photos ({' '.join(str(error).split())})") from None
-    table = table.rename_columns(list(wanted.values()))
-    found = set(table.column_names)
-    if "path" not in found or not ({"east", "north"} <= found or {"latitude", "longitude"} <= found):
+        raise JobError(f"{file}: not a list of photos ({printable(' '.join(str(error).split()))})") from None
+    return table.rename_columns(list(wanted.values()))
+
+
+def _csv_columns(file: Path) -> list[str]:
+    with csv.open_csv(file) as reader:
+        return reader.schema.names
+
+
+def _check_columns(file: Path, names: list[str]) -> None:
+    """Raise `JobError` where a column that is needed is missing, or one that is used is there twice."""
+    found = Counter(n.strip().lower() for n in names)
+    twice = [name for name in _COLUMNS if found[name] > 1]
+    if twice:
+        raise JobError(f"{file}: has the column {twice[0]} twice; leave one of them")
+    if "path" not in found or not ({"east", "north"} <= set(found) or {"latitude", "longitude"} <= set(found)):
+        semicolons = " (fields are separated by commas)" if any(";" in n or "\t" in n for n in names) else ""
         raise JobError(
             f"{file}: has the columns {', '.join(map(printable, names))}; it needs path and either east, north or "
-            "latitude, longitude"
+            f"latitude, longitude{semicolons}"
         )
-    return table
 
 
 def _paths(table: pa.Table) -> pa.Array:

@@ -67,6 +67,11 @@ class Listing:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def found(self) -> int:
+        """How many photos there are, with those set aside."""
+        return len(self.paths) + len(self.bad)
+
 
 class PathColumn:
     """Gathers paths into one Arrow array without a second copy of them: 41 million take 4 GB."""

@@ -97,7 +97,8 @@ class Plan:
 
     `order` int64 [planned]: samples by group, label and a seeded shuffle within the class; a sample is a row of
     `paths`, or row * crops + crop. `label` int32 [n]: of each photo, below 0 without a class. `group_starts` maps a
-    group to where it begins in `order`; `skipped`: rows in cells with too few photos.
+    group to where it begins in `order`; `skipped`: rows in cells with too few photos. `photos`: how many were listed
+    (crops, of panoramas), those set aside by name or by their row in a list included.
     """
 
     settings: Settings
@@ -110,11 +111,7 @@ class Plan:
     skipped: np.ndarray
     bad: list[Bad]
     fingerprint: str
-
-    @property
-    def photos(self) -> int:
-        """Photos listed (crops, of panoramas), those set aside by name included."""
-        return len(self.paths) * max(self.settings.crops, 1)
+    photos: int
 
     def group_size(self, group: int) -> int:
         """Planned samples of a group."""
@@ -214,6 +211,7 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
         np.flatnonzero(row == -1),
         bad,
         _fingerprint(listing, settings),
+        listing.found * crops,
     )
 
 

@@ -105,11 +105,10 @@ class Resizer:
 
     def _decode_other(self, data: bytes) -> np.ndarray:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with warnings.catch_warnings(action="ignore"):
                 image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF"))
+                orientation = image.getexif().get(_ORIENTATION_TAG, 1)
             self._check_size(*image.size)
-            orientation = image.getexif().get(_ORIENTATION_TAG, 1)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return _upright(np.asarray(image.convert("RGB")), orientation)
@@ -149,7 +148,8 @@ def _orientation(jpeg: bytes) -> int:
     if jpeg.find(b"Exif\0\0", 0, 4096) < 0:
         return 1
     try:
-        return Image.open(io.BytesIO(jpeg)).getexif().get(_ORIENTATION_TAG, 1)
+        with warnings.catch_warnings(action="ignore"):  # Pillow's, of odd metadata, would break up the progress line
+            return Image.open(io.BytesIO(jpeg)).getexif().get(_ORIENTATION_TAG, 1)
     except (OSError, ValueError, SyntaxError):
         return 1  # damaged metadata around a sound picture
 

@@ -39,7 +39,7 @@ def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summa
         raise JobError(f"{source.place}: no photos found (.jpg, .jpeg, .png in all folders below)")
     revision, gain = plan_addition(out.folder, state, sources, source, listing)
     new_bad = revision.bad[len(state.bad) :]
-    check_bad(new_bad, [], bad_limit(machinery.max_bad_share, len(listing)), len(listing))
+    check_bad(new_bad, [], bad_limit(machinery.max_bad_share, listing.found), listing.found)
     if not gain.new and not new_bad:
         return None
     revision.save(out.folder)

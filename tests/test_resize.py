@@ -55,6 +55,12 @@ def test_greyscale_cmyk_and_palette_photos_are_converted():
     assert np.abs(small(cmyk) - expected(photo)).mean() < 4
 
 
+def test_odd_metadata_is_passed_over_in_silence(recwarn):
+    odd = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\x00\x03\0\0\0\2\0\6\0\6" + bytes(8)
+    Resizer(64, 90)(saved(Image.fromarray(picture(96, 1)), format="JPEG", exif=odd))
+    assert not recwarn.list
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photo_is_turned_upright_as_exif_says(orientation):
     undo = {

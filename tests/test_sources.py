@@ -138,6 +138,10 @@ def test_several_zones_in_metres_are_carried_into_one_plane_south_of_the_equator
         ("path,x\na,1\n", "it needs path and either east, north or"),
         ("\x00\xff\n", "list"),
         ("", "not a list of photos"),
+        ("path,east,East,north\na,1,2,3\n", "has the column east twice"),
+        ("path;east;north\na;1;2\n", "it needs path and either .* separated by commas"),
+        ("path,east,north\n", "none of its 0 rows names a photo"),
+        ("path,east,north\na,nan,1\n,2,1\n", r"none of its 2 rows .*\(1 no path, 1 no coordinates\)"),
     ],
 )
 def test_a_file_that_is_no_list_is_named_in_one_line(tmp_path, text, message):
@@ -145,6 +149,14 @@ def test_a_file_that_is_no_list_is_named_in_one_line(tmp_path, text, message):
     with pytest.raises(JobError, match=message) as error:
         build(Source.of(tmp_path / "list.csv"), tmp_path / "out", SETTINGS, Machinery(1))
     assert "\n" not in str(error.value)
+
+
+def test_the_share_of_bad_photos_counts_rows_without_coordinates_among_all(tmp_path):
+    names = write_listed(tmp_path, 40)
+    place = write_csv(tmp_path / "list.csv", path=names, east=[500003.0] * 10 + [None] * 30, north=[4180003.0] * 40)
+    with pytest.raises(JobError, match=r"30 of 40 photos are bad .* limit of 25"):
+        build(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
+    assert build(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1, 0.75)).manifest.quarantined == 30
 
 
 def test_a_list_may_name_what_is_not_there_or_no_file_and_nothing_hangs(tmp_path):
