@@ -59,17 +59,22 @@ def test_two_processes_under_accelerate_launch_train_validate_and_save(data: tup
     assert list((tmp_path / "r" / "tensorboard").glob("events.*"))
 
 
-@pytest.mark.parametrize("settings", [{"schedule": "joint"}, {"schedule": "joint", "shard_head": True, "ema": 0.9}])
-def test_a_run_of_two_processes_goes_on_with_one_and_says_so(
-    data: tuple[Path, Path], tmp_path: Path, settings: dict[str, object]
+@pytest.mark.parametrize(
+    ("before", "after", "settings"),
+    [(2, 1, {}), (2, 1, {"shard_head": True, "ema": 0.9}), (1, 2, {"shard_head": True, "ema": 0.9}), (2, 3, {})],
+)
+def test_a_run_goes_on_with_fewer_or_more_processes_and_says_so(
+    data: tuple[Path, Path], tmp_path: Path, before: int, after: int, settings: dict[str, object]
 ) -> None:
-    words = arguments(data[0], tmp_path / "r", **settings)
-    code, _, err = train(words, processes=2)
+    words = arguments(data[0], tmp_path / "r", schedule="joint", **settings)
+    code, _, err = train(words, processes=before)
     assert code == 0, err
-    code, out, err = train([*words, "--resume", "--epochs", "3"])
+    code, out, err = train([*words, "--resume", "--epochs", "3"], processes=after)
     assert code == 0, err
-    assert "2 -> 1 processes" in out
-    assert len(read_losses(tmp_path / "r")) == 24
+    assert f"{before} -> {after} processes" in out
+    losses = read_losses(tmp_path / "r")
+    assert len(losses) == 24
+    assert sum(losses[16:]) < sum(losses[:8])  # it goes on from what it had learnt
     state = load_checkpoint(list_checkpoints(tmp_path / "r")[0]).training.tensors
     assert float(state["heads.3.adam.weight.step"]) == 24
 
