@@ -202,6 +202,13 @@ def test_hits_are_the_samples_whose_class_ranks_first_without_margin(kind: str) 
     assert 0 < hits.sum() < 200
 
 
+@pytest.mark.parametrize("kind", ["AAMC", "LMCC"])
+def test_a_head_that_scores_all_classes_alike_has_no_hits(kind: str) -> None:
+    head = make_head(kind, 3, 5)  # type: ignore[arg-type]
+    _, hits = head.losses_and_hits(torch.zeros(20, 3), torch.zeros(20, dtype=torch.int64))
+    assert not hits.any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_scores_are_raw_products_or_cosines(kind: str) -> None:
     head, x, _, _ = problem(kind)

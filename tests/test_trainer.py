@@ -177,6 +177,14 @@ def test_many_such_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint
         train_here(configure(shards, tmp_path / "r", nan_patience=4))
 
 
+def test_such_steps_in_a_row_are_counted_over_epochs_and_no_checkpoint_is_saved_among_them(
+    shards: Path, tmp_path: Path, failing: Callable[[Failing], None]
+) -> None:
+    failing(lambda step: step >= 10)
+    with pytest.raises(JobError, match=r"12 steps in a row.*last good checkpoint is .*step-00000008"):
+        train_here(configure(shards, tmp_path / "r", nan_patience=12, epochs=4))
+
+
 @contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
     """A file system of 64 MB; skips the test where this process may not mount one."""

@@ -102,7 +102,7 @@ class MarginSoftmax(torch.autograd.Function):
         mine: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Losses [B] and hits [B] (bool: no other class scores higher, margin aside).
+        """Losses [B] and hits [B] (bool: every other class scores lower, margin aside).
 
         `descriptors` [B, D] (unit length for a margin of cosines), `weight` [C, D], `bias` [C] or None,
         `labels` int64 [B]; one floating dtype, in which all is computed.
@@ -139,7 +139,7 @@ class MarginSoftmax(torch.autograd.Function):
             descriptors, weight, bias, labels, mine, logits, inverse_norms, log_total, gap, cosine, slope
         )
         ctx.margin, ctx.group = margin, group
-        hits = plain >= best
+        hits = plain > best
         ctx.mark_non_differentiable(hits)
         return losses, hits
 

@@ -68,6 +68,7 @@ class Trainer:
         self.loss_file = LossFile(config.out, self.progress.step) if self.world.is_main else None
         self.metrics: dict[str, float] = {}
         self.timing = Timing(config.batch_size)
+        self.skipped_in_row = 0
 
     def _begin(self) -> Progress:
         """Go on where the run was left, start from another run's weights, or start anew; then open the folder."""
@@ -119,7 +120,6 @@ class Trainer:
         end = (epoch + 1) * config.iterations_per_epoch
         self.engine.bank.place(int(g) for g in np.unique(self.schedule(progress.step)))
         self.timing = Timing(config.batch_size)
-        skipped_in_row = 0
         while progress.step < end:
             batch: Batch = next(batches)
             step = progress.step
@@ -138,18 +138,19 @@ class Trainer:
                 self.loss_file.add(step, outcome.loss / config.batch_size)
             if outcome.finite:
                 progress.add(self.groups, self.schedule(step), outcome)
-                skipped_in_row = 0
+                self.skipped_in_row = 0
             else:
                 progress.skipped += 1
-                skipped_in_row += 1
-                self._note_skipped(step, skipped_in_row)
+                self.skipped_in_row += 1
+                self._note_skipped(step, self.skipped_in_row)
             if log:
                 self._log_step(step, batch, outcome)
             if profiler is not None:
                 profiler.step()
             if outcome.stop:
                 return True
-            if config.save_every and progress.step % config.save_every == 0 and progress.step < end:
+            due = config.save_every and progress.step % config.save_every == 0 and progress.step < end
+            if due and not self.skipped_in_row:
                 self._save()
         return False
 
@@ -181,7 +182,8 @@ class Trainer:
         self.tracker.scalars(values, progress.step)
         self.metrics |= {"loss": loss, "accuracy": accuracy}
         better = self._is_better(recall)
-        if better or last or (epoch + 1) % config.save_every_epochs == 0:
+        due = (epoch + 1) % config.save_every_epochs == 0 and not self.skipped_in_row  # else it may hold spoilt weights
+        if better or last or due:
             self._save(better)
         self.say(
             epoch_line(
@@ -292,7 +294,8 @@ class Trainer:
         if self.progress.best is not None:
             loss = self.validator is None
             value = f" (mean loss {-self.progress.best:.4g})" if loss else f" (LR@1 {self.progress.best:.1f} %)"
-        self.say(f"trained to step {self.progress.step:,} in {format_duration(seconds)}; best checkpoint {best}{value}")
+        which = f"best checkpoint {best}{value}" if best else "no checkpoint is marked as the best"
+        self.say(f"trained to step {self.progress.step:,} in {format_duration(seconds)}; {which}")
         if self.progress.skipped:
             self.say(f"{self.progress.skipped:,} steps were skipped: their loss was not finite")
         if self.loader.failures:

@@ -135,6 +135,7 @@ def steady_rate(source: Path, photos: list[str], out: Path, workers: int, count:
     size = count // (4 * workers)
     chosen = (photos * (count // len(photos) + 1))[:count]
     parts = [chosen[first : first + size] for first in range(0, count, size)]
+    out.mkdir(parents=True)
     tasks = (replace(make_task(part), number=number) for number, part in enumerate(parts))
     for _ in run_tasks(Job((Source.of(source),), out, Resizer(SIZE, QUALITY)), tasks, workers, progress):
         pass
