@@ -1,4 +1,4 @@
-"""Every command that README.md, CONTRIBUTING.md and docs/own-data.md show is run on tiny data, in the order of the page.
+"""Every command that README.md, CONTRIBUTING.md and docs/own-data.md show is run on tiny data, in the page's order.
 
 Commands stand in blocks marked `sh`. Each runs as written in a folder laid out as the page says (links to the checkout,
 a small rendered city in the place of SF-XL, a folder in the place of a bucket), with `MORE` behind it to keep it small.
