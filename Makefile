@@ -34,20 +34,20 @@ lint: $(STAMP)
 	$(BIN)/hadolint launch/Dockerfile
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
-REACHED = echo "$$($(BIN)/coverage report --format=total) % of the lines reached; which: build/coverage/index.html"
+REACHED = $$($(BIN)/coverage report --format=total) % of the lines
 
 test-fast: $(STAMP)
 	$(PYTEST) -m 'not slow'
 
-# Coverage costs a quarter of the time, so that only the fast tests carry it here; `make coverage` measures all.
+# Coverage costs a quarter of the time, so that only the fast tests carry it here.
 test: lint
-	$(PYTEST) -m 'not slow' --cov --cov-report=html --cov-report=xml
-	@echo "Fast tests: $$($(REACHED))"
+	$(PYTEST) -m 'not slow' --cov --cov-report=xml
 	$(PYTEST) -m slow
+	@echo "the fast tests reach $(REACHED) (make coverage: all tests, and which lines)"
 
 coverage: $(STAMP)
 	$(PYTEST) --cov --cov-report=html --cov-report=xml
-	@echo "All tests: $$($(REACHED))"
+	@echo "all tests reach $(REACHED): build/coverage/index.html"
 
 # QUICK=--quick: four minutes. IMG2DATASET=PYTHON: a Python that has it. SHARDS=DATASET: whole training steps too.
 benchmark: $(STAMP)

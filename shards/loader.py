@@ -63,8 +63,6 @@ class Loader:
         threads: int | None = None,
         hardware_share: float = HARDWARE_SHARE,
         device: torch.device | str = "cpu",
-        scale: tuple[float, float] = (0.66, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ) -> None:
         if batch_size < world_size:
             raise JobError(f"--batch-size {batch_size} is less than the number of processes ({world_size})")
@@ -74,7 +72,7 @@ class Loader:
             raise JobError(f"{dataset.place}: group {empty[0]} has no photos; run shards/verify.py")
         self._slots = np.arange(rank, batch_size, world_size)
         reader, sampler = dataset.reader(index), IndexedSampler(index, seed)
-        photo_size, crop = dataset.manifest.image_size, CropRange(scale, ratio)
+        photo_size, crop = dataset.manifest.image_size, CropRange()
         if mode == "stream":
             settings = stream or StreamSettings()
             both = Stream(index, reader, schedule, self._slots, batch_size, seed, settings)

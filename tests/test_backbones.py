@@ -25,7 +25,11 @@ def test_a_backbone_gives_a_feature_map_of_its_channels(name: str, children: int
     assert features.shape[2] < features.shape[3] < 16
 
 
-LARGE = [("efficientnet_b5", 2048), ("efficientnet_b7", 2560), ("resnet50", 2048)]
+LARGE = [
+    ("efficientnet_b5", 2048),
+    pytest.param("efficientnet_b7", 2560, marks=pytest.mark.slow),
+    ("resnet50", 2048),
+]
 
 
 @pytest.mark.parametrize(("name", "channels"), LARGE)

@@ -323,6 +323,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(big, tmp_
     assert not list((tmp_path / "out").rglob("*.tar"))
 
 
+@pytest.mark.slow
 def test_wrong_arguments_exit_with_2_and_failed_jobs_with_1(tmp_path):
     def code(*arguments: str) -> int:
         return subprocess.run([*COMMAND, *arguments], capture_output=True).returncode

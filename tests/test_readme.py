@@ -1,8 +1,8 @@
-"""Every command that README.md and docs/own-data.md show is run on tiny data, in the order of the page.
+"""Every command that README.md, CONTRIBUTING.md and docs/own-data.md show is run on tiny data, in the page's order.
 
 Commands stand in blocks marked `sh`. Each runs as written in a folder laid out as the page says (links to the checkout,
-a small rendered city in the place of SF-XL), with `MORE` behind it to keep it small. `make` is only asked whether it
-knows the target: what `quickstart` and `test` do is run elsewhere.
+a small rendered city in the place of SF-XL, a folder in the place of a bucket), with `MORE` behind it to keep it small.
+`make` is only asked whether it knows the target: what `quickstart` and `test` do is run elsewhere.
 """
 
 import csv
@@ -23,7 +23,8 @@ from tiny_run import write_run
 
 from shards.names import parse_name
 
-PAGES = ["README.md", "docs/own-data.md"]
+PAGES = ["README.md", "docs/own-data.md", "CONTRIBUTING.md"]
+SERVER = "evaluation/serve.py"  # runs until it is stopped
 STARTS = re.compile(r"(python|make|accelerate|tensorboard|pip|torchrun|sbatch|docker) ")
 TRAIN = """--backbone small_cnn --weights none --freeze-until 0 --descriptor-dim 32 --s 20 --m 0.1 --image-size 32
     --batch-size 16 --iterations-per-epoch 2 --epochs 1 --precision fp32 --threads 1 --cpu"""
@@ -33,6 +34,7 @@ MORE = {
     "training/train.py": TRAIN,
     "tensorboard ": "--inspect",
     "make ": "--dry-run",
+    SERVER: "--port 0 --cpu",
 }
 INSTEAD = {"launch/eight_gpus.yaml": "launch/cpu.yaml", "--preset paper-b0": "--preset quickstart"}
 
@@ -50,10 +52,10 @@ def commands(page: str) -> list[str]:
     return [" ".join(shlex.split(line, comments=True)) for line in joined.splitlines() if line.strip()]
 
 
-def tiny_form(command: str) -> list[str]:
-    """The words that are run for a command of a page."""
+def tiny_form(command: str, folder: Path) -> list[str]:
+    """The words that are run in `folder` for a command of a page."""
     words = command
-    for text, other in INSTEAD.items():
+    for text, other in (INSTEAD | {"s3://bucket": f"file://{folder}/bucket"}).items():
         words = words.replace(text, other)
     for text, more in MORE.items():
         if text in command:
@@ -111,7 +113,14 @@ def own_photos(workspace: Path, city: Path) -> Path:
 def run(command: str, folder: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(tiny_form(command), cwd=folder, env=environment, capture_output=True, text=True)
+    words = tiny_form(command, folder)
+    if SERVER in command:
+        with subprocess.Popen(words, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout is not None
+            assert server.stdout.readline().startswith("http://127.0.0.1:"), command
+            server.terminate()
+        return
+    result = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, f"{command}\n{result.stdout[-2000:]}\n{result.stderr[-2000:]}"
 
 
@@ -121,6 +130,12 @@ def test_every_command_of_the_readme_runs(workspace: Path) -> None:
         run(command, workspace)
     assert (workspace / "results" / "report.html").exists()
     assert (workspace / "sf-xl-map.png").exists()
+
+
+@pytest.mark.slow
+def test_every_command_of_the_page_on_contributing_is_known(workspace: Path) -> None:
+    for command in commands("CONTRIBUTING.md"):
+        run(command, workspace)
 
 
 @pytest.mark.slow

@@ -234,6 +234,7 @@ def test_what_is_no_panorama_is_set_aside_crop_by_crop(tmp_path):
     assert summary.manifest.images == 24
 
 
+@pytest.mark.slow
 def test_a_limit_takes_whole_cells_of_every_group_and_is_part_of_the_plan(tmp_path):
     for row in range(6):
         write_photos_at(tmp_path / "photos", row)

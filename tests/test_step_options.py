@@ -24,6 +24,7 @@ def losses(shards: Path, out: Path, **settings: object) -> list[float]:
     return read_losses(out)
 
 
+@pytest.mark.slow
 def test_channels_last_changes_the_layout_in_memory_and_not_the_losses(shards: Path, tmp_path: Path) -> None:
     trainer = train_here(configure(shards, tmp_path / "last", schedule="joint", channels_last=True, epochs=1))
     weights = [module.weight for module in trainer.engine.model.modules() if isinstance(module, nn.Conv2d)]
@@ -60,6 +61,7 @@ def test_adam_follows_its_formula() -> None:
     np.testing.assert_allclose(parameter.detach().numpy(), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_profile_is_a_trace_that_chrome_reads(shards: Path, tmp_path: Path) -> None:
     train_here(configure(shards, tmp_path / "r", profile=True, epochs=2))
     (trace,) = (tmp_path / "r" / "profile").glob("*.pt.trace.json")

@@ -93,10 +93,11 @@ def test_a_run_learns_and_its_best_checkpoint_reproduces_its_recall(
     assert outcome.recall[20] > 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param({}, marks=pytest.mark.slow),
+        {},
         {"schedule": "joint", "ema": 0.9, "lr_schedule": "cosine", "channels_last": True, "colour_jitter": 0.2},
     ],
 )

@@ -129,6 +129,7 @@ def test_adding_again_changes_nothing_and_what_the_folder_gained_since_is_added(
     sound(begun)
 
 
+@pytest.mark.slow
 def test_the_first_source_may_grow_and_the_first_command_still_repairs(begun, tmp_path):
     write_cell(tmp_path / "photos", 2, 5, first=100)
     add(Source.of(tmp_path / "photos"), begun, ONE)
@@ -143,7 +144,14 @@ def test_the_first_source_may_grow_and_the_first_command_still_repairs(begun, tm
     assert contents(begun) == expected
 
 
-@pytest.mark.parametrize("moment", ["before the first shard", "after the first shard", "while shards are moved"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "before the first shard",
+        pytest.param("after the first shard", marks=pytest.mark.slow),
+        pytest.param("while shards are moved", marks=pytest.mark.slow),
+    ],
+)
 def test_an_interrupted_addition_leaves_the_old_data_set_and_is_finished_by_any_later_command(
     begun, tmp_path, monkeypatch, moment
 ):

@@ -245,7 +245,7 @@ def main() -> int:
     print(f"{arguments.results}: a section of {len(rows)} rows")
     if found := ratios(rows):
         arguments.picture.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(arguments.picture, draw(found, f"{date}, {form}; {machine()}. Both sides measured in turn."))
+        atomic_write_bytes(arguments.picture, draw(found, f"{date}; {machine()}. Both sides measured in turn."))
         print(f"{arguments.picture}: {len(found)} ratios")
     return 0
 
