@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -27,6 +28,7 @@ from tiny import (
 )
 
 import training.engine as engine_module
+import training.trainer as trainer_module
 from shards.console import JobError
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
 from training.heads import make_head
@@ -129,6 +131,15 @@ def test_stochastic_depth_draws_the_same_after_resuming(shards: Path, tmp_path: 
     train_here(configure(shards, tmp_path / "parts", epochs=1, **settings))
     train_here(configure(shards, tmp_path / "parts", epochs=2, resume=True, **settings))
     assert read_losses(tmp_path / "parts") == read_losses(whole.config.out)
+
+
+def test_a_long_epoch_says_that_it_goes_on(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(trainer_module, "_SILENCE_SECONDS", 0.0)
+    train_here(configure(shards, tmp_path / "r", epochs=1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert re.match(r"step 2/\d+  loss +\d+\.\d{4}  [\d,]+ images/s  data wait \d+%  left ", lines[1])
 
 
 def test_a_resumed_run_says_what_changed(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

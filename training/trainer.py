@@ -36,6 +36,8 @@ from training.snapshot import RunState, resume_latest, save_run
 from training.tracking import Tracker, batch_picture, check_tracker, epoch_line, error_map
 from training.validation import Validator
 
+_SILENCE_SECONDS = 30.0  # of an epoch, after which a line says that it goes on
+
 
 class Trainer:
     """One training run of this process among those of its launch. `run` trains to the end or to a signal."""
@@ -69,6 +71,7 @@ class Trainer:
         self.metrics: dict[str, float] = {}
         self.timing = Timing(config.batch_size)
         self.skipped_in_row = 0
+        self.said_at = time.monotonic()
 
     def _begin(self) -> Progress:
         """Go on where the run was left, start from another run's weights, or start anew; then open the folder."""
@@ -84,6 +87,7 @@ class Trainer:
         """Print a line on the main process."""
         if self.world.is_main:
             print(message, flush=True)
+        self.said_at = time.monotonic()
 
     def run(self) -> None:
         """Train to the last epoch, until the rate is exhausted, or until a signal asks to stop; then say so."""
@@ -145,6 +149,8 @@ class Trainer:
                 self._note_skipped(step, self.skipped_in_row)
             if log:
                 self._log_step(step, batch, outcome)
+            if time.monotonic() - self.said_at > _SILENCE_SECONDS:
+                self._say_on_the_way(outcome)
             if profiler is not None:
                 profiler.step()
             if outcome.stop:
@@ -153,6 +159,14 @@ class Trainer:
             if due and not self.skipped_in_row:
                 self._save()
         return False
+
+    def _say_on_the_way(self, outcome: StepOutcome) -> None:
+        rate, left = self.timing.rate(), self.total_steps - self.progress.step
+        self.say(
+            f"step {self.progress.step:,}/{self.total_steps:,}  loss {outcome.loss / self.config.batch_size:7.4f}  "
+            f"{rate:,.0f} images/s  data wait {self.timing.wait_share():.0%}  "
+            f"left {format_duration(left * self.config.batch_size / rate)}"
+        )
 
     def _note_skipped(self, step: int, in_row: int) -> None:
         self.say(f"step {step:,}: the loss or its gradient is not finite; skipped")
