@@ -131,7 +131,8 @@ class Store:
         try:
             return fsspec.core.url_to_fs(self.url, **options)
         except (ImportError, ValueError) as error:
-            hint = "; pip install 'divide-and-classify[s3]'" if self._protocol in ("s3", "s3a") else ""
+            extra = {"s3": "s3", "s3a": "s3", "http": "http", "https": "http"}.get(self._protocol)
+            hint = f"; pip install 'divide-and-classify[{extra}]'" if extra else ""
             raise JobError(f"{self.url}: {_one_line(error)}{hint}") from None
 
     @property
