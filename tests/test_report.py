@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import simplejpeg
-from browser import BROWSER, FLAGS
+from browser import BROWSER, FLAGS, Page
 from tiny import SOUTH, WEST, ZONE, photo, write_dataset, write_queries
 from tiny_run import write_run
 
@@ -69,6 +69,45 @@ def test_a_browser_shows_the_figures_the_map_and_the_galleries(report: Path, tmp
     assert body.count("<figure") >= 12
     assert body.count("<svg") == 3
     assert "<img src=x" not in body.replace(html.escape(HOSTILE), "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+def test_the_map_follows_wheel_drag_and_pointer_and_pointing_draws_only_what_changed(
+    report: Path, tmp_path: Path
+) -> None:
+    page = Page(tmp_path)
+    try:
+        page.open(report.as_uri())
+        page.wait_for("document.body?.dataset.ready === 'yes'")
+        page.evaluate("$('map').scrollIntoView()")
+        page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # at rest
+        page.evaluate("{ const paint = map.paint; map.paint = (...all) => { painted++; paint(...all); } } painted = 0")
+        left, top, wide, high = page.evaluate(
+            "(({ x, y, width, height }) => [x, y, width, height])(map.canvas.getBoundingClientRect())"
+        )
+
+        def mouse(kind: str, x: float, y: float, **more: object) -> None:
+            page.command("Input.dispatchMouseEvent", type=kind, x=left + x, y=top + y, **more)
+
+        x, y = page.evaluate("map.toScreen(view.set.east[view.scored[0]], view.set.north[view.scored[0]])")
+        mouse("mouseMoved", x, y)
+        page.wait_for("!$('card').hidden && map.frame === undefined")
+        assert page.evaluate("map.toScreen(view.set.east[map.hovered], view.set.north[map.hovered])") == [x, y]
+        assert page.evaluate("painted") == 0
+        mouse("mouseMoved", 1, 1)
+        page.wait_for("$('card').hidden && map.frame === undefined")
+        assert page.evaluate("painted") == 0
+        scale, middle = page.evaluate("[map.scale, map.x]")
+        mouse("mouseWheel", wide / 2, high / 2, deltaX=0, deltaY=-240)
+        page.wait_for(f"map.scale > {scale} * 1.3 && painted >= 1")
+        mouse("mousePressed", wide / 2, high / 2, button="left", buttons=1, clickCount=1)
+        mouse("mouseMoved", wide / 2 + 60, high / 2, button="left", buttons=1)
+        mouse("mouseReleased", wide / 2 + 60, high / 2, button="left", clickCount=1)
+        page.wait_for(f"map.x < {middle} && painted > 1")
+        assert not page.problems
+    finally:
+        page.close()
 
 
 def test_the_report_loads_nothing_from_outside(report: Path) -> None:

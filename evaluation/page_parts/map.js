@@ -28,18 +28,24 @@ function boundsOf(cells) {
 }
 
 // A map that pans and zooms by pointer, wheel, two fingers and keys; north is up. `paint(c, width, height)` draws it,
-// `find(x, y)` names the thing at a point of the canvas or null, `onHover` and `onKeep` are told of that thing.
+// `find(x, y)` names the thing at a point of the canvas or null, `onHover` and `onKeep` are told of that thing. What
+// `paintOver` draws on top may follow the pointer: it alone is drawn anew when the hovered thing changes.
 class CityMap {
-  constructor(canvas, { paint, find, onHover, onKeep }) {
-    Object.assign(this, { canvas, paint, find, onHover, onKeep, scale: 1, x: 0, y: 0, hovered: null, fingers: new Map(), moved: false });
+  constructor(canvas, { paint, paintOver, find, onHover, onKeep }) {
+    Object.assign(this, { canvas, paint, paintOver, find, onHover, onKeep, scale: 1, x: 0, y: 0, hovered: null, fingers: new Map(), moved: false });
+    this.below = document.createElement("canvas");
+    this.measure();
     this.listen();
   }
 
-  get width() { return this.canvas.clientWidth; }
-  get height() { return this.canvas.clientHeight; }
+  // The canvas's size is kept: asking the page for it at every point costs more than drawing the point.
+  measure() {
+    this.width = this.canvas.clientWidth; this.height = this.canvas.clientHeight;
+  }
 
   // Show `bounds` [west, south, east, north], at most `closest` pixels a metre.
   fit([west, south, east, north], closest = 60) {
+    this.measure();
     this.scale = Math.min(0.94 * Math.min(this.width / (east - west), this.height / (north - south)), closest);
     this.x = (west + east) / 2; this.y = (south + north) / 2;
     this.draw();
@@ -63,17 +69,34 @@ class CityMap {
   }
 
   later() {
-    this.frame ??= requestAnimationFrame(() => this.draw());
+    this.stale = true;
+    this.soon();
+  }
+
+  soon() {
+    this.frame ??= requestAnimationFrame(() => (this.stale ? this.draw() : this.drawOver()));
   }
 
   draw() {
-    cancelAnimationFrame(this.frame);
-    this.frame = undefined;
-    const { canvas, width, height } = this, ratio = window.devicePixelRatio || 1;
-    canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio);
-    const c = canvas.getContext("2d");
+    this.measure();
+    this.stale = false;
+    const { canvas, below, width, height } = this, ratio = window.devicePixelRatio || 1;
+    for (const some of [canvas, below]) { some.width = Math.round(width * ratio); some.height = Math.round(height * ratio); }
+    const c = below.getContext("2d");
     c.setTransform(ratio, 0, 0, ratio, 0, 0);
     this.paint(c, width, height);
+    this.drawOver();
+  }
+
+  drawOver() {
+    cancelAnimationFrame(this.frame);
+    this.frame = undefined;
+    const { canvas, below } = this, c = canvas.getContext("2d"), ratio = window.devicePixelRatio || 1;
+    c.setTransform(1, 0, 0, 1, 0, 0);
+    c.clearRect(0, 0, canvas.width, canvas.height);
+    if (below.width && below.height) c.drawImage(below, 0, 0);
+    c.setTransform(ratio, 0, 0, ratio, 0, 0);
+    this.paintOver?.(c);
   }
 
   drawCells(c, cells, alpha = 0.22) {
@@ -122,7 +145,7 @@ class CityMap {
     if (found === this.hovered) return;
     this.hovered = found;
     this.onHover?.(found);
-    this.later();
+    if (this.paintOver) this.soon(); else this.later();
   }
 
   listen() {

@@ -169,33 +169,39 @@ const visible = (i) => {
 
 function paint(c, width, height) {
   if (!view) return;
-  const { set, answers, cells } = view, right = colour("right"), wrong = colour("wrong");
+  const { set, answers, cells } = view, many = set.photos.length > 3000;
   if ($("show-cells").checked) map.drawCells(c, cells);
-  const dense = set.photos.length > 3000 ? 0.25 : 0.5;
-  if ($("show-lines").checked) {
-    c.lineWidth = 1;
-    for (let i = 0; i < set.photos.length; i++) {
-      if (!visible(i)) continue;
-      c.strokeStyle = view.isRight(i) ? right : wrong; c.globalAlpha = view.isRight(i) ? 0.8 : dense * 0.6;
-      c.beginPath(); c.moveTo(...map.toScreen(set.east[i], set.north[i])); c.lineTo(...map.toScreen(...cells.center(answers.top[i][0]))); c.stroke();
+  const shown = set.photos.map((_, i) => i).filter(visible);
+  const kinds = [[colour("wrong"), many ? 0.15 : 0.3, shown.filter((i) => !view.isRight(i))], [colour("right"), 0.8, shown.filter(view.isRight)]];
+  for (const [fill, alpha, some] of $("show-lines").checked ? kinds : []) {
+    c.lineWidth = 1; c.strokeStyle = fill; c.globalAlpha = alpha;
+    for (const i of some) {
+      const [x, y] = map.toScreen(set.east[i], set.north[i]), [toX, toY] = map.toScreen(...cells.center(answers.top[i][0]));
+      if (Math.max(x, toX) < 0 || Math.max(y, toY) < 0 || Math.min(x, toX) > width || Math.min(y, toY) > height) continue;
+      c.beginPath(); c.moveTo(x, y); c.lineTo(toX, toY); c.stroke();
     }
   }
   c.globalAlpha = 1;
-  const radius = Math.min(Math.max(map.scale * 2, 2), set.photos.length > 3000 ? 3 : 5);
+  const radius = Math.min(Math.max(map.scale * 2, 2), many ? 3 : 5);
   let drawn = 0;
-  for (let i = 0; i < set.photos.length; i++) {
-    if (!visible(i)) continue;
-    const [x, y] = map.toScreen(set.east[i], set.north[i]);
-    if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
-    c.fillStyle = view.isRight(i) ? right : wrong;
-    c.beginPath(); c.arc(x, y, radius, 0, 7); c.fill();
-    drawn++;
+  for (const [fill, , some] of kinds) {
+    c.fillStyle = fill;
+    for (const i of some) {
+      const [x, y] = map.toScreen(set.east[i], set.north[i]);
+      if (x < -9 || y < -9 || x > width + 9 || y > height + 9) continue;
+      c.beginPath(); c.arc(x, y, radius, 0, 7); c.fill();
+      drawn++;
+    }
   }
+  map.drawScale(c);
+  document.body.dataset.queriesOnMap = drawn;
+}
+
+function paintOver(c) {
+  if (!view) return;
   const chosen = map.hovered ?? kept;
   if (chosen !== null) drawChosen(c, chosen);
-  map.drawScale(c);
   drawCard(chosen);
-  document.body.dataset.queriesOnMap = drawn;
 }
 
 function drawChosen(c, i) {
@@ -240,7 +246,7 @@ function show(i) {
 }
 
 let view = null, kept = null;
-const map = new CityMap($("map").firstElementChild, { paint, find, onKeep: (i) => { kept = i; } });
+const map = new CityMap($("map").firstElementChild, { paint, paintOver, find, onKeep: (i) => { kept = i; } });
 
 function openRow(index) {
   const row = data.rows[index], answers = data.answers[index], set = data.sets[answers.set], cells = data.cells[answers.cells];
