@@ -16,6 +16,7 @@ import tyro
 from evaluation.query_set import Settings
 from evaluation.ranking import OWN_FORMS, RankingForm
 from evaluation.results import Job, evaluate_all, open_world, write_results
+from evaluation.sample_photos import SamplePhotos
 from shards.console import entry
 from training.scoring import RECALL_NS, THRESHOLD_METRES
 
@@ -24,7 +25,8 @@ from training.scoring import RECALL_NS, THRESHOLD_METRES
 class Arguments:
     """LR@N of checkpoints on query sets: a table, results.json, results.csv, predictions.parquet and report.html.
 
-    Needs neither shards nor training photos. Exit code 1 where a row of the table could not be made.
+    Needs neither shards nor training photos. Exit code 1 where a row of the table could not be made or
+    `--val-queries` were of no use; files are written where there is a row.
     """
 
     checkpoints: tuple[Path, ...]
@@ -57,7 +59,7 @@ class Arguments:
 
 
 def main() -> int:
-    """Evaluate and write the results; 1 where a row could not be made."""
+    """Evaluate and write the results; 1 where something asked for could not be made."""
     arguments = read_arguments()
     job = Job(
         arguments.checkpoints,
@@ -73,11 +75,12 @@ def main() -> int:
         arguments.score_form,
         arguments.val_queries,
     )
+    samples = SamplePhotos.open(arguments.shards if arguments.report else None)
     with open_world(cpu=arguments.cpu) as world:
         results = evaluate_all(job, world)
         if results is None:
             return 0
-        write_results(results, report=arguments.report, shards=arguments.shards)
+        write_results(results, report=arguments.report, samples=samples)
     return 1 if results.failed else 0
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from shards.console import JobError
 from shards.files import atomic_path
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
-from training.queries import QueryBatch, list_queries
+from training.queries import QueryBatch, SetAside, list_queries
 from training.scoring import describe_batches
 
 
@@ -68,7 +69,11 @@ def describe_folder(
     """Descriptors of the photos in a folder, named by their UTM position; others are said and left out."""
     queries = list_queries(folder, localiser.classes.zone)
     described = localiser.describe(queries.paths, batch_size=batch_size, threads=threads)
-    for aside in (*queries.set_aside[:5], *described.failures[:5]):
+    unlocated = [
+        SetAside(queries.paths[i], "no coordinates in its name")
+        for i in np.flatnonzero(described.readable & ~queries.located)
+    ]
+    for aside in (*queries.set_aside[:5], *described.failures[:5], *unlocated[:5]):
         say(f"{aside.path}: left out: {aside.reason}")
     kept = np.flatnonzero(described.readable & queries.located)
     if len(kept) < len(queries) + len(queries.set_aside):
@@ -112,6 +117,8 @@ def read_descriptors(path: Path) -> Images:
 
     Names carry UTM positions. Vectors are scaled to unit length. Raises JobError for anything else.
     """
+    if path.suffix not in (".npz", ".npy"):
+        raise JobError(f"{path}: no descriptors (.npz, or .npy beside .txt), no folder of photos and no data set")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
@@ -119,16 +126,23 @@ def read_descriptors(path: Path) -> Images:
         else:
             vectors = np.load(path, allow_pickle=False)
             names = path.with_suffix(".txt").read_text().splitlines()
-    except (OSError, ValueError, KeyError) as error:
-        raise JobError(f"{path}: no descriptors with names ({error})") from error
+        vectors = vectors.astype(np.float32)
+    except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
+        reason = "damaged, or no array of numbers" if "allow_pickle" in str(error) else error
+        raise JobError(f"{path}: no descriptors with names ({reason})") from error
     if vectors.ndim != 2 or len(vectors) != len(names):
-        raise JobError(f"{path}: descriptors of shape {list(vectors.shape)} for {len(names)} names")
+        raise JobError(f"{path}: descriptors of shape {list(vectors.shape)} for {len(names)} names; give each its name")
+    if vectors.size == 0:
+        raise JobError(f"{path}: holds no descriptors")
     try:
         parsed = [parse_name(name) for name in names]
     except BadName as error:
         raise JobError(f"{path}: {error}") from error
-    vectors = vectors.astype(np.float32)
-    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not np.isfinite(lengths).all():
+        first = names[int(np.flatnonzero(~np.isfinite(lengths))[0])]
+        raise JobError(f"{path}: the descriptor of {first} holds numbers that are not finite; make it again")
+    vectors /= np.maximum(lengths, 1e-12)
     return Images(vectors, np.array([n.east for n in parsed]), np.array([n.north for n in parsed]), tuple(names))
 
 
@@ -166,7 +180,7 @@ def _from_cache(cache: Path, fingerprint: str) -> Images | None:
             if str(file["fingerprint"]) != fingerprint:
                 return None
             return Images(file["descriptors"], file["east"], file["north"], tuple(file["names"].tolist()))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
 

@@ -25,21 +25,21 @@ _ANSWERS_SHOWN = 5
 
 
 def write_report(
-    path: Path, outcomes: Sequence[Outcome], rows: Sequence[Row], facts: dict[str, Any], *, shards: Path | None = None
+    path: Path, outcomes: Sequence[Outcome], rows: Sequence[Row], facts: dict[str, Any], samples: SamplePhotos
 ) -> None:
     """Write the report of `outcomes`, whose result table is `rows`, to `path`.
 
-    `shards`, a data set, illustrates mistakes with a photo of the cell that was answered and of the true one. Under
-    20 MB for 10,000 queries: thumbnails share a budget. Raises JobError where `shards` is no data set.
+    `samples` illustrate mistakes with a photo of the cell that was answered and of the true one. Under 20 MB for
+    10,000 queries: thumbnails share a budget.
     """
-    data = report_data(outcomes, rows, facts, shards=shards)
+    data = report_data(outcomes, rows, facts, samples)
     page = read_page("report")
     parts = {"style": page.css, "script": page.js, "data": to_script(data)}
     atomic_write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page.html))
 
 
 def report_data(
-    outcomes: Sequence[Outcome], rows: Sequence[Row], facts: dict[str, Any], *, shards: Path | None = None
+    outcomes: Sequence[Outcome], rows: Sequence[Row], facts: dict[str, Any], samples: SamplePhotos
 ) -> dict[str, Any]:
     """Everything that the page shows. Coordinates are metres from a corner of the first class map."""
     classes = outcomes[0].classes
@@ -52,7 +52,6 @@ def report_data(
     for (folder, zone), queries in query_sets.items():
         budget = _THUMBNAIL_BYTES * len(queries) // max(total, 1)
         sets[_name(folder, zone)] = _query_set(queries, corner, budget)
-    samples = SamplePhotos.open(shards)
     for outcome in outcomes:
         key = _name(str(outcome.queries.folder), outcome.classes.zone)
         cells.setdefault(outcome.classes.fingerprint(), map_cells(outcome.classes, corner))

@@ -16,9 +16,20 @@ import utm
 
 from evaluation.query_set import Outcome
 from shards.classes import ClassTable
+from shards.console import JobError
 from shards.files import atomic_path, atomic_write_json, atomic_write_text
+from shards.layout import MANIFEST
 
 Row = dict[str, Any]
+
+
+def prepare_folder(out: Path) -> None:
+    """Make the folder for results; JobError for a file and for a data set."""
+    if out.exists() and not out.is_dir():
+        raise JobError(f"--out {out}: is a file; name a folder")
+    if (out / MANIFEST).exists():
+        raise JobError(f"--out {out}: holds a data set; name another folder")
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def write_json(path: Path, rows: Sequence[Row], **facts: Any) -> None:
@@ -139,8 +150,6 @@ def to_latlon(
 
 def format_table(rows: Sequence[Row]) -> str:
     """The table for the console: LR@N of every form, then chance and ceiling, for each checkpoint and query set."""
-    if not rows:
-        return "no results"
     ns = [name for name in rows[0] if name.startswith("lr_at_")]
     head = ["checkpoint", "queries", "scores", *(f"LR@{n.removeprefix('lr_at_')}" for n in ns), "median m", "scored"]
     lines = [head]

@@ -17,7 +17,8 @@ from evaluation.localiser import Localiser
 from evaluation.query_set import Outcome, Settings, calibrate, evaluate_set
 from evaluation.ranking import RankingForm
 from evaluation.report import write_report
-from evaluation.result_files import Row, format_table, write_csv, write_json, write_predictions
+from evaluation.result_files import Row, format_table, prepare_folder, write_csv, write_json, write_predictions
+from evaluation.sample_photos import SamplePhotos
 from shards.console import JobError, describe_os_error, printable
 from shards.provenance import provenance
 from training.distributed import World
@@ -40,7 +41,7 @@ class Job:
 
 @dataclass
 class Results:
-    """Rows and outcomes in the order of the job, `problems` in words, and `failed`, the rows that could not be made."""
+    """Rows and outcomes in the order of the job, `problems` in words, and `failed`, how much could not be made."""
 
     job: Job
     rows: list[Row] = field(default_factory=list)
@@ -50,7 +51,7 @@ class Results:
     failed: int = 0
 
     def error(self, message: str, rows: int = 1) -> None:
-        """Note what made `rows` rows impossible."""
+        """Note what made `rows` rows, or a calibration that was asked for, impossible."""
         self.failed += rows
         self._note("error", message)
 
@@ -81,7 +82,7 @@ def evaluate_all(job: Job, world: World) -> Results | None:
     Raises JobError where `job.out` cannot hold results.
     """
     if world.is_main:
-        _prepare_folder(job.out)
+        prepare_folder(job.out)
     results = Results(job)
     silent = Results(job)
     for path in job.checkpoints:
@@ -93,8 +94,10 @@ def evaluate_all(job: Job, world: World) -> Results | None:
         notes.calibrations[str(path)] = localiser.calibration
         form = job.form or localiser.form
         for folder in job.query_sets:
-            queries = _list(folder, localiser, notes, world)
-            if queries is None:
+            queries = _list(folder, localiser, world)
+            if isinstance(queries, str):
+                if world.is_main:
+                    notes.error(queries)
                 continue
             if (
                 world.is_main
@@ -106,14 +109,6 @@ def evaluate_all(job: Job, world: World) -> Results | None:
             if outcome is not None:
                 _add(outcome, results)
     return results if world.is_main else None
-
-
-def _prepare_folder(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise JobError(f"--out {out}: is a file; name a folder")
-    if (out / "dataset.json").exists():
-        raise JobError(f"--out {out}: holds a data set; name another folder")
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def _load(path: Path, notes: Results, world: World) -> Localiser | None:
@@ -133,20 +128,16 @@ def _load(path: Path, notes: Results, world: World) -> Localiser | None:
     return None
 
 
-def _list(folder: Path, localiser: Localiser, notes: Results, world: World, rows: int = 1) -> Queries | None:
-    """The queries of a folder, or None on all ranks where there is nothing to answer."""
+def _list(folder: Path, localiser: Localiser, world: World) -> Queries | str:
+    """The queries of a folder, or on all ranks the reason why there is nothing to answer."""
     try:
         found: Queries | str = list_queries(folder, localiser.classes.zone)
     except JobError as error:
         found = str(error)
     found = world.gather(found)[0] if world.size > 1 else found
     if isinstance(found, Queries) and len(found) == 0:
-        found = f"{folder}: no photo can be compared with the classes ({found.set_aside[0].reason})"
-    if isinstance(found, Queries):
-        return found
-    if world.is_main:
-        notes.error(found, rows)
-    return None
+        return f"{folder}: no photo can be compared with the classes ({found.set_aside[0].reason})"
+    return found
 
 
 def _calibrate(localiser: Localiser, path: Path, notes: Results, world: World) -> None:
@@ -158,11 +149,13 @@ def _calibrate(localiser: Localiser, path: Path, notes: Results, world: World) -
         folder = world.gather(found)[0]
     if folder is None:
         return
-    queries = _list(folder, localiser, notes, world, rows=0)
-    fitted = calibrate(localiser, queries, notes.job.settings, world) if queries is not None else None
+    queries = _list(folder, localiser, world)
+    fitted = calibrate(localiser, queries, notes.job.settings, world) if isinstance(queries, Queries) else None
     if fitted is None:
+        reason = queries if isinstance(queries, str) else f"{folder}: no readable query with coordinates"
+        say = notes.warn if notes.job.val_queries is None else notes.error
         if world.is_main:
-            notes.warn(f"{folder}: no readable query with coordinates; {path} keeps {localiser.form} scores")
+            say(f"{reason}; {path} keeps {localiser.form} scores")
         return
     localiser.calibration = fitted
     if world.is_main:
@@ -202,9 +195,12 @@ def _warn_of_photos(folder: str, kind: str, photos: Sequence[SetAside], results:
         results.warn(f"{folder}: {len(photos) - _LINES_A_KIND} more photos {kind}")
 
 
-def write_results(results: Results, *, report: bool = True, shards: Path | None = None) -> None:
-    """Write all files, print the table and where the files are."""
+def write_results(results: Results, *, report: bool = True, samples: SamplePhotos) -> None:
+    """Write all files, print the table and where the files are; without a row leave the folder as it was."""
     out, rows = results.job.out, results.rows
+    if not rows:
+        print(f"no row of the table could be made; nothing is written to {out}", file=sys.stderr)
+        return
     facts: dict[str, Any] = {
         "settings": asdict(results.job.settings),
         "calibrations": {path: asdict(some) if some else None for path, some in results.calibrations.items()},
@@ -216,12 +212,9 @@ def write_results(results: Results, *, report: bool = True, shards: Path | None 
     write_csv(out / "results.csv", rows)
     write_predictions(out / "predictions.parquet", results.outcomes)
     written = ["results.json", "results.csv", "predictions.parquet"]
-    if report and rows:
-        try:
-            write_report(out / "report.html", results.outcomes, rows, facts, shards=shards)
-            written.append("report.html")
-        except JobError as error:
-            results.error(str(error))
+    if report:
+        write_report(out / "report.html", results.outcomes, rows, facts, samples)
+        written.append("report.html")
     print(f"\n{format_table(rows)}\n")
     for path, calibration in results.calibrations.items():
         print(f"{path}: {calibration.describe() if calibration else 'confidence not calibrated; give --val-queries'}")

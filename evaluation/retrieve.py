@@ -19,7 +19,7 @@ import tyro
 
 from evaluation.gallery import Gallery, Images, database_images, describe_folder, read_descriptors
 from evaluation.localiser import Localiser
-from evaluation.result_files import write_json
+from evaluation.result_files import prepare_folder, write_json
 from evaluation.searchers import CellSearcher, FaissSearcher, Searcher, load_faiss
 from shards.console import JobError, entry, format_bytes, printable
 from shards.provenance import provenance
@@ -76,12 +76,12 @@ def main() -> None:
     if arguments.top_cells < 1 or arguments.batch_size < 1 or not arguments.threshold > 0:
         print("error: --top-cells, --batch-size and --threshold must be more than 0", file=sys.stderr)
         raise SystemExit(2)
+    prepare_folder(arguments.out)
     localiser = Localiser.load(arguments.checkpoint, torch.device("cpu"))
-    arguments.out.mkdir(parents=True, exist_ok=True)
     reading = {"batch_size": arguments.batch_size, "threads": len(os.sched_getaffinity(0))}
-    database = database_images(localiser, arguments.database, arguments.out / "database.npz", _warn, **reading)
     queries = describe_folder(localiser, arguments.queries, _warn, **reading)
     vectors = _other_descriptors(arguments.query_descriptors, queries) or queries
+    database = database_images(localiser, arguments.database, arguments.out / "database.npz", _warn, **reading)
     if vectors.vectors.shape[1] != database.vectors.shape[1]:
         raise JobError(
             f"queries have descriptors of {vectors.vectors.shape[1]} numbers and the database of "

@@ -151,6 +151,42 @@ def test_what_cannot_be_evaluated_is_one_line_and_the_rest_goes_on(
     assert (tmp_path / "o" / "report.html").exists()
 
 
+def test_without_a_row_earlier_results_stay_as_they_were(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, queries = run_and_queries
+    assert run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, "--no-report") == 0
+    before = (tmp_path / "results.json").read_bytes()
+    photo = next(queries.iterdir())
+    assert run_here(monkeypatch, "--checkpoints", run, "--queries", photo, "--out", tmp_path) == 1
+    assert run_here(monkeypatch, "--checkpoints", tmp_path, "--queries", queries, "--out", tmp_path) == 1
+    with pytest.raises(JobError, match="no finished data set"):
+        run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, "--shards", queries)
+    said = capsys.readouterr().err
+    assert f"error: {photo}: a file; name the folder of photos that holds it" in said
+    assert f"error: {tmp_path}: no checkpoint of this project (it has no files.json); name a run" in said
+    assert "nothing is written" in said
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_validation_queries_of_no_use_are_one_error_and_the_rest_goes_on(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, queries = run_and_queries
+    words = ["--checkpoints", run, "--queries", queries, "--out", tmp_path, "--no-report"]
+    assert run_here(monkeypatch, *words, "--val-queries", tmp_path / "none") == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {tmp_path / 'none'}: no such folder of photos; {run} keeps")
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["lr_at_1"] > 80
+
+
 def test_validation_queries_choose_the_form_and_the_temperature_that_later_answers_keep(
     run_and_queries: tuple[Path, Path],
     tmp_path: Path,

@@ -1,6 +1,7 @@
 """Retrieval within cells against brute force, and evaluation/retrieve.py as a user runs it."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -132,6 +133,32 @@ def test_files_that_hold_no_descriptors_are_clear_errors(tmp_path: Path) -> None
     np.savez(tmp_path / "c.npz", descriptors=np.zeros((2, 3)), names=np.array(["@1@2@.jpg"]))
     np.savez(tmp_path / "d.npz", descriptors=np.zeros((1, 3)), names=np.array(["plain.jpg"]))
     np.savez(tmp_path / "e.npz", descriptors=np.array([{}], dtype=object), names=np.array(["@1@2@.jpg"]))
-    for name in ("a.npz", "b.npy", "c.npz", "d.npz", "e.npz"):
+    two = np.array(["@1@2@.jpg", "@3@4@.jpg"])
+    np.savez(tmp_path / "f.npz", descriptors=np.array([["a", "b"], ["c", "d"]]), names=two)
+    np.savez(tmp_path / "g.npz", descriptors=np.array([[1.0, 2.0], [np.nan, 1.0]]), names=two)
+    np.savez(tmp_path / "h.npz", descriptors=np.zeros((0, 3)), names=two[:0])
+    (tmp_path / "i.npz").write_bytes((tmp_path / "g.npz").read_bytes()[:300])
+    (tmp_path / "j.npy").write_bytes(b"")
+    (tmp_path / "k.jpg").write_bytes(b"a photo")
+    for name in ("a.npz", "b.npy", "c.npz", "d.npz", "e.npz", "f.npz", "g.npz", "h.npz", "i.npz", "j.npy", "k.jpg"):
         with pytest.raises(JobError, match=name):
             read_descriptors(tmp_path / name)
+    with pytest.raises(JobError, match=r"the descriptor of @3@4@.jpg"):
+        read_descriptors(tmp_path / "g.npz")
+
+
+def test_bad_queries_are_told_before_the_database_is_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, photos = write_run(tmp_path / "run"), write_queries(tmp_path / "photos")
+    (tmp_path / "plain").mkdir()
+    shutil.copy(next(photos.iterdir()), tmp_path / "plain" / "a.jpg")
+    words = ["--checkpoint", run, "--database", photos, "--out", tmp_path / "o"]
+    with pytest.raises(JobError, match="no readable photo with coordinates"):
+        run_here(monkeypatch, *words, "--queries", tmp_path / "plain")
+    assert "a.jpg: left out: no coordinates in its name" in capsys.readouterr().err
+    with pytest.raises(JobError, match=r"a\.jpg: a file; name the folder"):
+        run_here(monkeypatch, *words, "--queries", tmp_path / "plain" / "a.jpg")
+    assert list((tmp_path / "o").iterdir()) == []
+    with pytest.raises(JobError, match="is a file; name a folder"):
+        run_here(monkeypatch, *words[:-1], tmp_path / "plain" / "a.jpg", "--queries", photos)

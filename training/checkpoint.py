@@ -164,7 +164,11 @@ def check_files(path: Path, names: Iterable[str]) -> None:
         written = listing["files"]
         version = listing["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: no checkpoint of this project (files.json: {error})") from error
+        reason = f"files.json: {error}"
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            reason = "it has no files.json" if path.is_dir() else "a file" if path.exists() else "no such folder"
+        message = f"{path}: no checkpoint of this project ({reason}); name a run or a checkpoint's folder"
+        raise CheckpointError(message) from error
     if version > FORMAT:
         raise CheckpointError(f"{path}: written by a later version (format {version}); update this project")
     for name in names:
@@ -173,7 +177,8 @@ def check_files(path: Path, names: Iterable[str]) -> None:
             raise CheckpointError(f"{file}: missing from the checkpoint")
         size = file.stat().st_size
         if size != written[name]["bytes"]:
-            raise CheckpointError(f"{file}: truncated or changed: {size} bytes, {written[name]['bytes']} written")
+            facts = f"{size} bytes, {written[name]['bytes']} written"
+            raise CheckpointError(f"{file}: truncated or changed: {facts}; copy the checkpoint again or name another")
         if _describe(file)["crc32"] != written[name]["crc32"]:
             raise CheckpointError(f"{file}: changed since it was written (its checksum differs)")
 

@@ -73,7 +73,8 @@ def query_size(image_size: int) -> int:
 def find_photos(folder: Path) -> list[Path]:
     """All photos under `folder`, sorted by path; JobError where it is no folder or holds none."""
     if not folder.is_dir():
-        raise JobError(f"{folder}: no such folder of query photos")
+        what = "a file; name the folder of photos that holds it" if folder.exists() else "no such folder of photos"
+        raise JobError(f"{folder}: {what}")
     found = [
         Path(root) / name
         for root, _, names in os.walk(folder, followlinks=True)
