@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from evaluation.exported_model import TOLERANCE, export_hub, export_onnx, export_torchscript
-from evaluation.localiser import Localiser
+from evaluation.localiser import load_localiser
 from shards.console import JobError, entry
 
 
@@ -34,7 +34,7 @@ class Arguments:
 def main() -> None:
     """Export and say how far the copy is from the original."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    localiser = Localiser.load(arguments.checkpoint, torch.device("cpu"))
+    localiser = load_localiser(arguments.checkpoint, torch.device("cpu"))
     if arguments.to == "hub":
         export_hub(localiser, arguments.out, arguments.results)
         print(f"written to {arguments.out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from evaluation.calibration import Calibration
 from evaluation.ranking import Answers, ClassRanker, RankingForm
 from shards.classes import ClassTable
-from shards.console import JobError
+from shards.console import JobError, printable
 from training.checkpoint import EvaluationWeights, load_for_evaluation
 from training.heads import Head, ScoreForm, make_head
 from training.model import GeoModel
@@ -24,12 +25,13 @@ class Localiser:
     """Model, heads and class map of a checkpoint, ready to answer on `device`.
 
     `form` and the confidence follow what validation queries said (`calibration`), where the checkpoint's folder holds
-    that. Raises JobError where the folder is no checkpoint, or its weights, classes and configuration do not fit each
-    other.
+    that. `passed_over` says which better checkpoints of a run could not be read. Raises JobError where the folder is no
+    checkpoint, or its weights, classes and configuration do not fit each other.
     """
 
     def __init__(self, weights: EvaluationWeights, device: torch.device) -> None:
         self.path = weights.path
+        self.passed_over = [f"{reason}; answers come from {weights.path.name}" for reason in weights.passed_over]
         self.classes: ClassTable = weights.classes
         self.device = device
         self.config = _read_config(weights)
@@ -107,6 +109,14 @@ class Localiser:
             threshold=threshold,
             temperatures=self.calibration.temperatures if self.calibration else None,
         )
+
+
+def load_localiser(path: Path, device: torch.device) -> Localiser:
+    """`Localiser.load` with a line on stderr for every better checkpoint that could not be read."""
+    localiser = Localiser.load(path, device)
+    for line in localiser.passed_over:
+        print(f"warning: {printable(line)}", file=sys.stderr)
+    return localiser
 
 
 def _read_config(weights: EvaluationWeights) -> TrainConfig:

@@ -15,7 +15,7 @@ import torch
 import tyro
 
 from evaluation.answer_photos import Request, answer_photos, find_all, to_geojson, to_json, to_table
-from evaluation.localiser import Localiser
+from evaluation.localiser import load_localiser
 from shards.console import JobError, entry, printable
 from training.scoring import THRESHOLD_METRES
 
@@ -52,7 +52,7 @@ def main() -> int:
     arguments = read_arguments()
     paths, failures = find_all(arguments.photos)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    localiser = Localiser.load(arguments.checkpoint, device)
+    localiser = load_localiser(arguments.checkpoint, device)
     if arguments.geojson and not localiser.classes.zone:
         raise JobError(f"{arguments.checkpoint}: its classes have no UTM zone, so no degrees; use --json")
     threads = len(os.sched_getaffinity(0))

@@ -122,6 +122,8 @@ def _load(path: Path, notes: Results, world: World) -> Localiser | None:
         reason = describe_os_error(error)
     reasons = [r for r in world.gather(reason) if r]
     if not reasons:
+        for line in localiser.passed_over if localiser and world.is_main else []:
+            notes.warn(line)
         return localiser
     if world.is_main:
         notes.error(reasons[0], rows=len(notes.job.query_sets))

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from evaluation.gallery import Gallery, Images, database_images, describe_folder, read_descriptors
-from evaluation.localiser import Localiser
+from evaluation.localiser import Localiser, load_localiser
 from evaluation.result_files import prepare_folder, write_json
 from evaluation.searchers import CellSearcher, FaissSearcher, Searcher, load_faiss
 from shards.console import JobError, entry, format_bytes, printable
@@ -77,7 +77,7 @@ def main() -> None:
         print("error: --top-cells, --batch-size and --threshold must be more than 0", file=sys.stderr)
         raise SystemExit(2)
     prepare_folder(arguments.out)
-    localiser = Localiser.load(arguments.checkpoint, torch.device("cpu"))
+    localiser = load_localiser(arguments.checkpoint, torch.device("cpu"))
     reading = {"batch_size": arguments.batch_size, "threads": len(os.sched_getaffinity(0))}
     queries = describe_folder(localiser, arguments.queries, _warn, **reading)
     vectors = _other_descriptors(arguments.query_descriptors, queries) or queries

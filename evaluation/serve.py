@@ -27,7 +27,7 @@ from PIL import Image
 from evaluation.answer_photos import Request
 from evaluation.answer_queue import AnswerQueue
 from evaluation.known_photos import KnownPhotos
-from evaluation.localiser import Localiser
+from evaluation.localiser import Localiser, load_localiser
 from evaluation.sample_photos import SamplePhotos
 from evaluation.uploads import Limits
 from shards.console import JobError, entry, printable
@@ -75,7 +75,7 @@ def main() -> None:
     web = load_web()
     listener = listen(arguments.host, arguments.port)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    localiser = Localiser.load(arguments.checkpoint, device)
+    localiser = load_localiser(arguments.checkpoint, device)
     known = KnownPhotos(SamplePhotos.open(arguments.shards), localiser.classes)
     threads = min(len(os.sched_getaffinity(0)), _DECODERS)
     request = Request(arguments.top, arguments.apart, arguments.southern, threads=threads)

@@ -155,8 +155,11 @@ def test_evaluation_takes_the_best_of_a_run_else_the_latest_whole_one(tmp_path: 
     first = save_checkpoint(tmp_path, make_checkpoint(1))
     second = save_checkpoint(tmp_path, make_checkpoint(2))
     assert load_for_evaluation(tmp_path).path == second
+    assert load_for_evaluation(tmp_path).passed_over == ()
     cut(second / "heads.safetensors")
     assert load_for_evaluation(tmp_path).path == first
+    (reason,) = load_for_evaluation(tmp_path).passed_over
+    assert reason.startswith(f"{second / 'heads.safetensors'}: truncated or changed")
     save_checkpoint(tmp_path, make_checkpoint(3))
     mark_best(tmp_path, first, "LR@1", 50.0)
     assert load_for_evaluation(tmp_path).path == first

@@ -20,7 +20,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,17 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class EvaluationWeights:
-    """What evaluation reads of a checkpoint: no optimiser state. `path` is the checkpoint's own folder."""
+    """What evaluation reads of a checkpoint: no optimiser state. `path` is the checkpoint's own folder.
+
+    `passed_over`: why better checkpoints of the run were not taken.
+    """
 
     path: Path
     model: dict[str, Tensor]
     heads: dict[int, dict[str, Tensor]]
     classes: ClassTable
     config: dict[str, Any]
+    passed_over: tuple[str, ...] = ()
 
 
 def flatten_tensors(value: Any, tensors: dict[str, Tensor], name: str) -> Any:
@@ -209,11 +213,11 @@ def load_for_evaluation(path: Path) -> EvaluationWeights:
     if (path / "files.json").exists() or not (path / "checkpoints").is_dir():
         check_files(path, WEIGHT_FILES)
         return _read_weights(path)
-    reasons = []
+    reasons: list[str] = []
     for candidate in [c for c in (best_checkpoint(path),) if c is not None] + list_checkpoints(path):
         try:
             check_files(candidate, WEIGHT_FILES)
-            return _read_weights(candidate)
+            return replace(_read_weights(candidate), passed_over=tuple(dict.fromkeys(reasons)))
         except CheckpointError as error:
             reasons.append(str(error))
     raise CheckpointError(reasons[0] if reasons else f"{path}: the run holds no checkpoint")
