@@ -21,7 +21,7 @@ from shards.console import JobError
 from shards.files import atomic_path
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
-from training.queries import QueryBatch, SetAside, list_queries
+from training.queries import QueryBatch, list_queries
 from training.scoring import describe_batches
 
 
@@ -69,10 +69,7 @@ def describe_folder(
     """Descriptors of the photos in a folder, named by their UTM position; others are said and left out."""
     queries = list_queries(folder, localiser.classes.zone)
     described = localiser.describe(queries.paths, batch_size=batch_size, threads=threads)
-    unlocated = [
-        SetAside(queries.paths[i], "no coordinates in its name")
-        for i in np.flatnonzero(described.readable & ~queries.located)
-    ]
+    unlocated = queries.unlocated(described.readable)
     for aside in (*queries.set_aside[:5], *described.failures[:5], *unlocated[:5]):
         say(f"{aside.path}: left out: {aside.reason}")
     kept = np.flatnonzero(described.readable & queries.located)

@@ -13,7 +13,7 @@ from torch import Tensor
 from evaluation.cell_index import CellIndex
 from shards.classes import ClassTable
 from training.heads import NORM_FLOOR, Head, ScoreForm, full_precision
-from training.scoring import STRIP, THRESHOLD_METRES, strip_columns
+from training.scoring import SCORES_IN_MEMORY, STRIP, THRESHOLD_METRES, classes_in_cache, strip_columns, strip_maxima
 
 RankingForm = Literal["raw", "cosine", "zscore", "softmax"]
 RANKING_FORMS: tuple[RankingForm, ...] = get_args(RankingForm)
@@ -21,9 +21,7 @@ OWN_FORMS: tuple[RankingForm, ...] = ("raw", "cosine")
 
 UNCERTAINTY_MASS = 0.68
 _UNCERTAINTY_CLASSES = 256
-_SCORES_IN_MEMORY = 1 << 25
 _QUERIES_AT_ONCE = 256
-_SCORES_IN_CACHE = 1 << 19  # of a block of classes, for all queries at once: 2 MB
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class ClassRanker:
 
     def blocks(self, queries: int) -> Iterator[tuple[int, Tensor, slice, slice]]:
         """Blocks for so many queries: group number, weights [c, D], columns, and these with the filled-up ones."""
-        size = max(_SCORES_IN_CACHE // max(queries, 1) // STRIP, 1) * STRIP
+        size = classes_in_cache(queries)
         for number, (start, head) in enumerate(zip(self.starts, self.heads.values(), strict=True)):
             for first in range(0, head.classes, size):
                 weight = head.weight.detach()[first : first + size]
@@ -148,7 +146,7 @@ class ClassRanker:
         }
 
     def _chunks(self, vectors: Tensor) -> Iterator[Tensor]:
-        size = int(np.clip(_SCORES_IN_MEMORY // len(self.row_of_column), 1, _QUERIES_AT_ONCE))
+        size = int(np.clip(SCORES_IN_MEMORY // len(self.row_of_column), 1, _QUERIES_AT_ONCE))
         for some in vectors.split(size):
             yield some.to(self.device)
 
@@ -215,7 +213,7 @@ class ScoredClasses:
         strips = slice(whole.start // STRIP, whole.stop // STRIP)
         for order, maxima in self.maxima.items():
             scores = self.ranker.in_order(self.products[:, whole], order, whole)
-            maxima[:, strips] = scores.unflatten(1, (scores.shape[1] // STRIP, STRIP)).amax(2)
+            maxima[:, strips] = strip_maxima(scores)
             if order == self.own:
                 highest = maxima[:, strips].amax(1, keepdim=True)
                 above = scores - highest

@@ -173,13 +173,7 @@ def _add(outcome: Outcome, results: Results) -> None:
     row = outcome.row()
     _warn_of_photos(folder, "set aside", outcome.queries.set_aside, results)
     _warn_of_photos(folder, "unreadable", outcome.failures, results)
-    unlocated = [
-        SetAside(path, "no coordinates in its name")
-        for path, located, readable in zip(
-            outcome.queries.paths, outcome.queries.located, outcome.readable, strict=True
-        )
-        if readable and not located
-    ]
+    unlocated = outcome.queries.unlocated(outcome.readable)
     _warn_of_photos(folder, "predicted but not scored", unlocated, results)
     if outcome.queries.reprojected:
         zone = outcome.classes.zone

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import utm
 
 from preprocessing.coordinates import zone_of
-from preprocessing.photos import Bad, Listing, PathColumn, Places
+from preprocessing.photos import Bad, Listing, PathColumn, Places, list_reasons
 from shards.console import JobError, describe_os_error, printable
 
 LIST_EXTENSIONS = (".csv", ".parquet")
@@ -44,7 +44,7 @@ def read_list(file: Path, root: Path | str, zone: int) -> Listing:
     places.timestamp = _text(table, "timestamp")
     good = ~empty & np.isfinite(places.east)
     if not good.any():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(b.reason for b in bad).most_common())
+        reasons = list_reasons(Counter(b.reason for b in bad))
         raise JobError(
             f"{file}: none of its {len(paths)} rows names a photo and its place{reasons and f' ({reasons})'}"
         )

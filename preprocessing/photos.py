@@ -2,6 +2,7 @@
 
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,11 @@ class Bad:
     def facts(self) -> dict[str, Any]:
         """The values as JSON, without those that are missing."""
         return {name: value for name, value in vars(self).items() if value is not None}
+
+
+def list_reasons(counts: Counter[str]) -> str:
+    """How many photos were set aside for each reason, in words, most first; "" for none."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
 @dataclass

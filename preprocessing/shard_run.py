@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from preprocessing.engine import Counts, Job, run_tasks
-from preprocessing.photos import Bad
+from preprocessing.photos import Bad, list_reasons
 from preprocessing.plan import ShardTask
 from preprocessing.shard_task import ShardResult, Stopped
 from shards.console import JobError, format_bytes, format_count, printable
@@ -89,7 +89,7 @@ def check_bad(bad_names: list[Bad], results: list[ShardResult], limit: float, ph
     bad = bad_names + [b for result in results for b in result.bad]
     if len(bad) <= limit:
         return
-    reasons = ", ".join(f"{count} {reason}" for reason, count in Counter(b.reason for b in bad).most_common())
+    reasons = list_reasons(Counter(b.reason for b in bad))
     raise JobError(
         f"{len(bad)} of {photos} photos are bad ({reasons}; e.g. {printable(bad[-1].source)}), more than the limit of "
         f"{limit:.0f}; mend the source, or raise --max-bad-share and run the same command again"

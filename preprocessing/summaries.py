@@ -2,6 +2,7 @@
 
 from preprocessing.addition import Gain
 from preprocessing.finishing import Summary
+from preprocessing.photos import list_reasons
 from preprocessing.trial import Forecast
 from shards.console import format_bytes, format_count, format_duration
 
@@ -13,7 +14,7 @@ def print_summary(summary: Summary, out: str) -> None:
     made = summary.manifest
     _print_groups(summary.classes_per_group, summary.images_per_group)
     print(f"skipped     {format_count(made.skipped)} photos in cells with fewer than {made.min_images} photos")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in summary.reasons.most_common())
+    reasons = list_reasons(summary.reasons)
     print(f"set aside   {format_count(made.quarantined)} bad photos{f' ({reasons})' if reasons else ''}")
     if summary.other_files:
         print(f"ignored     {format_count(summary.other_files)} files that are no photos")
@@ -30,7 +31,7 @@ def print_forecast(made: Forecast, out: str) -> None:
     _print_groups({g: len(c) for g, c in of_group.items()}, {g: int(c.images.sum()) for g, c in of_group.items()})
     print(f"skipped     {format_count(len(plan.skipped))} photos in cells with fewer than {plan.settings.min_images}")
     print(f"set aside   {format_count(len(plan.bad))} photos by their names")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in trial.bad.most_common()) or "none bad"
+    reasons = list_reasons(trial.bad) or "none bad"
     print(f"trial       {trial.tried} images ({reasons}), {trial.images_per_second:,.0f} a second with one worker")
     print(f"reads       about {format_bytes(trial.source_bytes_per_image * len(plan.order))} of photos")
     free = ""

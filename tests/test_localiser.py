@@ -47,7 +47,7 @@ def probabilities(localiser: Localiser, vectors: torch.Tensor, temperature: floa
 def test_forms_are_those_of_their_formulas_in_float64(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int
 ) -> None:
-    monkeypatch.setattr(ranking, "_SCORES_IN_CACHE", 6 * 64)
+    monkeypatch.setattr("training.scoring._SCORES_IN_CACHE", 6 * 64)
     localiser = Localiser.load(write_run(tmp_path / "run", class_table(side)), CPU)
     vectors = descriptors(localiser)
     cosine = cosines(localiser, vectors)

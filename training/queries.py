@@ -56,6 +56,10 @@ class Queries:
         """bool [Q]: whether the query's position is known."""
         return np.isfinite(self.east) & np.isfinite(self.north)
 
+    def unlocated(self, readable: np.ndarray) -> list[SetAside]:
+        """Those of the `readable` queries (bool [Q]) whose position is not known, with that reason."""
+        return [SetAside(self.paths[i], "no coordinates in its name") for i in np.flatnonzero(readable & ~self.located)]
+
 
 @dataclass(frozen=True)
 class QueryBatch:

@@ -22,8 +22,8 @@ from training.queries import Queries, QueryBatch, SetAside, read_queries
 RECALL_NS = (1, 5, 10, 20)
 THRESHOLD_METRES = 25.0
 STRIP = 32  # adjacent classes whose highest score is taken first, when the best of many are wanted
+SCORES_IN_MEMORY = 1 << 25  # 128 MB
 _SCORES_IN_CACHE = 1 << 19  # 2 MB, beside the weights that make them
-_SCORES_IN_MEMORY = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def rank_classes(
     scores: list[Tensor] = []
     device = device or descriptors.device
     widest = max(-(-block.count // STRIP) for block in blocks) * STRIP
-    chunk = min(chunk, len(descriptors), max(_SCORES_IN_MEMORY // widest, 1))
+    chunk = min(chunk, len(descriptors), max(SCORES_IN_MEMORY // widest, 1))
     room = torch.empty(chunk, widest, device=device)  # made once: new memory costs its page faults
     for queries in descriptors.split(chunk):
         part = [_top_of_block(queries.to(device), block, top_k, room) for block in blocks]
@@ -164,16 +164,25 @@ def _top_of_block(descriptors: Tensor, block: ClassBlock, top_k: int, room: Tens
     scores = room[: len(descriptors), : strips * STRIP]
     scores[:, block.count :] = -torch.inf
     maxima = scores.new_empty(len(scores), strips)
-    size = max(_SCORES_IN_CACHE // len(scores) // STRIP, 1) * STRIP if scores.device.type == "cpu" else strips * STRIP
+    size = classes_in_cache(len(scores)) if scores.device.type == "cpu" else strips * STRIP
     for first in range(0, block.count, size):
         piece = slice(first, min(first + size, block.count))
         scores[:, piece] = block.score(descriptors, piece)
-        some = slice(first // STRIP, first // STRIP + -(-(piece.stop - first) // STRIP))
-        whole = scores[:, some.start * STRIP : some.stop * STRIP]
-        torch.amax(whole.unflatten(1, (some.stop - some.start, STRIP)), dim=2, out=maxima[:, some])
+        some = slice(first // STRIP, -(-piece.stop // STRIP))
+        maxima[:, some] = strip_maxima(scores[:, some.start * STRIP : some.stop * STRIP])
     columns = strip_columns(maxima.topk(min(top_k, strips), dim=1).indices)
     best, at = scores.gather(1, columns).topk(min(top_k, block.count), dim=1)
     return columns.gather(1, at) + block.first, best
+
+
+def classes_in_cache(queries: int) -> int:
+    """How many classes, in whole strips, leave the scores of so many queries in a processor's cache."""
+    return max(_SCORES_IN_CACHE // max(queries, 1) // STRIP, 1) * STRIP
+
+
+def strip_maxima(scores: Tensor) -> Tensor:
+    """The highest score of each strip, [Q, C / STRIP], of scores [Q, C] in whole strips."""
+    return scores.unflatten(1, (scores.shape[1] // STRIP, STRIP)).amax(2)
 
 
 def strip_columns(strips: Tensor) -> Tensor:

@@ -144,8 +144,12 @@ def epoch_line(
     ]
     if recall is not None:
         parts.append(f"LR@1 {recall:5.1f} %")
-    parts += [f"{rate:,.0f} images/s", f"data wait {wait_share:.0%}", f"left {format_duration(seconds_left)}"]
-    return "  ".join(parts)
+    return "  ".join([*parts, pace(rate, wait_share, seconds_left)])
+
+
+def pace(rate: float, wait_share: float, seconds_left: float) -> str:
+    """How fast a run goes, for its console lines; rate in images a second."""
+    return f"{rate:,.0f} images/s  data wait {wait_share:.0%}  left {format_duration(seconds_left)}"
 
 
 def tracker_folder(out: Path) -> Path:

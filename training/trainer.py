@@ -33,7 +33,7 @@ from training.progress import Progress, Timing
 from training.run_folder import LossFile, begin_run, check_run_folder, start_from
 from training.schedules import make_schedule
 from training.snapshot import RunState, resume_latest, save_run
-from training.tracking import Tracker, batch_picture, check_tracker, epoch_line, error_map
+from training.tracking import Tracker, batch_picture, check_tracker, epoch_line, error_map, pace
 from training.validation import Validator
 
 _SILENCE_SECONDS = 30.0  # of an epoch, after which a line says that it goes on
@@ -164,8 +164,7 @@ class Trainer:
         rate, left = self.timing.rate(), self.total_steps - self.progress.step
         self.say(
             f"step {self.progress.step:,}/{self.total_steps:,}  loss {outcome.loss / self.config.batch_size:7.4f}  "
-            f"{rate:,.0f} images/s  data wait {self.timing.wait_share():.0%}  "
-            f"left {format_duration(left * self.config.batch_size / rate)}"
+            + pace(rate, self.timing.wait_share(), left * self.config.batch_size / rate)
         )
 
     def _note_skipped(self, step: int, in_row: int) -> None:
