@@ -49,7 +49,7 @@ class Arguments:
     shards: Path | None = None
     """Data set whose photos illustrate the report's failures."""
     report: bool = True
-    """Write report.html."""
+    """Write report.html; without it, one of earlier results in the folder is removed."""
     batch_size: int = 32
     """Photos of one shape described at once."""
     threads: int = 0

@@ -32,11 +32,7 @@ class KnownPhotos:
     def __init__(self, samples: SamplePhotos, classes: ClassTable) -> None:
         self.samples = samples
         self.classes = classes
-        if samples.dataset is None:
-            return
-        theirs = samples.dataset.classes
-        cells = set(zip(classes.cell_east.tolist(), classes.cell_north.tolist(), strict=True))
-        if (theirs.M, theirs.zone) != (classes.M, classes.zone) or not cells & samples.rows.keys():
+        if samples.dataset is not None and not samples.covers(classes):
             raise JobError(f"--shards {samples.dataset.path}: has none of the checkpoint's cells")
 
     def __bool__(self) -> bool:

@@ -147,8 +147,8 @@ class ClassRanker:
 
     def _chunks(self, vectors: Tensor) -> Iterator[Tensor]:
         size = int(np.clip(SCORES_IN_MEMORY // len(self.row_of_column), 1, _QUERIES_AT_ONCE))
-        for some in vectors.split(size):
-            yield some.to(self.device)
+        for first in range(0, len(vectors), size):
+            yield vectors[first : first + size].to(self.device)
 
     def _confidence(self, scores: ScoredClasses, rows: Tensor, divisor: float, threshold: float) -> Tensor:
         """Probability float32 [q, K] of all classes within the threshold of each answer's."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from evaluation.query_set import Outcome
 from evaluation.result_files import Row
 from evaluation.sample_photos import SamplePhotos
 from evaluation.thumbnails import data_url, data_urls, thumbnails
+from shards.console import describe_os_error
 from shards.files import atomic_write_text
 from shards.names import BadName, parse_name
 from training.queries import Queries
@@ -25,21 +26,30 @@ _ANSWERS_SHOWN = 5
 
 
 def write_report(
-    path: Path, outcomes: Sequence[Outcome], rows: Sequence[Row], facts: dict[str, Any], samples: SamplePhotos
+    path: Path,
+    outcomes: Sequence[Outcome],
+    rows: Sequence[Row],
+    facts: dict[str, Any],
+    samples: SamplePhotos,
+    warn: Callable[[str], None],
 ) -> None:
     """Write the report of `outcomes`, whose result table is `rows`, to `path`.
 
-    `samples` illustrate mistakes with a photo of the cell that was answered and of the true one. Under 20 MB for
-    10,000 queries: thumbnails share a budget.
+    `samples` illustrate mistakes with a photo of the cell that was answered and of the true one, and `warn` is told
+    which cannot be read. Under 20 MB for 10,000 queries: thumbnails share a budget.
     """
-    data = report_data(outcomes, rows, facts, samples)
+    data = report_data(outcomes, rows, facts, samples, warn)
     page = read_page("report")
     parts = {"style": page.css, "script": page.js, "data": to_script(data)}
     atomic_write_text(path, re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], page.html))
 
 
 def report_data(
-    outcomes: Sequence[Outcome], rows: Sequence[Row], facts: dict[str, Any], samples: SamplePhotos
+    outcomes: Sequence[Outcome],
+    rows: Sequence[Row],
+    facts: dict[str, Any],
+    samples: SamplePhotos,
+    warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything that the page shows. Coordinates are metres from a corner of the first class map."""
     classes = outcomes[0].classes
@@ -59,7 +69,7 @@ def report_data(
         shown = sorted({i for some in galleries.values() for i in some})
         missing = [(i, outcome.queries.paths[i]) for i in shown if i not in sets[key]["large"]]
         sets[key]["large"] |= data_urls(missing, _GALLERY_PIXELS)
-        pictures = {i: _cell_photos(outcome, i, samples) for i in shown}
+        pictures = {i: _cell_photos(outcome, i, samples, warn) for i in shown}
         answers.append(
             {
                 "set": key,
@@ -119,7 +129,7 @@ def _galleries(outcome: Outcome) -> dict[str, list[int]]:
     }
 
 
-def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos) -> dict[str, str]:
+def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos, warn: Callable[[str], None]) -> dict[str, str]:
     """A photo of the answered cell and, for a mistake, one of the true cell, as far as the shards have them."""
     classes = outcome.classes
     rows = {"answer": int(outcome.own.rows[i, 0])}
@@ -130,7 +140,11 @@ def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos) -> dict[str, s
     photos = {}
     for name, row in rows.items():
         cell = None if row < 0 else (int(classes.cell_east[row]), int(classes.cell_north[row]))
-        jpeg = samples.of_cell(cell, classes.M, heading) if cell else None
+        try:
+            jpeg = samples.of_cell(cell, classes.M, heading) if cell else None
+        except OSError as error:
+            warn(f"the report lacks photos of cells: {describe_os_error(error)}")
+            jpeg = None
         photos[name] = data_url(jpeg, 160) if jpeg else ""
     return photos
 

@@ -192,11 +192,17 @@ def _warn_of_photos(folder: str, kind: str, photos: Sequence[SetAside], results:
 
 
 def write_results(results: Results, *, report: bool = True, samples: SamplePhotos) -> None:
-    """Write all files, print the table and where the files are; without a row leave the folder as it was."""
+    """Write all files, print the table and where the files are; without a row leave the folder as it was.
+
+    Without a report, one of an earlier evaluation is removed: it would tell of other results.
+    """
     out, rows = results.job.out, results.rows
     if not rows:
         print(f"no row of the table could be made; nothing is written to {out}", file=sys.stderr)
         return
+    for outcome in results.outcomes:
+        if report and samples.dataset is not None and not samples.covers(outcome.classes):
+            results.warn(f"--shards {samples.dataset.path}: has none of the cells of {outcome.checkpoint}")
     facts: dict[str, Any] = {
         "settings": asdict(results.job.settings),
         "calibrations": {path: asdict(some) if some else None for path, some in results.calibrations.items()},
@@ -209,8 +215,10 @@ def write_results(results: Results, *, report: bool = True, samples: SamplePhoto
     write_predictions(out / "predictions.parquet", results.outcomes)
     written = ["results.json", "results.csv", "predictions.parquet"]
     if report:
-        write_report(out / "report.html", results.outcomes, rows, facts, samples)
+        write_report(out / "report.html", results.outcomes, rows, facts, samples, results.warn)
         written.append("report.html")
+    else:
+        (out / "report.html").unlink(missing_ok=True)
     print(f"\n{format_table(rows)}\n")
     for path, calibration in results.calibrations.items():
         print(f"{path}: {calibration.describe() if calibration else 'confidence not calibrated; give --val-queries'}")

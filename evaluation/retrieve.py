@@ -1,6 +1,6 @@
 """Retrieval of database images, exhaustively and within the cells that the classifier names.
 
-python evaluation/retrieve.py --checkpoint RUN --database DIR --queries DIR --out DIR [--top-cells 5]
+python evaluation/retrieve.py --checkpoint RUN --database DIR --queries DIR --out DIR [--top-cells 10]
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Arguments:
     """Folder for retrieval.json and the database's descriptors."""
     query_descriptors: Path | None = None
     """Descriptors of the queries by the model that made those of the database, where that is another one."""
-    top_cells: int = 5
-    """Cells that within-cells searches, and more where these hold fewer images than the N of R@N asks for."""
+    top_cells: int = 10
+    """Cells that within-cells searches; it names an image of each, then one of each cell that follows."""
     methods: tuple[Method, ...] = ("exhaustive", "ivf", "hnsw", "within-cells")
     """Ways of searching to compare."""
     threshold: float = THRESHOLD_METRES

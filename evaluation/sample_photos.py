@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.classes import ClassTable
 from shards.dataset import Dataset
 from shards.layout import shard_tables
 
@@ -40,6 +41,14 @@ class SamplePhotos:
         self.rows = {cell: row for row, cell in enumerate(cells)}
         for table in shard_tables(dataset.path):
             self.tables.setdefault(int(table.parent.name.rsplit("-", 1)[1]), []).append(table)
+
+    def covers(self, classes: ClassTable) -> bool:
+        """Whether the data set has cells of a class map."""
+        if self.dataset is None:
+            return False
+        theirs = self.dataset.classes
+        cells = zip(classes.cell_east.tolist(), classes.cell_north.tolist(), strict=True)
+        return (theirs.M, theirs.zone) == (classes.M, classes.zone) and not self.rows.keys().isdisjoint(cells)
 
     @classmethod
     def open(cls, path: Path | None) -> SamplePhotos:
@@ -74,7 +83,10 @@ class SamplePhotos:
         classes, row = self.dataset.classes, self.rows[cell]
         label = int(classes.label[row])
         for path in self.tables.get(int(classes.group[row]), []):
-            table = pq.read_table(path, columns=[*_FACTS, "offset", "size"], filters=[("label", "==", label)])
+            try:
+                table = pq.read_table(path, columns=[*_FACTS, "offset", "size"], filters=[("label", "==", label)])
+            except pa.ArrowInvalid as error:
+                raise OSError(f"{path}: damaged ({error}); python shards/verify.py names all damage") from error
             if len(table):
                 yield table, path.with_suffix(".tar")
 

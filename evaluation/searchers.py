@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.gallery import Gallery
+from evaluation.gallery import Gallery, Images
 from shards.console import JobError
 
 
@@ -62,41 +62,63 @@ class FaissSearcher:
 class CellSearcher:
     """Ranks the classes, then compares the query with the images of the best only.
 
-    An inverted file of FAISS whose lists are the cells and whose coarse quantiser is the classifier: `weights`
-    float32 [C, D'] score the classes of the gallery's map, with `bias` [C] for logits. The `top_cells` best are
-    searched, and as many more as it takes to have all the images that were asked for. JobError without FAISS.
+    `weights` float32 [C, D'] score the classes of the gallery's map, with `bias` [C] for logits; classes without
+    images are left out. Each answer is another place: first the best image of each of the `top_cells` best classes,
+    the most alike first, then an image of each class that follows. The images lie in an inverted file of FAISS whose
+    lists are the cells and whose coarse quantiser is the classifier. JobError without FAISS.
     """
 
     name = "within-cells"
 
     def __init__(self, gallery: Gallery, weights: Tensor, bias: Tensor | None, top_cells: int) -> None:
         faiss = load_faiss()
-        self.has_bias = bias is not None
-        rows = np.ascontiguousarray((weights if bias is None else torch.column_stack([weights, bias])).numpy())
+        sizes = np.diff(gallery.starts)
+        kept = np.flatnonzero(sizes)
+        self.has_bias, self.top_cells = bias is not None, top_cells
+        scores = (weights if bias is None else torch.column_stack([weights, bias])).numpy()
+        rows = np.ascontiguousarray(scores[kept])
         self.classes: Any = faiss.IndexFlatIP(rows.shape[1])
         self.classes.add(rows)
-        self.sizes, self.top_cells = np.diff(gallery.starts), min(top_cells, len(rows))
         vectors = gallery.images.vectors[: gallery.starts[-1]]
         self.quantizer = faiss.IndexFlatIP(vectors.shape[1])  # FAISS wants one; the lists are named to it instead
         self.index: Any = faiss.IndexIVFFlat(self.quantizer, vectors.shape[1], len(rows), faiss.METRIC_INNER_PRODUCT)
         self.index.is_trained = True
-        cells = np.repeat(np.arange(len(rows)), self.sizes)
+        cells = np.repeat(np.arange(len(rows)), sizes[kept])
         numbers = np.arange(len(vectors))
         self.index.add_core(len(vectors), *map(faiss.swig_ptr, (vectors, numbers, cells)))
+        self.central = _most_central(gallery.images, cells, gallery.starts[kept])
         self.bytes = vectors.nbytes + numbers.nbytes + rows.nbytes
 
     def search(self, vector: np.ndarray, classifier_vector: np.ndarray, count: int) -> np.ndarray:
-        """The `count` best images of the searched cells; fewer where all cells together hold fewer."""
+        """`count` images of as many cells; the most alike of all others behind them where there are fewer cells."""
         if self.has_bias:
             classifier_vector = np.append(classifier_vector, np.float32(1))
-        cells = self.classes.search(classifier_vector[None], self.top_cells)[1]
-        if self.sizes[cells].sum() < count:
-            cells = self.classes.search(classifier_vector[None], len(self.sizes))[1]
-            enough = 1 + int(np.searchsorted(self.sizes[cells[0]].cumsum(), count))
-            cells = cells[:, : max(self.top_cells, enough)]
+        cells = self.classes.search(classifier_vector[None], max(self.top_cells, count))[1][0]
+        cells = cells[cells >= 0]
+        searched = cells[: self.top_cells]
+        likeness, best = self._search(np.repeat(vector[None], len(searched), axis=0), searched[:, None], 1)
+        places = np.concatenate([best[np.argsort(-likeness[:, 0]), 0], self.central[cells[self.top_cells :]]])
+        if len(places) >= count:
+            return places[:count]
+        others = self._search(vector[None], cells[None], count + len(places))[1][0]
+        others = others[(others >= 0) & ~np.isin(others, places)]
+        return np.concatenate([places, others])[:count]
+
+    def _search(self, vectors: np.ndarray, cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Likeness and number of the best images of some cells [q, c] each, [q, count]; -1 where there are fewer."""
         self.index.nprobe = cells.shape[1]
-        found = self.index.search_preassigned(vector[None], count, cells, None)[1][0]
-        return found[found >= 0]
+        likeness, numbers = self.index.search_preassigned(vectors, count, cells, None)
+        return likeness, numbers
+
+
+def _most_central(images: Images, cells: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """int64 [C]: of each cell's images, which begin at `starts`, the number of the one nearest to their middle."""
+    counts = np.bincount(cells)
+    off = [
+        position[: len(cells)] - (np.add.reduceat(position[: len(cells)], starts) / counts)[cells]
+        for position in (images.east, images.north)
+    ]
+    return np.lexsort((np.hypot(*off), cells))[starts]
 
 
 def load_faiss() -> Any:

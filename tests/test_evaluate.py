@@ -173,6 +173,17 @@ def test_without_a_row_earlier_results_stay_as_they_were(
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_report_of_earlier_results_does_not_stay_beside_new_ones(
+    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, queries = run_and_queries
+    words = ["--checkpoints", run, "--queries", queries, "--out", tmp_path]
+    run_here(monkeypatch, *words)
+    assert (tmp_path / "report.html").exists()
+    run_here(monkeypatch, *words, "--no-report", "--ns", 1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.parquet", "results.csv", "results.json"]
+
+
 def test_validation_queries_of_no_use_are_one_error_and_the_rest_goes_on(
     run_and_queries: tuple[Path, Path],
     tmp_path: Path,

@@ -123,6 +123,7 @@ def test_photos_in_batches_score_as_they_do_one_at_a_time(localiser: Localiser, 
         np.testing.assert_array_equal(together.rows[i], alone.rows[0])
 
 
+@pytest.mark.filterwarnings("error")
 def test_no_photos_get_no_answers(localiser: Localiser) -> None:
     answers = localiser.answer(torch.zeros(0, localiser.model.descriptor_dim), forms=RANKING_FORMS, top_k=3)
     assert all(answers[form].rows.shape == answers[form].confidence.shape == (0, 3) for form in RANKING_FORMS)

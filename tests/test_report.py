@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 import simplejpeg
 from browser import BROWSER, FLAGS, Page
-from tiny import SOUTH, WEST, ZONE, photo, write_dataset, write_queries
+from tiny import SOUTH, WEST, ZONE, class_table, photo, write_dataset, write_queries
 from tiny_run import write_run
 
 from evaluation import evaluate
 from evaluation.pages import to_script
 from evaluation.thumbnails import data_url, thumbnails
+from shards.layout import shard_tables
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -133,6 +134,23 @@ def test_mistakes_show_a_photo_of_the_answer_and_of_the_true_cell(report: Path) 
         for item in answers["confident"]:
             assert item["answer"].startswith("data:image/jpeg;base64,")
     assert all(item["truth"] for item in data["answers"][0]["confident"])
+
+
+def test_photos_of_cells_that_cannot_be_had_are_said_and_the_report_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    damaged = write_dataset(tmp_path / "damaged").path
+    for table in shard_tables(damaged):
+        table.write_bytes(table.read_bytes()[:-50])
+    elsewhere = write_dataset(tmp_path / "elsewhere", class_table(shift=100)).path
+    out = tmp_path / "out"
+    for shards, said in ((damaged, "shards/verify.py"), (elsewhere, "has none of the cells")):
+        words = ["--checkpoints", run, "--queries", queries, "--out", out, "--shards", shards, "--cpu"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        assert evaluate.main() == 0
+        assert said in capsys.readouterr().err
+        assert said in (out / "report.html").read_text()
 
 
 def test_thumbnails_stay_within_their_budget_and_cover_the_list_evenly(tmp_path: Path) -> None:

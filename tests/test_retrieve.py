@@ -43,26 +43,44 @@ def test_a_gallery_holds_each_cell_s_images_in_one_run(gallery: Gallery) -> None
 
 
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_within_cells_finds_what_brute_force_over_these_cells_finds(gallery: Gallery, with_bias: bool) -> None:
+def test_within_cells_names_another_place_with_each_image(gallery: Gallery, with_bias: bool) -> None:
+    """Brute force: the best image of each top cell by likeness, a central one of the cells behind, then all others."""
     rng = np.random.default_rng(1)
     weights = torch.from_numpy(unit(rng, 16, 8))
     bias = torch.from_numpy(rng.normal(size=16).astype(np.float32)) if with_bias else None
     searcher = CellSearcher(gallery, weights, bias, 3)
-    rows = CellIndex(class_table()).holding(gallery.images.east, gallery.images.north)
+    images = gallery.images
+    rows = CellIndex(class_table()).holding(images.east, images.north)
+    inside = np.flatnonzero(rows >= 0)
     for vector, own in zip(unit(rng, 20, 24), unit(rng, 20, 8), strict=True):
-        scores = weights.numpy() @ own + (0 if bias is None else bias.numpy())
-        inside = np.flatnonzero(np.isin(rows, np.argsort(-scores)[:3]))
-        best = inside[np.argsort(-(gallery.images.vectors[inside] @ vector))]
-        np.testing.assert_array_equal(searcher.search(vector, own, 10), best[:10])
-        # Where the top cells hold too few images, the next cells fill the list up, as far as there are images.
-        order, more = np.argsort(-scores), 3
-        while np.isin(rows, order[:more]).sum() < len(inside) + 1:
-            more += 1
-        inside = np.flatnonzero(np.isin(rows, order[:more]))
-        best = inside[np.argsort(-(gallery.images.vectors[inside] @ vector))]
-        found = searcher.search(vector, own, int(np.isin(rows, order[: more - 1]).sum()) + 1)
-        np.testing.assert_array_equal(found, best[: len(found)])
-        assert len(searcher.search(vector, own, 1000)) == (rows >= 0).sum()
+        order = np.argsort(-(weights.numpy() @ own + (0 if bias is None else bias.numpy())))
+        alike = images.vectors @ vector
+        best = [max(np.flatnonzero(rows == row), key=lambda i: alike[i]) for row in order[:3]]
+        expected = sorted(best, key=lambda i: -alike[i])
+        for row in order[3:]:
+            of_cell = np.flatnonzero(rows == row)
+            east, north = images.east[of_cell], images.north[of_cell]
+            expected.append(of_cell[np.argmin(np.hypot(east - east.mean(), north - north.mean()))])
+        np.testing.assert_array_equal(searcher.search(vector, own, 2), expected[:2])
+        np.testing.assert_array_equal(searcher.search(vector, own, 16), expected)
+        others = np.setdiff1d(inside, expected)
+        expected += others[np.argsort(-alike[others])].tolist()
+        np.testing.assert_array_equal(searcher.search(vector, own, 40), expected[:40])
+        np.testing.assert_array_equal(searcher.search(vector, own, 1000), expected)
+
+
+def test_within_cells_does_not_count_cells_without_images(gallery: Gallery) -> None:
+    rows = CellIndex(class_table()).holding(gallery.images.east, gallery.images.north)
+    kept = np.flatnonzero(~np.isin(rows, [2, 5]))
+    images = Images(gallery.images.vectors[kept], gallery.images.east[kept], gallery.images.north[kept])
+    emptier = Gallery.of(images, CellIndex(class_table()))
+    rng = np.random.default_rng(4)
+    weights = unit(rng, 16, 8)
+    found = CellSearcher(emptier, torch.from_numpy(weights), None, 3).search(unit(rng, 24), weights[5], 14)
+    held = CellIndex(class_table()).holding(images.east[found], images.north[found])
+    order = [row for row in np.argsort(-(weights @ weights[5])) if row not in (2, 5)]
+    assert set(held[:3]) == set(order[:3])
+    assert held[3:].tolist() == order[3:]
 
 
 def test_exhaustive_search_is_brute_force_over_everything(gallery: Gallery) -> None:

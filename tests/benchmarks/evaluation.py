@@ -7,11 +7,11 @@ are there already: `one-at-a-time` scores and fully sorts each query as the refe
 `training.scoring.rank_classes`, `batched-with-confidence` is what evaluate.py does (two forms of scores, confidence,
 uncertainty), `products-alone` the matrix product, the limit of them all. Rows `exhaustive`, `ivf`, `hnsw` and
 `within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294 images of 256
-dimensions in each of 3,400 cells (with `--quick` 200), one query at a time; `within-cells` includes the classifier's
-ranking. Row `predict` (milliseconds_per_photo) answers photos of 512 pixels one at a time as predict.py does once it
-is loaded: decoding, EfficientNet-B0 at 224 (untrained; shorter side 256), ranking 140,000 classes with confidences. A
-cell's images share a direction and differ by noise, and the classifier's weights are the means of the cells' images.
-All on one thread, except that FAISS builds its indexes on all cores.
+dimensions in each of 3,400 cells (with `--quick` 150), one query at a time; `within-cells` searches 5 of the cells and
+includes the classifier's ranking. A cell's images share a direction and differ by noise, and the classifier's weights
+are the means of the cells' images. Row `predict` (milliseconds_per_photo) answers photos of 512 pixels one at a time as
+predict.py does once it is loaded: decoding, EfficientNet-B0 at 224 (untrained; shorter side 256), ranking 140,000
+classes with confidences. All on one thread, except that FAISS builds its indexes on all cores.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from training.presets import TrainConfig
 from training.scoring import class_blocks, rank_classes
 
 CLASSES, DIM = 140_000, 1280
-CELLS, QUICK_CELLS, IMAGES_PER_CELL, IMAGE_DIM, QUERIES = 3_400, 200, 294, 256, 100
+CELLS, QUICK_CELLS, IMAGES_PER_CELL, IMAGE_DIM, QUERIES = 3_400, 150, 294, 256, 100
 SIGNAL = 0.37  # cosine of an image and its cell's direction
 
 
@@ -120,7 +120,7 @@ def predict_row(classes: ClassTable, heads: dict[int, Head]) -> dict[str, object
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {"photo": [], "describe": []}
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(12):
+        for number in range(8):
             path = Path(folder) / f"{number}.jpg"
             coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
             coarse.resize((512, 512), Image.Resampling.BICUBIC).save(path, quality=90)
