@@ -5,23 +5,24 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
-from shards.console import JobError
+from shards.console import JobError, describe_os_error
 from shards.files import atomic_path
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
-from training.queries import QueryBatch, list_queries
+from training.queries import UNREADABLE, QueryBatch, decode_query, list_queries
 from training.scoring import describe_batches
 
 
@@ -81,32 +82,58 @@ def describe_folder(
     return Images(described.vectors.numpy()[kept], queries.east[kept], queries.north[kept], names)
 
 
-def describe_shards(localiser: Localiser, dataset: Path, *, batch_size: int) -> Images:
-    """Descriptors of all photos in the shards of a data set."""
-    tables = [pq.read_table(path, columns=["east", "north", "offset", "size", "key"]) for path in shard_tables(dataset)]
-    tars = [path.with_suffix(".tar") for path in shard_tables(dataset)]
-    count = sum(map(len, tables))
-    batches = _shard_batches(tars, tables, localiser.shorter_side, batch_size)
-    described = describe_batches(localiser.model, batches, count, device=localiser.device)
-    east, north = (np.concatenate([table[name].to_numpy() for table in tables]) for name in ("east", "north"))
-    names = [f"{tar.stem}/{key}" for tar, table in zip(tars, tables, strict=True) for key in table["key"].to_pylist()]
-    return Images(described.vectors.numpy(), east, north, tuple(names))
+def describe_shards(
+    localiser: Localiser, dataset: Path, say: Callable[[str], None], *, batch_size: int, threads: int
+) -> Images:
+    """Descriptors of all photos in the shards of a data set; damaged ones are said and left out.
 
+    Raises JobError for a table of samples that cannot be read, and where no photo can.
+    """
+    tars, tables = [], []
+    for path in shard_tables(dataset):
+        try:
+            tables.append(pq.read_table(path, columns=["east", "north", "offset", "size", "crc32", "key"]))
+        except (pa.ArrowInvalid, KeyError) as error:
+            raise JobError(f"{path}: damaged ({error}); mend it: python shards/verify.py {dataset} --repair") from error
+        tars.append(path.with_suffix(".tar"))
+    table = pa.concat_tables(tables)
+    tar_of = np.repeat(np.arange(len(tars)), [len(some) for some in tables])
+    offsets, sizes, checksums = (table[name].to_numpy() for name in ("offset", "size", "crc32"))
+    names = [f"{tars[tar].stem}/{key}" for tar, key in zip(tar_of, table["key"].to_pylist(), strict=True)]
+    failures: dict[str, None] = {}
 
-def _shard_batches(tars: Sequence[Path], tables: Sequence[Any], side: int, batch_size: int) -> Iterator[QueryBatch]:
-    photos: list[np.ndarray] = []
-    first = 0
-    for tar, table in zip(tars, tables, strict=True):
-        with tar.open("rb") as file:
-            for offset, size in zip(table["offset"].to_pylist(), table["size"].to_pylist(), strict=True):
-                file.seek(offset)
-                with Image.open(io.BytesIO(file.read(size))) as image:
-                    photos.append(np.asarray(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)))
-                if len(photos) == batch_size:
-                    yield QueryBatch(np.arange(first, first + len(photos)), np.stack(photos))
-                    first, photos = first + len(photos), []
-    if photos:
-        yield QueryBatch(np.arange(first, first + len(photos)), np.stack(photos))
+    def decode(i: int) -> np.ndarray | str:
+        try:
+            with tars[tar_of[i]].open("rb") as tar:
+                tar.seek(offsets[i])
+                jpeg = tar.read(sizes[i])
+            if zlib.crc32(jpeg) != checksums[i]:
+                return f"{tars[tar_of[i]]}: {names[i]} fails its checksum"
+            return decode_query(io.BytesIO(jpeg), localiser.shorter_side)
+        except UNREADABLE as error:
+            reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
+            return reason if str(tars[tar_of[i]]) in reason else f"{tars[tar_of[i]]}: {names[i]}: {reason}"
+
+    def batches() -> Iterator[QueryBatch]:
+        with ThreadPoolExecutor(threads) as pool:
+            for first in range(0, len(table), batch_size):
+                decoded = dict(enumerate(pool.map(decode, range(first, min(first + batch_size, len(table)))), first))
+                photos = {i: photo for i, photo in decoded.items() if not isinstance(photo, str)}
+                failures.update((photo, None) for photo in decoded.values() if isinstance(photo, str))
+                if photos:
+                    yield QueryBatch(np.array(list(photos)), np.stack(list(photos.values())))
+
+    described = describe_batches(localiser.model, batches(), len(table), device=localiser.device)
+    kept = np.flatnonzero(described.readable)
+    for reason in list(failures)[:5]:
+        say(f"left out: {reason}")
+    if failures:
+        missing = len(table) - len(kept)
+        say(f"{dataset}: {missing:,} photos left out; mend them: python shards/verify.py {dataset} --repair")
+    if len(kept) == 0:
+        raise JobError(f"{dataset}: no readable photo")
+    east, north = (table[name].to_numpy()[kept] for name in ("east", "north"))
+    return Images(described.vectors.numpy()[kept], east, north, tuple(names[i] for i in kept))
 
 
 def read_descriptors(path: Path) -> Images:
@@ -160,7 +187,7 @@ def database_images(
         say(f"{cache}: {len(found):,} descriptors made before")
         return found
     if (database / MANIFEST).exists():
-        images = describe_shards(localiser, database, batch_size=batch_size)
+        images = describe_shards(localiser, database, say, batch_size=batch_size, threads=threads)
     else:
         images = describe_folder(localiser, database, say, batch_size=batch_size, threads=threads)
     with atomic_path(cache) as partial, partial.open("wb") as file:

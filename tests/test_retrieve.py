@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import SOUTH, WEST, class_table, write_dataset, write_queries
@@ -16,6 +17,7 @@ from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images, read_descriptors
 from evaluation.searchers import CellSearcher, FaissSearcher
 from shards.console import JobError
+from shards.layout import shard_tables
 
 METHODS = ("exhaustive", "ivf", "hnsw", "within-cells")
 
@@ -119,6 +121,27 @@ def test_a_table_compares_the_ways_of_searching(
         assert "1 photos left out" in said.err
         run_here(monkeypatch, *words)
         assert "48 descriptors made before" in capsys.readouterr().err
+
+
+def test_damaged_shards_lose_their_photos_and_a_damaged_table_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    database = write_dataset(tmp_path / "shards").path
+    first, second, *_ = shard_tables(database)
+    tar = bytearray(first.with_suffix(".tar").read_bytes())
+    tar[pq.read_table(first)["offset"][3].as_py() + 40] ^= 1
+    first.with_suffix(".tar").write_bytes(tar)
+    second.with_suffix(".tar").unlink()
+    words = ["--checkpoint", run, "--database", database, "--queries", queries, "--out", tmp_path / "out"]
+    run_here(monkeypatch, *words)
+    assert json.loads((tmp_path / "out" / "retrieval.json").read_text())["rows"][0]["images"] == 160 - 1 - 40
+    said = capsys.readouterr().err
+    assert said.count("fails its checksum") == said.count("No such file") == 1
+    assert "41 photos left out" in said
+    first.write_bytes(first.read_bytes()[:-9])
+    with pytest.raises(JobError, match=f"{first}: damaged"):
+        run_here(monkeypatch, *words)
 
 
 def test_descriptors_of_another_model_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
