@@ -6,16 +6,16 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import SETTINGS
+from conftest import HERE, SETTINGS
 from photos import jpeg, write_photos
 
 from preprocessing.build import build
-from preprocessing.shard_run import Machinery
 from shards import verification
 from shards.checksums import CHECKSUMS, DamagedChecksums, read_checksums, seal
 from shards.console import JobError
@@ -283,7 +283,7 @@ def test_repair_keeps_to_the_share_of_bad_photos_that_the_data_set_had(tmp_path)
     source, out = tmp_path / "photos", tmp_path / "out"
     for photo in write_photos(source)[:20]:
         photo.write_bytes(jpeg(96, 1)[:300])
-    build(source, out, SETTINGS, Machinery(1, 0.5))
+    build(source, out, SETTINGS, replace(HERE, max_bad_share=0.5))
     seal(out)
     before = contents(out)
     tar = next(out.glob("*/*.tar"))
