@@ -23,7 +23,7 @@ from preprocessing.city.plan import (
 from preprocessing.city.streetview import Renderer
 from preprocessing.city.view import Lens
 from preprocessing.city.writer import photo_path, render_city
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from shards.names import parse_name
 
 
@@ -246,5 +246,5 @@ def test_a_city_without_cells_for_its_queries_is_one_clear_line_and_not_an_endle
 
 @pytest.mark.parametrize("wrong", [{"size": 32}, {"blocks": 0}, {"years": 0}, {"quality": 101}, {"step": 0.1}])
 def test_settings_out_of_range_are_named(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*between"):
+    with pytest.raises(WrongArguments, match=f"--{next(iter(wrong))} is .*between"):
         CitySettings(**wrong)  # type: ignore[arg-type]

@@ -18,11 +18,12 @@ from photos import jpeg, write_photos
 from preprocessing.build import build
 from shards import verification
 from shards.checksums import CHECKSUMS, DamagedChecksums, read_checksums, seal
-from shards.console import JobError
+from shards.console import JobError, entry
 from shards.dataset import Dataset
 from shards.layout import shard_tables
 from shards.repair import repair
 from shards.verification import verify
+from shards.verify import main
 
 SCRIPT = Path(__file__).resolve().parent.parent / "shards" / "verify.py"
 TAR, IDX, TABLE = (f"group-00/group-00-000000.{kind}" for kind in ("tar", "idx", "parquet"))
@@ -66,6 +67,15 @@ def only_problem(folder: Path) -> str:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--source", "photos"]])
+def test_wrong_arguments_are_one_line_and_exit_with_2(dataset, monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(dataset.path), *words])
+    with pytest.raises(SystemExit) as exit:
+        entry(main)
+    printed = capsys.readouterr().err
+    assert (exit.value.code, printed.startswith("error: "), printed.count("\n")) == (2, True, 1)
 
 
 def test_a_built_data_set_is_sound_with_and_without_checksums(dataset, copy):

@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from preprocessing.city.buildings import cast, place_buildings
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 
 FIELD_OF_VIEW = 65.0
 """Horizontal field of view of every photo, degrees."""
@@ -38,7 +38,7 @@ OVERRUN = 22.0
 class CitySettings:
     """What a city's photos depend on; two runs with equal settings write the same bytes.
 
-    Raises `ValueError` for a value that no city can have.
+    Raises `WrongArguments` for a value that no city can have.
     """
 
     seed: int = 0
@@ -74,7 +74,9 @@ class CitySettings:
         }
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between {low:g} and {high:g}")
+                raise WrongArguments(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie between {low:g} and {high:g}"
+                )
 
 
 def stream(seed: int, *path: int | str) -> np.random.Generator:
