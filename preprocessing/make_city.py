@@ -6,7 +6,6 @@ Example: python preprocessing/make_city.py --out city --seed 0 --blocks 3 --size
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ import tyro
 
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
-from shards.console import entry
+from shards.console import WrongArguments, entry
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,12 @@ class Arguments:
 
     def __post_init__(self) -> None:
         if self.workers < 1:
-            raise ValueError(f"workers is {self.workers}; it must be 1 or more")
+            raise WrongArguments(f"--workers is {self.workers}; it must be 1 or more")
 
 
-def main() -> int:
-    try:
-        arguments = tyro.cli(Arguments, description=Arguments.__doc__)
-    except ValueError as error:  # of the right type, but out of range
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main() -> None:
+    arguments = tyro.cli(Arguments, description=Arguments.__doc__)
     render_city(arguments.out, arguments.city, arguments.workers)
-    return 0
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def list_photos(
     `progress` is called with the number of photos found so far. Raises `JobError` where a folder cannot be read.
     """
     if not root.is_dir():
-        raise JobError(f"{root}: no such folder of photos")
+        what = "is a file, and no list (.csv, .parquet)" if root.exists() else "no such folder of photos"
+        raise JobError(f"{root}: {what}")
     if cache is not None and (listing := load_listing(root, cache, as_recorded)) is not None:
         progress(len(listing))
         return listing

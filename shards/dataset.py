@@ -94,7 +94,9 @@ class Dataset:
                 return Dataset(folder, Manifest.load(folder / MANIFEST), ClassTable.load(folder / CLASSES), store)
         path = Path(path)
         if not path.is_dir():
-            raise JobError(f"{path}: no such folder")
+            raise JobError(
+                f"{path}: {'is a file; name the folder of a data set' if path.exists() else 'no such folder'}"
+            )
         return Dataset(path, Manifest.load(path / MANIFEST), ClassTable.load(path / CLASSES))
 
     @property

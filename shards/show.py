@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from shards.console import JobError, entry
+from shards.console import WrongArguments, entry
 from shards.dataset import Dataset
 from shards.files import atomic_path
 from shards.overview import describe
@@ -28,7 +28,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         if self.out is not None and self.out.suffix.lower() != ".png":
-            raise JobError(f"--out {self.out}: pictures are PNG; name a file that ends in .png")
+            raise WrongArguments(f"--out {self.out}: pictures are PNG; name a file that ends in .png")
 
 
 def main() -> None:

@@ -75,7 +75,9 @@ def verify(dataset: Path, workers: int = 1, show: Show = lambda problem: None, s
     """
     start = time.monotonic()
     if not dataset.is_dir():
-        raise JobError(f"{dataset}: no such folder")
+        raise JobError(
+            f"{dataset}: {'is a file; name the folder of a data set' if dataset.exists() else 'no such folder'}"
+        )
     stored = store.sizes() if store else {}
     found = set(stored) if store else set(files_below(dataset))
     if not any(name in (MANIFEST, PLAN) or _STEM.fullmatch(name) for name in found):

@@ -13,7 +13,7 @@ import tyro
 from tqdm import tqdm
 
 from shards.checksums import seal
-from shards.console import JobError, WrongArguments, entry, format_bytes, format_count, format_duration
+from shards.console import WrongArguments, entry, format_bytes, format_count, format_duration
 from shards.mirror import fetch_all, named_by_url, scratch_folder
 from shards.repair import repair
 from shards.soundness import Problem
@@ -41,9 +41,9 @@ class Arguments:
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers <= 4096:
-            raise JobError("--workers must be from 1 to 4096")
+            raise WrongArguments("--workers must be from 1 to 4096")
         if self.source is not None and not self.repair:
-            raise JobError("--source is for --repair only")
+            raise WrongArguments("--source is for --repair only")
         if is_url(self.dataset) and (self.repair or self.seal):
             raise WrongArguments(
                 f"--repair and --seal work in a folder. To mend {self.dataset}, delete the tables (.parquet) of "

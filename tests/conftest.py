@@ -3,7 +3,7 @@
 import fcntl
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: float sums depend on it, and tests run side by side
@@ -13,23 +13,39 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job has it; children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-from preprocessing.build import Summary, build
+from preprocessing.build import build
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
-from preprocessing.plan import Settings
+from preprocessing.engine import Counts, Job
+from preprocessing.plan import Settings, ShardTask
 from preprocessing.shard_run import Machinery
+from preprocessing.shard_task import ShardResult
 from shards.dataset import Dataset
 
 SETTINGS = Settings(M=20, N=2, min_images=10, image_size=64, quality=90, resize_filter="fast", seed=0)
+CITY = CitySettings(blocks=1, size=96, years=1, headings=4, val_queries=20, test_queries=40)
+
+
+def in_this_process(
+    job: Job, tasks: Iterator[ShardTask], workers: int, progress: Callable[[Counts], bool]
+) -> Iterator[ShardResult]:
+    """What writes shards without worker processes, whose start takes longer than all else in a small build."""
+    yield from (job.run(task, lambda *_: True) for task in tasks)
+
+
+HERE = Machinery(1, run_tasks=in_this_process)
 
 
 @pytest.fixture(scope="session")
 def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small rendered city: train/database, val/queries, test/queries. Tests must not change it."""
+    return made_once(shared_folder(tmp_path_factory) / "city", lambda out: render_city(out, CITY, workers=1))
+
+
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of a test run share."""
     base = tmp_path_factory.getbasetemp()
-    run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # all processes of a test run share it
-    settings = CitySettings(blocks=1, size=128, years=1, val_queries=40, test_queries=80)
-    return made_once(run / "city", lambda out: render_city(out, settings, workers=1))
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def made_once(out: Path, make: Callable[[Path], object]) -> Path:
@@ -44,14 +60,9 @@ def made_once(out: Path, make: Callable[[Path], object]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def built(city: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Summary]:
-    """The data set of the city's training photos, and what the build said of it."""
-    out = tmp_path_factory.mktemp("shards") / "city"
-    summary = build(city / "train" / "database", out, SETTINGS, Machinery(2))
-    return Dataset.open(out), summary
-
-
-@pytest.fixture(scope="session")
-def dataset(built: tuple[Dataset, Summary]) -> Dataset:
+def dataset(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The data set of the city's training photos. Tests must not change it."""
-    return built[0]
+    photos = city / "train" / "database"
+    return Dataset.open(
+        made_once(shared_folder(tmp_path_factory) / "city-shards", lambda out: build(photos, out, SETTINGS, HERE))
+    )

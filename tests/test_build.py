@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import SETTINGS
+from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
 
 from preprocessing.build import Summary, build
@@ -29,8 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 NOT_BYTES = {"provenance.json"}
 
 
-def run(source: Path, out: Path, *, settings=SETTINGS, workers=1, max_bad_share=None, rescan=False) -> Summary:
-    return build(source, out, settings, Machinery(workers, max_bad_share), rescan=rescan)
+def run(source: Path, out: Path, *, settings=SETTINGS, workers=0, max_bad_share=None, rescan=False) -> Summary:
+    """Build with so many worker processes; 0: in this process."""
+    machinery = Machinery(workers, max_bad_share) if workers else replace(HERE, max_bad_share=max_bad_share)
+    return build(source, out, settings, machinery, rescan=rescan)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -42,6 +44,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 def quarantine(out: Path) -> dict[str, str]:
     lines = (out / "quarantine.jsonl").read_text().splitlines()
     return {json.loads(line)["source"]: json.loads(line)["reason"] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def built(city: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Summary]:
+    """The data set of the city's training photos by two workers, and what the build said of it."""
+    out = tmp_path_factory.mktemp("built") / "city"
+    summary = run(city / "train" / "database", out, workers=2)
+    return Dataset.open(out), summary
 
 
 def test_a_built_city_has_the_classes_and_counts_of_its_names(built, city):
@@ -61,9 +71,8 @@ def test_a_built_city_has_the_classes_and_counts_of_its_names(built, city):
     )
 
 
-def test_the_same_photos_give_the_same_bytes_for_any_number_of_workers(built, city, tmp_path):
-    run(city / "train" / "database", tmp_path / "again", workers=1)
-    assert contents(tmp_path / "again") == contents(built[0].path)
+def test_the_same_photos_give_the_same_bytes_for_any_number_of_workers(built, dataset):
+    assert contents(built[0].path) == contents(dataset.path)  # two workers; this process alone
 
 
 def test_neighbours_in_a_shard_are_a_shuffled_sample_of_their_class(dataset):
@@ -186,12 +195,12 @@ def test_a_second_run_over_a_finished_data_set_changes_nothing(tmp_path):
 def test_a_source_that_is_empty_or_another_leaves_a_finished_data_set_as_it_was(tmp_path, rescan, photos, message):
     source = tmp_path / "photos"
     write_photos(source, cells=1)
-    build(source, tmp_path / "out", SETTINGS, Machinery(1))
+    build(source, tmp_path / "out", SETTINGS, HERE)
     before = contents(tmp_path / "out")
     shutil.rmtree(source)
     write_photos(source, cells=1, per_cell=photos)
     with pytest.raises(JobError, match=message):
-        build(source, tmp_path / "out", SETTINGS, Machinery(1), rescan=rescan)
+        build(source, tmp_path / "out", SETTINGS, HERE, rescan=rescan)
     assert contents(tmp_path / "out") == before
 
 

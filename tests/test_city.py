@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import utm
+from conftest import CITY
 
 from preprocessing.city.buildings import cast
 from preprocessing.city.plan import (
@@ -22,10 +23,8 @@ from preprocessing.city.plan import (
 from preprocessing.city.streetview import Renderer
 from preprocessing.city.view import Lens
 from preprocessing.city.writer import photo_path, render_city
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from shards.names import parse_name
-
-TINY = CitySettings(seed=3, blocks=1, size=64, years=2, headings=4, step=16.0, val_queries=3, test_queries=4)
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +35,6 @@ def plan() -> Plan:
 @pytest.fixture(scope="module")
 def renderer(plan: Plan) -> Renderer:
     return Renderer(plan)
-
-
-@pytest.fixture(scope="module")
-def city(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("city") / "one"
-    render_city(out, TINY, workers=1)
-    return out
 
 
 def photos(folder: Path) -> dict[str, bytes]:
@@ -183,12 +175,12 @@ def test_photos_differ_between_years_and_are_neither_dark_nor_blank(plan: Plan, 
 
 @pytest.mark.slow
 def test_bytes_do_not_depend_on_the_number_of_workers(city: Path, tmp_path: Path) -> None:
-    render_city(tmp_path / "two", TINY, workers=2)
+    render_city(tmp_path / "two", CITY, workers=2)
     assert photos(tmp_path / "two") == photos(city)
 
 
 def test_another_seed_gives_another_city(city: Path) -> None:
-    other = Plan(CitySettings(**{**TINY.__dict__, "seed": 4}))
+    other = Plan(CitySettings(**{**CITY.__dict__, "seed": 4}))
     names = {Path(photo_path(other, pano, 0)).name for pano in other.panoramas}
     assert not names & {Path(path).name for path in photos(city)}
 
@@ -197,11 +189,11 @@ def test_folder_record_and_counts(city: Path) -> None:
     record = json.loads((city / "city.json").read_text())
     found = photos(city)
     assert record["complete"]
-    assert record["settings"] == TINY.__dict__
+    assert record["settings"] == CITY.__dict__
     assert record["photos"]["total"] == len(found)
     assert record["bytes"] == sum(map(len, found.values()))
-    assert len(list((city / "val/queries").iterdir())) == record["photos"]["val"] == 3
-    assert len(list((city / "test/queries").iterdir())) == record["photos"]["test"] == 4
+    assert len(list((city / "val/queries").iterdir())) == record["photos"]["val"] == CITY.val_queries
+    assert len(list((city / "test/queries").iterdir())) == record["photos"]["test"] == CITY.test_queries
     assert all(
         path.split("/")[:2] in (["train", "database"], ["val", "queries"], ["test", "queries"]) for path in found
     )
@@ -211,7 +203,7 @@ def test_folder_record_and_counts(city: Path) -> None:
 
 def test_the_same_command_again_changes_nothing(city: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in city.rglob("*")}
-    render_city(city, TINY, workers=1)
+    render_city(city, CITY, workers=1)
     assert "already complete" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in city.rglob("*")}
 
@@ -219,14 +211,14 @@ def test_the_same_command_again_changes_nothing(city: Path, capsys: pytest.Captu
 @pytest.mark.slow
 def test_an_interrupted_city_goes_on_to_the_same_bytes(city: Path, tmp_path: Path) -> None:
     out = tmp_path / "half"
-    render_city(out, TINY, workers=1)
+    render_city(out, CITY, workers=1)
     record = json.loads((out / "city.json").read_text())
     (out / "city.json").write_text(json.dumps({**record, "complete": False}))
     written = sorted(out.rglob("*.jpg"))
     for path in written[::3]:
         path.unlink()
     (written[1].parent / ".left.jpg.partial").write_bytes(b"half a photo")
-    render_city(out, TINY, workers=1)
+    render_city(out, CITY, workers=1)
     assert photos(out) == photos(city)
     assert not list(out.rglob("*.partial"))
 
@@ -234,19 +226,25 @@ def test_an_interrupted_city_goes_on_to_the_same_bytes(city: Path, tmp_path: Pat
 def test_a_folder_with_something_else_is_refused_and_left_alone(city: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(JobError, match="holds other files"):
-        render_city(tmp_path, TINY, workers=1)
+        render_city(tmp_path, CITY, workers=1)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(JobError, match=r"other settings \(seed\)"):
-        render_city(city, CitySettings(**{**TINY.__dict__, "seed": 9}), workers=1)
+        render_city(city, CitySettings(**{**CITY.__dict__, "seed": 9}), workers=1)
     with pytest.raises(JobError, match="is a file"):
-        render_city(tmp_path / "mine.txt", TINY, workers=1)
+        render_city(tmp_path / "mine.txt", CITY, workers=1)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "city.json").write_text("{")
     with pytest.raises(JobError, match="cannot be read"):
-        render_city(tmp_path / "broken", TINY, workers=1)
+        render_city(tmp_path / "broken", CITY, workers=1)
+
+
+def test_a_city_without_cells_for_its_queries_is_one_clear_line_and_not_an_endless_search() -> None:
+    sparse = CitySettings(blocks=1, size=64, years=1, headings=1, step=20.0, val_queries=1, test_queries=1)
+    with pytest.raises(JobError, match=r"no room for 1 val queries .* smaller --step"):
+        _ = Plan(sparse).panoramas
 
 
 @pytest.mark.parametrize("wrong", [{"size": 32}, {"blocks": 0}, {"years": 0}, {"quality": 101}, {"step": 0.1}])
 def test_settings_out_of_range_are_named(wrong: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .*between"):
+    with pytest.raises(WrongArguments, match=f"--{next(iter(wrong))} is .*between"):
         CitySettings(**wrong)  # type: ignore[arg-type]

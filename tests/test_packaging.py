@@ -23,7 +23,7 @@ BENCHMARKS = sorted(f"tests/benchmarks/{path.name}" for path in (ROOT / "tests" 
                     if "__main__" in path.read_text())  # fmt: skip
 # Optional, slow to import, or for one command only.
 LAZY = ("nvidia.dali", "ray", "faiss", "onnx", "onnxruntime", "onnxscript", "matplotlib", "scipy", "tensorboard",
-        "webdataset", "http.server", "starlette", "uvicorn", "s3fs")  # fmt: skip
+        "torchvision", "webdataset", "http.server", "starlette", "uvicorn", "s3fs")  # fmt: skip
 
 
 def dotted(path: Path) -> str:

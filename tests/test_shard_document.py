@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from conftest import HERE
 from tiny import ROOT
 
 DOCUMENT = (ROOT / "docs" / "shard-format.md").read_text()
@@ -129,13 +130,12 @@ def test_checksums_are_as_described(dataset):
 def test_revisions_hold_the_files_of_the_document(dataset, city, tmp_path):
     import shutil
 
-    from preprocessing.shard_run import Machinery
     from preprocessing.sources import Source
     from preprocessing.updates import add
 
     copy = tmp_path / "copy"
     shutil.copytree(dataset.path, copy)
-    add(Source.of(str(city / "test" / "queries"), None, 0), copy, Machinery(1, None))
+    add(Source.of(str(city / "test" / "queries"), None, 0), copy, HERE)
     assert json.loads((copy / "dataset.json").read_text())["revision"] == 2
     assert sorted(p.name for p in (copy / "revisions").iterdir()) == [
         "000002-bad.jsonl", "000002-classes.parquet", "000002-skipped.parquet", "000002.parquet",

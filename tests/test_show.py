@@ -133,7 +133,7 @@ def test_pictures_are_written_beside_each_other_and_exit_codes_are_0_1_and_2(dat
     for path in (tmp_path / "new").iterdir():
         with Image.open(path) as picture:
             picture.verify()
-    assert run(dataset.path, "--out", tmp_path / "city.jpg").returncode == 1
+    assert run(dataset.path, "--out", tmp_path / "city.jpg").returncode == 2
     assert run(tmp_path).returncode == 1
     assert run("--nonsense").returncode == 2
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 import utm
-from conftest import SETTINGS
+from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, picture, write_photos
 
 from preprocessing.build import build
@@ -22,7 +22,6 @@ from preprocessing.photo_list import read_list
 from preprocessing.plan import make_plan
 from preprocessing.resize import Resizer
 from preprocessing.samples import cut_crop
-from preprocessing.shard_run import Machinery
 from preprocessing.shard_task import write_shard
 from preprocessing.sources import Source
 from shards.console import JobError
@@ -63,7 +62,7 @@ def test_a_list_gives_place_heading_and_time_of_photos_whose_names_say_nothing(t
     }
     place = tmp_path / f"list.{kind}"
     csv.write_csv(pa.table(columns), place) if kind == "csv" else pq.write_table(pa.table(columns), place)
-    made = build(Source.of(place, tmp_path / "photos"), tmp_path / "out", SETTINGS, Machinery(1)).manifest
+    made = build(Source.of(place, tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE).manifest
     rows = {row["source"]: row for row in samples(tmp_path / "out")}
     assert (made.images, made.classes, made.utm_zone, made.quarantined) == (24, 2, 10, 0)
     assert rows["IMG_0005.jpg"]["heading"] == 5
@@ -77,14 +76,14 @@ def test_latitude_and_longitude_become_metres_of_the_zone_most_photos_are_in(tmp
     latitude = np.full(40, 37.7)
     longitude = -120 + (np.arange(40) - 30.5) * 1e-6  # 31 in zone 10, 9 in zone 11
     place = write_csv(tmp_path / "list.csv", path=names, latitude=latitude, longitude=longitude)
-    build(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
+    build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
     dataset = Dataset.open(tmp_path / "out")
     assert (dataset.manifest.utm_zone, dataset.manifest.images, dataset.manifest.classes) == (10, 40, 1)
     for row in samples(tmp_path / "out"):
         i = names.index(row["source"])
         expected = utm.from_latlon(latitude[i], longitude[i], force_zone_number=10)[:2]
         assert np.allclose((row["east"], row["north"]), expected, atol=1e-6)
-    build(Source.of(place), tmp_path / "forced", replace(SETTINGS, zone=11), Machinery(1))
+    build(Source.of(place), tmp_path / "forced", replace(SETTINGS, zone=11), HERE)
     assert Dataset.open(tmp_path / "forced").manifest.utm_zone == 11
 
 
@@ -127,7 +126,7 @@ def test_several_zones_in_metres_are_carried_into_one_plane_south_of_the_equator
         north=[p[1] for p in points],
         zone=[f"{p[2]}{p[3]}" for p in points],
     )
-    build(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
+    build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
     made = Dataset.open(tmp_path / "out")
     assert (made.manifest.utm_zone, made.manifest.classes, made.manifest.images) == (55, 1, 30)
 
@@ -147,7 +146,7 @@ def test_several_zones_in_metres_are_carried_into_one_plane_south_of_the_equator
 def test_a_file_that_is_no_list_is_named_in_one_line(tmp_path, text, message):
     (tmp_path / "list.csv").write_text(text, encoding="latin-1")
     with pytest.raises(JobError, match=message) as error:
-        build(Source.of(tmp_path / "list.csv"), tmp_path / "out", SETTINGS, Machinery(1))
+        build(Source.of(tmp_path / "list.csv"), tmp_path / "out", SETTINGS, HERE)
     assert "\n" not in str(error.value)
 
 
@@ -155,8 +154,11 @@ def test_the_share_of_bad_photos_counts_rows_without_coordinates_among_all(tmp_p
     names = write_listed(tmp_path, 40)
     place = write_csv(tmp_path / "list.csv", path=names, east=[500003.0] * 10 + [None] * 30, north=[4180003.0] * 40)
     with pytest.raises(JobError, match=r"30 of 40 photos are bad .* limit of 25"):
-        build(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
-    assert build(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1, 0.75)).manifest.quarantined == 30
+        build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
+    assert (
+        build(Source.of(place), tmp_path / "out", SETTINGS, replace(HERE, max_bad_share=0.75)).manifest.quarantined
+        == 30
+    )
 
 
 def test_a_list_may_name_what_is_not_there_or_no_file_and_nothing_hangs(tmp_path):
@@ -164,7 +166,7 @@ def test_a_list_may_name_what_is_not_there_or_no_file_and_nothing_hangs(tmp_path
     os.mkfifo(tmp_path / "pipe.jpg")
     path = [*names, "pipe.jpg", "gone/missing.jpg", "//1/x.jpg"]
     place = write_csv(tmp_path / "list.csv", path=path, east=[500003.0] * 23, north=[4180003.0] * 23)
-    summary = build(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
+    summary = build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
     assert summary.reasons == {"not a regular file": 1, "missing": 2}
     assert summary.manifest.images == 20
 
@@ -185,7 +187,7 @@ def write_panoramas(folder: Path, count: int = 4, width: int = 1248, height: int
 def test_panoramas_are_cut_into_crops_whose_headings_go_round(tmp_path):
     write_panoramas(tmp_path / "panos")
     settings = replace(SETTINGS, crops=12)
-    summary = build(Source.of(tmp_path / "panos", None, 12), tmp_path / "out", settings, Machinery(2))
+    summary = build(Source.of(tmp_path / "panos", None, 12), tmp_path / "out", settings, HERE)
     rows = samples(tmp_path / "out")
     assert summary.manifest.images == 48
     assert summary.source_bytes == sum(p.stat().st_size for p in (tmp_path / "panos").iterdir())  # each read once
@@ -214,7 +216,7 @@ def test_the_last_panorama_of_a_class_may_be_cut_by_the_end_of_a_shard(tmp_path,
     write_panoramas(tmp_path / "panos")
     settings = replace(SETTINGS, crops=12)
     source = Source.of(tmp_path / "panos", None, 12)
-    build(source, tmp_path / "whole", settings, Machinery(1))
+    build(source, tmp_path / "whole", settings, HERE)
     monkeypatch.setattr("preprocessing.plan.SHARD_SAMPLES", 7)
     from preprocessing.plan import make_plan
 
@@ -228,7 +230,10 @@ def test_what_is_no_panorama_is_set_aside_crop_by_crop(tmp_path):
     (tmp_path / "panos" / names[0]).write_bytes(jpeg(256, 1))
     (tmp_path / "panos" / names[1]).write_bytes(simplejpeg.encode_jpeg(picture(256, 1))[:500])
     summary = build(
-        Source.of(tmp_path / "panos", None, 12), tmp_path / "out", replace(SETTINGS, crops=12), Machinery(1, 1)
+        Source.of(tmp_path / "panos", None, 12),
+        tmp_path / "out",
+        replace(SETTINGS, crops=12),
+        replace(HERE, max_bad_share=1),
     )
     assert summary.reasons == {"not a panorama": 12, "truncated": 12}
     assert summary.manifest.images == 24
@@ -238,15 +243,13 @@ def test_what_is_no_panorama_is_set_aside_crop_by_crop(tmp_path):
 def test_a_limit_takes_whole_cells_of_every_group_and_is_part_of_the_plan(tmp_path):
     for row in range(6):
         write_photos_at(tmp_path / "photos", row)
-    whole = build(tmp_path / "photos", tmp_path / "whole", replace(SETTINGS, image_size=32), Machinery(1)).manifest
-    made = build(
-        tmp_path / "photos", tmp_path / "out", replace(SETTINGS, image_size=32, limit=135), Machinery(1)
-    ).manifest
+    whole = build(tmp_path / "photos", tmp_path / "whole", replace(SETTINGS, image_size=32), HERE).manifest
+    made = build(tmp_path / "photos", tmp_path / "out", replace(SETTINGS, image_size=32, limit=135), HERE).manifest
     assert (whole.images, made.images, made.skipped) == (360, 130, 0)
     assert Dataset.open(tmp_path / "out").classes.images.tolist() == [10] * 13
     assert made.groups == 4
     with pytest.raises(JobError, match="limit was 135, is 0"):
-        build(tmp_path / "photos", tmp_path / "out", replace(SETTINGS, image_size=32), Machinery(1))
+        build(tmp_path / "photos", tmp_path / "out", replace(SETTINGS, image_size=32), HERE)
 
 
 def write_photos_at(folder: Path, row: int) -> None:
@@ -305,14 +308,14 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("preprocessing.photos.os.scandir", scandir)
     with pytest.raises(JobError, match=r"37\.70: Permission denied; check the permissions"):
-        build(tmp_path / "photos", tmp_path / "out", SETTINGS, Machinery(1))
+        build(tmp_path / "photos", tmp_path / "out", SETTINGS, HERE)
 
 
 def test_photos_behind_a_url_make_the_bytes_of_a_folder(tmp_path):
     write_photos(tmp_path / "photos" / "37.70")
     (tmp_path / "photos" / "README.txt").write_text("hello")
-    build(tmp_path / "photos", tmp_path / "expected", SETTINGS, Machinery(1))
-    summary = build(Source.of(f"file://{tmp_path}/photos"), tmp_path / "out", SETTINGS, Machinery(2))
+    build(tmp_path / "photos", tmp_path / "expected", SETTINGS, HERE)
+    summary = build(Source.of(f"file://{tmp_path}/photos"), tmp_path / "out", SETTINGS, HERE)
     tars = [t.with_suffix(".tar") for t in shard_tables(tmp_path / "expected")]
     assert tars
     assert [(tmp_path / "out" / t.relative_to(tmp_path / "expected")).read_bytes() for t in tars] == [
@@ -342,5 +345,5 @@ def test_a_list_may_name_objects_below_a_url_and_those_that_are_gone_are_set_asi
 @pytest.mark.parametrize("url", ["nonsense://x/y", "file:///no/such/folder"])
 def test_a_url_that_leads_nowhere_is_one_line(tmp_path, url):
     with pytest.raises(JobError) as error:
-        build(Source.of(url), tmp_path / "out", SETTINGS, Machinery(1))
+        build(Source.of(url), tmp_path / "out", SETTINGS, HERE)
     assert "\n" not in str(error.value)

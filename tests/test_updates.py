@@ -9,13 +9,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import SETTINGS
+from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
 from test_build import COMMAND, contents, quarantine
 
 from preprocessing.build import build
 from preprocessing.engine import run_tasks
-from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
 from shards.console import JobError
@@ -24,8 +23,6 @@ from shards.index import open_index
 from shards.layout import shard_tables
 from shards.reader import ShardReader
 from shards.verification import verify
-
-ONE = Machinery(1)
 
 
 def samples(out: Path) -> set[tuple]:
@@ -74,7 +71,7 @@ def begun(tmp_path: Path) -> Path:
     """Cells 0 to 3 with twelve photos each, cell 4 with six, which are skipped."""
     write_photos(tmp_path / "photos")
     write_cell(tmp_path / "photos", 4, 6)
-    build(tmp_path / "photos", tmp_path / "out", SETTINGS, ONE)
+    build(tmp_path / "photos", tmp_path / "out", SETTINGS, HERE)
     return tmp_path / "out"
 
 
@@ -87,7 +84,7 @@ def test_an_addition_keeps_labels_fills_classes_and_makes_classes_of_cells_that_
     write_cell(more, -6, 10)  # a new cell, before the others from west to east
     write_cell(more, 9, 4)  # too few
     shutil.copy(next((tmp_path / "photos").iterdir()), more)  # known
-    summary, gain = add(Source.of(tmp_path / "more"), begun, ONE)
+    summary, gain = add(Source.of(tmp_path / "more"), begun, HERE)
     after = Dataset.open(begun)
     assert (gain.new, gain.known, gain.images) == (22, 1, 3 + 11 + 10)
     assert sorted(gain.classes.cell_east.tolist()) == [500000 - 120, 500080]
@@ -106,11 +103,11 @@ def test_an_addition_keeps_labels_fills_classes_and_makes_classes_of_cells_that_
 def test_after_an_addition_the_samples_are_those_of_a_clean_build_of_both(begun, tmp_path):
     write_cell(tmp_path / "more", 0, 3, first=100)
     write_cell(tmp_path / "more", 4, 5, first=100)
-    add(Source.of(tmp_path / "more"), begun, ONE)
+    add(Source.of(tmp_path / "more"), begun, HERE)
     both = tmp_path / "both"
     shutil.copytree(tmp_path / "photos", both / "a")
     shutil.copytree(tmp_path / "more", both / "b")
-    build(both, tmp_path / "clean", SETTINGS, ONE)
+    build(both, tmp_path / "clean", SETTINGS, HERE)
     assert samples(begun) == samples(tmp_path / "clean")
     assert labels(begun) == labels(tmp_path / "clean")
 
@@ -118,12 +115,12 @@ def test_after_an_addition_the_samples_are_those_of_a_clean_build_of_both(begun,
 def test_adding_again_changes_nothing_and_what_the_folder_gained_since_is_added(begun, tmp_path):
     write_cell(tmp_path / "more", 0, 3, first=100)
     (tmp_path / "more" / "nowhere.jpg").write_bytes(b"x")
-    add(Source.of(tmp_path / "more"), begun, ONE)
+    add(Source.of(tmp_path / "more"), begun, HERE)
     before = contents(begun)
-    assert add(Source.of(tmp_path / "more"), begun, ONE) is None
+    assert add(Source.of(tmp_path / "more"), begun, HERE) is None
     assert contents(begun) == before
     write_cell(tmp_path / "more", 1, 2, first=100)
-    summary, _ = add(Source.of(tmp_path / "more"), begun, ONE)
+    summary, _ = add(Source.of(tmp_path / "more"), begun, HERE)
     assert (summary.manifest.revision, summary.manifest.images, summary.manifest.quarantined) == (3, 53, 1)
     assert set(quarantine(begun)) == {"//1/nowhere.jpg"}
     sound(begun)
@@ -132,7 +129,7 @@ def test_adding_again_changes_nothing_and_what_the_folder_gained_since_is_added(
 @pytest.mark.slow
 def test_the_first_source_may_grow_and_the_first_command_still_repairs(begun, tmp_path):
     write_cell(tmp_path / "photos", 2, 5, first=100)
-    add(Source.of(tmp_path / "photos"), begun, ONE)
+    add(Source.of(tmp_path / "photos"), begun, HERE)
     expected = contents(begun)
     sources = [s for t in shard_tables(begun) for s in pq.read_table(t)["source"].to_pylist()]
     assert len(sources) == 53
@@ -140,7 +137,7 @@ def test_the_first_source_may_grow_and_the_first_command_still_repairs(begun, tm
     for table in shard_tables(begun):
         table.unlink()
     (begun / "dataset.json").unlink()
-    build(tmp_path / "photos", begun, SETTINGS, ONE)
+    build(tmp_path / "photos", begun, SETTINGS, HERE)
     assert contents(begun) == expected
 
 
@@ -157,7 +154,7 @@ def test_an_interrupted_addition_leaves_the_old_data_set_and_is_finished_by_any_
 ):
     for cell in range(4):
         write_cell(tmp_path / "more", cell, 3, first=100)
-    add(Source.of(tmp_path / "more"), shutil.copytree(begun, tmp_path / "undisturbed"), ONE)
+    add(Source.of(tmp_path / "more"), shutil.copytree(begun, tmp_path / "undisturbed"), HERE)
 
     def killed(*arguments):
         if moment == "after the first shard":
@@ -165,7 +162,7 @@ def test_an_interrupted_addition_leaves_the_old_data_set_and_is_finished_by_any_
         raise KeyboardInterrupt
 
     before = contents(begun)
-    machinery = ONE if moment == "while shards are moved" else replace(ONE, run_tasks=killed)
+    machinery = HERE if moment == "while shards are moved" else replace(HERE, run_tasks=killed)
     if moment == "while shards are moved":
         monkeypatch.setattr("preprocessing.updates.publish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -175,9 +172,9 @@ def test_an_interrupted_addition_leaves_the_old_data_set_and_is_finished_by_any_
     assert {name: now[name] for name in before} == before
     assert Dataset.open(begun).manifest.revision == 1
     if moment == "after the first shard":
-        assert add(Source.of(tmp_path / "more"), begun, ONE) is None
+        assert add(Source.of(tmp_path / "more"), begun, HERE) is None
     else:
-        build(tmp_path / "photos", begun, SETTINGS, ONE)
+        build(tmp_path / "photos", begun, SETTINGS, HERE)
     assert contents(begun) == contents(tmp_path / "undisturbed")
 
 
@@ -188,7 +185,7 @@ def test_an_addition_that_is_killed_at_any_moment_ends_with_the_bytes_of_an_undi
             write_cell(tmp_path / "more", cell, 20, first=100 + i)
     command = [*COMMAND, "--out", begun, "--add", tmp_path / "more"]
     undisturbed = shutil.copytree(begun, tmp_path / "undisturbed")
-    add(Source.of(tmp_path / "more"), undisturbed, ONE)
+    add(Source.of(tmp_path / "more"), undisturbed, HERE)
     moments = np.random.default_rng(0)
     for _ in range(8):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -206,29 +203,29 @@ def test_an_addition_that_is_killed_at_any_moment_ends_with_the_bytes_of_an_undi
 @pytest.mark.slow
 def test_photos_fetched_anew_are_appended_under_their_labels_and_leave_quarantine(tmp_path):
     photos = write_photos(tmp_path / "photos")
-    build(tmp_path / "photos", tmp_path / "clean", SETTINGS, ONE)
+    build(tmp_path / "photos", tmp_path / "clean", SETTINGS, HERE)
     good = {p: p.read_bytes() for p in photos}
     for photo in photos[::8]:
         photo.write_bytes(good[photo][:300])
     (tmp_path / "photos" / "nowhere.jpg").write_bytes(b"x")
     out = tmp_path / "out"
-    build(tmp_path / "photos", out, SETTINGS, ONE)
+    build(tmp_path / "photos", out, SETTINGS, HERE)
     assert len(quarantine(out)) == 7
-    assert retry_quarantined(out, ONE) is None
+    assert retry_quarantined(out, HERE) is None
     for photo in photos[8::8]:
         photo.write_bytes(good[photo])
-    summary, recovered, tried = retry_quarantined(out, ONE)
+    summary, recovered, tried = retry_quarantined(out, HERE)
     assert (recovered, tried, summary.manifest.revision, summary.manifest.images) == (5, 6, 2, 47)
     assert quarantine(out) == {photos[0].name: "truncated", "nowhere.jpg": "no coordinates"}
     photos[0].write_bytes(good[photos[0]])
-    retry_quarantined(out, ONE)
+    retry_quarantined(out, HERE)
     assert quarantine(out) == {"nowhere.jpg": "no coordinates"}
     assert samples(out) == samples(tmp_path / "clean")
     assert labels(out) == labels(tmp_path / "clean")
     assert Dataset.open(out).classes.fingerprint() == Dataset.open(tmp_path / "clean").classes.fingerprint()
     sound(out)
     before = contents(out)
-    build(tmp_path / "photos", out, SETTINGS, ONE)
+    build(tmp_path / "photos", out, SETTINGS, HERE)
     assert contents(out) == before
 
 
@@ -241,18 +238,18 @@ def test_panoramas_are_added_and_retried_crop_by_crop(tmp_path):
     good = (tmp_path / "panos" / names[0]).read_bytes()
     (tmp_path / "panos" / names[0]).write_bytes(b"")
     out = tmp_path / "out"
-    build(Source.of(tmp_path / "panos", None, 12), out, settings, ONE)
+    build(Source.of(tmp_path / "panos", None, 12), out, settings, HERE)
     (tmp_path / "panos" / names[0]).write_bytes(good)
-    _, recovered, tried = retry_quarantined(out, ONE)
+    _, recovered, tried = retry_quarantined(out, HERE)
     assert (recovered, tried) == (12, 12)
-    build(Source.of(tmp_path / "panos", None, 12), tmp_path / "clean", settings, ONE)
+    build(Source.of(tmp_path / "panos", None, 12), tmp_path / "clean", settings, HERE)
     assert samples(out) == samples(tmp_path / "clean")
     write_cell(tmp_path / "more", 0, 2, first=100)
     for i in range(2):  # photos and panoramas side by side
         (tmp_path / "strips").mkdir(exist_ok=True)
         (tmp_path / "strips" / name_at(500003 + i, 4180003, 900 + i)).write_bytes(good)
-    add(Source.of(tmp_path / "more"), out, ONE)
-    summary, gain = add(Source.of(tmp_path / "strips", None, 12), out, ONE)
+    add(Source.of(tmp_path / "more"), out, HERE)
+    summary, gain = add(Source.of(tmp_path / "strips", None, 12), out, HERE)
     assert (gain.images, summary.manifest.images, summary.manifest.revision) == (24, 36 + 2 + 24, 4)
     turns = Counter(row[1].count("#") for row in samples(out))
     assert turns == {0: 2, 1: 60}
@@ -270,13 +267,13 @@ def test_a_list_is_added_to_a_folder_with_headings_from_the_list(begun, tmp_path
         north=[4180003.0] * 12,
         heading=list(range(12)),
     )
-    _, gain = add(Source.of(place), begun, ONE)
+    _, gain = add(Source.of(place), begun, HERE)
     assert gain.images == 18
     rows = {r["source"]: r for t in shard_tables(begun) for r in pq.read_table(t).to_pylist()}
     assert rows["//1/IMG_0007.jpg"]["heading"] == 7
     skipped_before = [r for name, r in rows.items() if "@" in name and 500080 <= r["east"] < 500100]
     assert [np.isfinite(r["heading"]) for r in skipped_before] == [True] * 6
-    assert add(Source.of(place), begun, ONE) is None
+    assert add(Source.of(place), begun, HERE) is None
     sound(begun)
 
 
@@ -289,11 +286,11 @@ def test_what_cannot_be_added_is_refused_and_changes_nothing(begun, tmp_path):
         (tmp_path, "inside"),
     ):
         with pytest.raises(JobError, match=message):
-            add(Source.of(place), begun, ONE)
+            add(Source.of(place), begun, HERE)
     for i in range(40):
         (tmp_path / "empty" / f"{i}.jpg").write_bytes(b"x")
     with pytest.raises(JobError, match="40 of 40 photos are bad"):
-        add(Source.of(tmp_path / "empty"), begun, ONE)
+        add(Source.of(tmp_path / "empty"), begun, HERE)
     with pytest.raises(JobError, match="no finished data set"):
-        add(Source.of(tmp_path / "photos"), tmp_path / "empty", ONE)
+        add(Source.of(tmp_path / "photos"), tmp_path / "empty", HERE)
     assert contents(begun) == before

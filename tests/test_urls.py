@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SETTINGS
+from conftest import HERE, SETTINGS
 from photos import jpeg, name_at
 from PIL import Image
 from s3 import s3_server
@@ -23,7 +23,6 @@ from test_build import ROOT, contents
 from tiny import configure, train_here, write_dataset
 
 from preprocessing.build import assemble, build, build_share, dry_run
-from preprocessing.engine import Job
 from preprocessing.output import Output
 from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
@@ -43,14 +42,6 @@ from training.run_folder import read_losses
 SMALL = replace(SETTINGS, image_size=32)
 CELLS = 4  # each a group of its own, in two shards
 SHARDS = 8
-
-
-def in_process(job: Job, tasks, workers, progress):
-    """Runs tasks in this process, which alone sees a file system in memory."""
-    return [job.run(task, lambda *_: True) for task in tasks]
-
-
-HERE = Machinery(1, run_tasks=in_process)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,23 +6,24 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import SETTINGS
+from conftest import HERE, SETTINGS
 from photos import jpeg, write_photos
 
 from preprocessing.build import build
-from preprocessing.shard_run import Machinery
 from shards import verification
 from shards.checksums import CHECKSUMS, DamagedChecksums, read_checksums, seal
-from shards.console import JobError
+from shards.console import JobError, entry
 from shards.dataset import Dataset
 from shards.layout import shard_tables
 from shards.repair import repair
 from shards.verification import verify
+from shards.verify import main
 
 SCRIPT = Path(__file__).resolve().parent.parent / "shards" / "verify.py"
 TAR, IDX, TABLE = (f"group-00/group-00-000000.{kind}" for kind in ("tar", "idx", "parquet"))
@@ -66,6 +67,15 @@ def only_problem(folder: Path) -> str:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("words", [["--workers", "0"], ["--source", "photos"]])
+def test_wrong_arguments_are_one_line_and_exit_with_2(dataset, monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["verify.py", str(dataset.path), *words])
+    with pytest.raises(SystemExit) as exit:
+        entry(main)
+    printed = capsys.readouterr().err
+    assert (exit.value.code, printed.startswith("error: "), printed.count("\n")) == (2, True, 1)
 
 
 def test_a_built_data_set_is_sound_with_and_without_checksums(dataset, copy):
@@ -283,7 +293,7 @@ def test_repair_keeps_to_the_share_of_bad_photos_that_the_data_set_had(tmp_path)
     source, out = tmp_path / "photos", tmp_path / "out"
     for photo in write_photos(source)[:20]:
         photo.write_bytes(jpeg(96, 1)[:300])
-    build(source, out, SETTINGS, Machinery(1, 0.5))
+    build(source, out, SETTINGS, replace(HERE, max_bad_share=0.5))
     seal(out)
     before = contents(out)
     tar = next(out.glob("*/*.tar"))

@@ -8,7 +8,6 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlparse
 
 import torch
-import torchvision
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -36,23 +35,23 @@ class _Source:
     stages: tuple[str, ...]  # the names of our children in torchvision's model, in order
 
 
-def _efficientnet(size: str, channels: int) -> _Source:
-    pretrained = getattr(torchvision.models, f"EfficientNet_{size.upper()}_Weights").IMAGENET1K_V1
-    stages = tuple(f"features.{i}" for i in range(9))
-    return _Source(getattr(torchvision.models, f"efficientnet_{size}"), pretrained, channels, stages)
-
-
-_SOURCES: dict[str, _Source] = {
-    "efficientnet_b0": _efficientnet("b0", 1280),
-    "efficientnet_b5": _efficientnet("b5", 2048),
-    "efficientnet_b7": _efficientnet("b7", 2560),
-    "resnet18": _Source(
-        torchvision.models.resnet18, torchvision.models.ResNet18_Weights.IMAGENET1K_V1, 512, RESNET_CHILDREN
-    ),
-    "resnet50": _Source(
-        torchvision.models.resnet50, torchvision.models.ResNet50_Weights.IMAGENET1K_V1, 2048, RESNET_CHILDREN
-    ),
+_CHANNELS = {
+    "efficientnet_b0": 1280,
+    "efficientnet_b5": 2048,
+    "efficientnet_b7": 2560,
+    "resnet18": 512,
+    "resnet50": 2048,
 }
+
+
+def _source(name: str) -> _Source:
+    """Where a backbone comes from. torchvision is imported here: it takes two seconds, which `--help` does without."""
+    from torchvision import models
+
+    build = getattr(models, name)
+    pretrained = models.get_model_weights(build)["IMAGENET1K_V1"]
+    stages = RESNET_CHILDREN if name.startswith("resnet") else tuple(f"features.{i}" for i in range(9))
+    return _Source(build, pretrained, _CHANNELS[name], stages)
 
 
 def make_backbone(name: BackboneName, weights: str = "imagenet", freeze_until: int = 0) -> Backbone:
@@ -68,7 +67,7 @@ def make_backbone(name: BackboneName, weights: str = "imagenet", freeze_until: i
     """
     if name not in get_args(BackboneName):
         raise ValueError(f"backbone {name!r} is none of {', '.join(get_args(BackboneName))}")
-    backbone = _small_cnn() if name == "small_cnn" else _torchvision_backbone(_SOURCES[name])
+    backbone = _torchvision_backbone(_source(name)) if name in _CHANNELS else _small_cnn()
     if not 0 <= freeze_until <= len(backbone):
         raise ValueError(f"{name} has {len(backbone)} children: it cannot be frozen until {freeze_until}")
     if weights == "imagenet":
@@ -104,9 +103,9 @@ def _small_cnn() -> Backbone:
 
 
 def _imagenet(name: str) -> Mapping[str, Any]:
-    if name not in _SOURCES:
+    if name not in _CHANNELS:
         raise JobError(f"{name} has no ImageNet weights: use --weights none, or --weights FILE")
-    pretrained = _SOURCES[name].pretrained
+    pretrained = _source(name).pretrained
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(pretrained.url).path).name
     try:
         state: Mapping[str, Any] = pretrained.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -140,7 +139,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _fitting(state: Mapping[str, Any], name: str, backbone: Backbone, origin: str) -> dict[str, Tensor]:
-    stages = _SOURCES[name].stages if name in _SOURCES else ()
+    stages = _source(name).stages if name in _CHANNELS else ()
     numbers = {f"{stage}.": f"{number}." for number, stage in enumerate(stages)}
     found: dict[str, Tensor] = {}
     for key, value in state.items():

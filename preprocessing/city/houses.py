@@ -1,4 +1,4 @@
-"""Fronts and side walls of houses: each house has its own material, colours, windows, ornaments and shops."""
+"""Fronts and side walls of houses: each house has its own material, colours, windows and ornaments."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from preprocessing.city.buildings import Floats
+from preprocessing.city.ground_floor import GroundFloor
 from preprocessing.city.painting import (
     PAINT,
-    Colour,
     Image,
+    Wall,
     courses,
     emblem,
     from_hsv,
@@ -52,6 +53,7 @@ class HousePainter:
         rows, self.columns = round((self.height + crown) * PAINT), max(16, round(self.width * PAINT))
         self.canvas = np.empty((rows, self.columns, 3), np.uint8)
         cv2.rectangle(self.canvas, (0, 0), (self.columns, rows), self.wall, -1)
+        self.face = Wall(self.canvas)
         self._material(rng)
         ground = self.height - self.ground_height
         self.floors = max(1, round((ground - 0.8) / 3.2))
@@ -59,7 +61,10 @@ class HousePainter:
         if self.front:
             self._upper_floors()
             self._ornaments()
-            self._ground_floor()
+            GroundFloor(
+                self.face, self.width, self.ground_height, self.wall, self.trim, self.accent, self.glass,
+                self.seed, self.rng, self.own, self.shop,
+            ).paint()  # fmt: skip
         else:
             self._blank_wall()
             self.canvas[:, :2] //= 2
@@ -115,15 +120,6 @@ class HousePainter:
             return 0.0, np.zeros(2, np.float32)
         return float(rise.max()), rise.astype(np.float32)
 
-    def _row(self, z: float) -> int:
-        """Pixel row of a height over the ground, metres."""
-        return round(self.canvas.shape[0] - z * PAINT)
-
-    def _rect(self, x0: float, z0: float, x1: float, z1: float, colour: Colour) -> None:
-        a, b, c, d = round(x0 * PAINT), round(x1 * PAINT), self._row(z1), self._row(z0)
-        if b > a and d > c:
-            cv2.rectangle(self.canvas, (a, c), (b - 1, d - 1), colour, -1)
-
     def _material(self, rng: np.random.Generator) -> None:
         shape = self.canvas.shape[:2]
         if self.material == 1:
@@ -157,11 +153,11 @@ class HousePainter:
         for floor in range(self.floors):
             base = self.ground_height + floor * self.storey
             if self.courses and floor % self.courses == 0:
-                self._rect(0, base - 0.12, self.width, base + 0.1, self.trim)
+                self.face.rect(0, base - 0.12, self.width, base + 0.1, self.trim)
             if self.pilasters:
                 for column in range(count + 1):
                     x = margin + column * self.pitch
-                    self._rect(x - 0.14, base, x + 0.14, base + self.storey, self.trim)
+                    self.face.rect(x - 0.14, base, x + 0.14, base + self.storey, self.trim)
             for column in range(count):
                 if column == skipped:
                     continue
@@ -205,14 +201,14 @@ class HousePainter:
         trim, half = self.trim, wide / 2
         if self.surround in (0, 1):
             edge = 0.13 if self.surround == 0 else 0.24
-            self._rect(x - half - edge, z - 0.05, x + half + edge, z + tall + edge, trim)
-        self._rect(x - half - 0.2, z - 0.16, x + half + 0.2, z, shade(trim, 0.9))
+            self.face.rect(x - half - edge, z - 0.05, x + half + edge, z + tall + edge, trim)
+        self.face.rect(x - half - 0.2, z - 0.16, x + half + 0.2, z, shade(trim, 0.9))
         if self.kind == 3 and wide < self.pitch * 0.6:
             leaf = min(wide * 0.45, (self.pitch - wide) * 0.45)
             for sign in (-1, 1):
                 edge = x + sign * (half + leaf / 2)
-                self._rect(edge - leaf / 2, z, edge + leaf / 2, z + tall, self.accent)
-        a, c = round((x - half) * PAINT), self._row(z + tall)
+                self.face.rect(edge - leaf / 2, z, edge + leaf / 2, z + tall, self.accent)
+        a, c = round((x - half) * PAINT), self.face.row(z + tall)
         part = self.canvas[max(c, 0) : c + pane.shape[0], max(a, 0) : a + pane.shape[1]]
         part[:] = pane[: part.shape[0], : part.shape[1]]
         top = (round(x * PAINT), c)
@@ -226,22 +222,22 @@ class HousePainter:
 
     def _railing(self, x0: float, x1: float, z: float) -> None:
         iron = shade(self.accent, 0.45)
-        self._rect(x0, z - 0.12, x1, z, shade(self.trim, 0.8))
-        self._rect(x0, z + 0.85, x1, z + 0.92, iron)
+        self.face.rect(x0, z - 0.12, x1, z, shade(self.trim, 0.8))
+        self.face.rect(x0, z + 0.85, x1, z + 0.92, iron)
         for x in np.arange(x0, x1, 0.16):
-            self._rect(x, z, x + 0.05, z + 0.9, iron)
+            self.face.rect(x, z, x + 0.05, z + 0.9, iron)
 
     def _fire_escape(self, x: float) -> None:
         iron, half = (38, 36, 40), 1.25
         for floor in range(1, self.floors):
             z = self.ground_height + floor * self.storey
-            self._rect(x - half, z - 0.1, x + half, z, iron)
-            self._rect(x - half, z + 0.85, x + half, z + 0.92, iron)
+            self.face.rect(x - half, z - 0.1, x + half, z, iron)
+            self.face.rect(x - half, z + 0.85, x + half, z + 0.92, iron)
             for bar in np.arange(x - half, x + half, 0.3):
-                self._rect(bar, z, bar + 0.05, z + 0.9, iron)
+                self.face.rect(bar, z, bar + 0.05, z + 0.9, iron)
             sign = 1 if floor % 2 else -1
             ends = [(x - sign * half * 0.8, z), (x + sign * half * 0.8, z - self.storey)]
-            a, b = ((round(px * PAINT), self._row(pz)) for px, pz in ends)
+            a, b = ((round(px * PAINT), self.face.row(pz)) for px, pz in ends)
             cv2.line(self.canvas, a, b, iron, 4, cv2.LINE_AA)
 
     def _ornaments(self) -> None:
@@ -249,12 +245,12 @@ class HousePainter:
         if self.top:
             self.canvas[: self.top] = (self.canvas[: self.top] * 0.92).astype(np.uint8)
             x, z = self.width / 2, roof + self.top / PAINT * 0.35
-            emblem(self.canvas, self.rng, x * PAINT, self._row(z), 9, self.trim)
-        self._rect(0, roof - self.cornice, self.width, roof - 0.05, self.trim)
-        self._rect(0, roof - self.cornice - 0.12, self.width, roof - self.cornice, shade(self.trim, 0.55))
+            emblem(self.canvas, self.rng, x * PAINT, self.face.row(z), 9, self.trim)
+        self.face.rect(0, roof - self.cornice, self.width, roof - 0.05, self.trim)
+        self.face.rect(0, roof - self.cornice - 0.12, self.width, roof - self.cornice, shade(self.trim, 0.55))
         if self.cornice > 0.5:
             for x in np.arange(0.1, self.width, self.pitch / 5):
-                self._rect(
+                self.face.rect(
                     x,
                     roof - self.cornice,
                     x + self.pitch / 10,
@@ -264,112 +260,9 @@ class HousePainter:
         if self.quoins:
             for i, z in enumerate(np.arange(self.ground_height, roof - self.cornice, 0.5)):
                 long = 0.55 if i % 2 else 0.35
-                self._rect(0, z, long, z + 0.44, self.trim)
-                self._rect(self.width - long, z, self.width, z + 0.44, self.trim)
-        self._rect(0, self.ground_height - 0.05, self.width, self.ground_height + 0.25, shade(self.trim, 0.9))
-
-    def _ground_floor(self) -> None:
-        rng, shop = self.rng, self.shop
-        units = max(1, round(self.width / float(rng.uniform(4.0, 7.5))))
-        each = self.width / units
-        self._rect(0, 0, self.width, 0.5, shade(self.wall, 0.6))
-        for unit in range(units):
-            x0, x1 = unit * each + 0.2, (unit + 1) * each - 0.2
-            use = int(rng.choice(4, p=[0.58, 0.2, 0.1, 0.12]))
-            if use == 0:
-                self._shop(x0, x1, shop)
-            elif use == 1:
-                self._entrance(x0, x1)
-            elif use == 2:
-                self._garage(x0, x1)
-            else:
-                self._arcade(x0, x1)
-
-    def _shop(self, x0: float, x1: float, rng: np.random.Generator) -> None:
-        top = self.ground_height - 0.15
-        back = from_hsv(rng.random(), rng.uniform(0.3, 0.95), rng.uniform(0.25, 0.95))
-        ink = (246, 244, 236) if sum(back) < 390 else from_hsv(rng.random(), 0.8, 0.25)
-        frame = from_hsv(rng.random(), rng.uniform(0, 0.7), rng.uniform(0.15, 0.6))
-        self._rect(x0, 0, x1, top - 0.85, frame)
-        door = x0 + (x1 - x0 - 1.1) * int(rng.integers(0, 3)) / 2
-        glow = from_hsv(rng.uniform(0.06, 0.16), rng.uniform(0.1, 0.5), rng.uniform(0.25, 0.7))
-        panes = max(1, int((x1 - x0) / float(rng.uniform(1.2, 2.6))))
-        for i in range(panes):
-            a, b = x0 + (x1 - x0) * i / panes, x0 + (x1 - x0) * (i + 1) / panes
-            self._rect(a + 0.06, 0.55, b - 0.06, top - 0.95, shade(glow, rng.uniform(0.6, 1.2)))
-            for _ in range(int(rng.integers(1, 5))):  # goods and bills in the window
-                w, h = rng.uniform(0.2, 0.6), rng.uniform(0.2, 0.8)
-                px, pz = rng.uniform(a + 0.1, max(a + 0.11, b - w - 0.1)), rng.uniform(0.6, 1.6)
-                self._rect(
-                    px,
-                    pz,
-                    min(px + w, b - 0.08),
-                    pz + h,
-                    from_hsv(rng.random(), rng.uniform(0.3, 0.9), rng.uniform(0.3, 1)),
-                )
-        self._rect(door, 0.05, door + 1.05, 2.35, shade(frame, 0.6))
-        self._rect(door + 0.15, 0.7, door + 0.9, 2.2, shade(glow, 0.7))
-        self._rect(x0, top - 0.85, x1, top, back)
-        a, b = round(x0 * PAINT), round(x1 * PAINT)
-        c, d = self._row(top), self._row(top - 0.85)
-        mark = d - c
-        emblem(self.canvas, rng, a + mark * 0.7, (c + d) / 2, mark * 0.36, ink)
-        write(self.canvas, self.seed, rng, (a + mark + 4, c, b - 4, d), ink)
-        if rng.random() < 0.45:  # awning
-            self._awning(x0, x1, top - 0.85, back, rng)
-
-    def _awning(self, x0: float, x1: float, z: float, back: Colour, rng: np.random.Generator) -> None:
-        other = (240, 238, 230) if rng.random() < 0.6 else shade(back, 0.6)
-        for i, x in enumerate(np.arange(x0, x1, 0.35)):
-            self._rect(x, z - 0.75, min(x + 0.35, x1), z, back if i % 2 else other)
-        self._rect(x0, z - 0.82, x1, z - 0.72, shade(back, 0.5))
-
-    def _entrance(self, x0: float, x1: float) -> None:
-        own = self.own
-        x = (x0 + x1) / 2
-        half = float(own.uniform(0.5, 1.0))
-        self._rect(x - half - 0.3, 0, x + half + 0.3, 3.1, self.trim)
-        self._rect(x - half, 0.3, x + half, 2.6, self.accent)
-        self._rect(x - 0.03, 0.3, x + 0.03, 2.6, shade(self.accent, 0.5))
-        self._rect(x - half, 2.62, x + half, 2.95, self.glass)
-        for step in range(3):
-            self._rect(
-                x - half - 0.4,
-                step * 0.13,
-                x + half + 0.4,
-                step * 0.13 + 0.1,
-                shade((170, 166, 160), 1 - 0.12 * step),
-            )
-        for px in (x0 + 0.1, x1 - 1.1):
-            if px + 1.0 < x - half - 0.35 or px > x + half + 0.35:
-                self._rect(px, 1.0, px + 1.0, 2.6, self.trim)
-                self._rect(px + 0.1, 1.1, px + 0.9, 2.5, self.glass)
-
-    def _garage(self, x0: float, x1: float) -> None:
-        colour = from_hsv(self.own.random(), self.own.uniform(0, 0.6), self.own.uniform(0.35, 0.85))
-        self._rect(x0, 0, x1, 2.9, self.trim)
-        self._rect(x0 + 0.2, 0.05, x1 - 0.2, 2.7, colour)
-        for z in np.arange(0.3, 2.7, 0.42):
-            self._rect(x0 + 0.2, z, x1 - 0.2, z + 0.06, shade(colour, 0.65))
-
-    def _arcade(self, x0: float, x1: float) -> None:
-        count = max(1, int((x1 - x0) / 2.0))
-        each = (x1 - x0) / count
-        for i in range(count):
-            x, half = x0 + (i + 0.5) * each, each * 0.36
-            self._rect(x - half, 0, x + half, 2.3, shade(self.glass, 0.6))
-            centre = (round(x * PAINT), self._row(2.3))
-            cv2.ellipse(
-                self.canvas,
-                centre,
-                (round(half * PAINT), round(0.8 * PAINT)),
-                0,
-                180,
-                360,
-                shade(self.glass, 0.6),
-                -1,
-            )
-            cv2.ellipse(self.canvas, centre, (round(half * PAINT), round(0.8 * PAINT)), 0, 180, 360, self.trim, 4)
+                self.face.rect(0, z, long, z + 0.44, self.trim)
+                self.face.rect(self.width - long, z, self.width, z + 0.44, self.trim)
+        self.face.rect(0, self.ground_height - 0.05, self.width, self.ground_height + 0.25, shade(self.trim, 0.9))
 
     def _blank_wall(self) -> None:
         own = self.own
@@ -398,7 +291,7 @@ class HousePainter:
             for x in np.arange(2.0, self.width - 1.5, 3.4):
                 if own.random() < 0.45:
                     z = self.ground_height + floor * self.storey + 0.9
-                    self._rect(x - 0.08, z - 0.08, x + 0.88, z + 1.18, shade(self.trim, 0.8))
-                    self._rect(x, z, x + 0.8, z + 1.1, shade(self.glass, own.uniform(0.6, 1.2)))
+                    self.face.rect(x - 0.08, z - 0.08, x + 0.88, z + 1.18, shade(self.trim, 0.8))
+                    self.face.rect(x, z, x + 0.8, z + 1.1, shade(self.glass, own.uniform(0.6, 1.2)))
         pipe = float(own.uniform(0.3, max(0.4, self.width - 0.5)))
-        self._rect(pipe, 0, pipe + 0.12, self.height, shade(self.wall, 0.5))
+        self.face.rect(pipe, 0, pipe + 0.12, self.height, shade(self.wall, 0.5))

@@ -132,3 +132,20 @@ def paint_fence(rng: np.random.Generator, width: float, height: float) -> Image:
         emblem(canvas, rng, x, y, rng.uniform(8, 24), from_hsv(rng.random(), 0.8, rng.uniform(0.4, 1)))
     weather(canvas, int(rng.integers(0, 4)))
     return canvas
+
+
+class Wall:
+    """The picture of a wall, drawn in metres: x from its left edge, z over the ground."""
+
+    def __init__(self, canvas: Image) -> None:
+        self.canvas = canvas
+
+    def row(self, z: float) -> int:
+        """Pixel row of a height."""
+        return round(self.canvas.shape[0] - z * PAINT)
+
+    def rect(self, x0: float, z0: float, x1: float, z1: float, colour: Colour) -> None:
+        """Fill a rectangle."""
+        a, b, c, d = round(x0 * PAINT), round(x1 * PAINT), self.row(z1), self.row(z0)
+        if b > a and d > c:
+            cv2.rectangle(self.canvas, (a, c), (b - 1, d - 1), colour, -1)

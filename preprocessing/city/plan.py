@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -16,6 +17,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from preprocessing.city.buildings import cast, place_buildings
+from shards.console import JobError, WrongArguments
 
 FIELD_OF_VIEW = 65.0
 """Horizontal field of view of every photo, degrees."""
@@ -25,6 +27,7 @@ ORIGIN_EAST, ORIGIN_NORTH = 549_130.0, 4_178_270.0
 CELL = 20.0
 """Side of the cells that queries are checked against, metres (the default M of the partition)."""
 MIN_PHOTOS_PER_CELL = 10
+_TRIES_A_QUERY = 1000  # some 10 are usual
 PAVEMENT = 3.0
 CAMERA_HEIGHT = 2.5
 OVERRUN = 22.0
@@ -35,7 +38,7 @@ OVERRUN = 22.0
 class CitySettings:
     """What a city's photos depend on; two runs with equal settings write the same bytes.
 
-    Raises `ValueError` for a value that no city can have.
+    Raises `WrongArguments` for a value that no city can have.
     """
 
     seed: int = 0
@@ -71,7 +74,9 @@ class CitySettings:
         }
         for name, (low, high) in limits.items():
             if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between {low:g} and {high:g}")
+                raise WrongArguments(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie between {low:g} and {high:g}"
+                )
 
 
 def stream(seed: int, *path: int | str) -> np.random.Generator:
@@ -290,7 +295,13 @@ class Plan:
         ):
             rng = stream(cfg.seed, "queries", year)
             drafts: list[tuple[int, float, float, float, float, float]] = []
+            tries = itertools.count(1)
             while len(drafts) < wanted:
+                if next(tries) > _TRIES_A_QUERY * wanted:
+                    raise JobError(
+                        f"no room for {wanted} {split} queries in cells of {MIN_PHOTOS_PER_CELL} photos or more; "
+                        "ask for fewer, or for more photos by a smaller --step, more --years or --headings"
+                    )
                 street = self.streets[int(rng.choice(len(lengths), p=lengths / lengths.sum()))]
                 room = street.width / 2 - 1.2
                 along = float(rng.uniform(0, street.high - street.low))

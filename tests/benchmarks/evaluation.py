@@ -113,7 +113,7 @@ def ranking_rows(classes: ClassTable, heads: dict[int, Head], *, quick: bool) ->
 
 def predict_row(classes: ClassTable, heads: dict[int, Head]) -> dict[str, object]:
     """Milliseconds from a file to its places, and what they are spent on."""
-    config = TrainConfig(shards=Path("none"), out=Path("none"), weights="none").to_json()
+    config = TrainConfig(shards="none", out=Path("none"), weights="none").to_json()
     tensors = {group: dict(head.state_dict()) for group, head in heads.items()}
     weights = EvaluationWeights(Path("none"), GeoModel(weights="none").state_dict(), tensors, classes, config)
     localiser = Localiser(weights, torch.device("cpu"))
@@ -162,7 +162,7 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
 def retrieval_rows(cells: int) -> list[dict[str, object]]:
     """Time and recall of every way of searching."""
     gallery, queries, weights = synthetic_city(cells)
-    rows = []
+    rows: list[dict[str, object]] = []
     for name in ("exhaustive", "ivf", "hnsw", "within-cells"):
         begun = time.perf_counter()
         threads = load_faiss().omp_get_max_threads()

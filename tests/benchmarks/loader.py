@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paths  # noqa: F401
@@ -55,7 +56,7 @@ from preprocessing.shard_run import Machinery
 from shards.dataset import Dataset
 from shards.index import build_index
 from shards.layout import sample_key, shard_tables
-from shards.loader import Loader
+from shards.loader import DecoderName, Loader, Mode
 from shards.writer import ShardWriter, publish_shard
 
 Row = dict[str, object]
@@ -64,7 +65,9 @@ PARTS = ("warm", "hdd", "threads", "gpu")
 HDD_READS, HDD_BYTES = 200, 157_286_400  # a second
 
 
-def ours(shards: Path, mode: str, decoder: str, threads: int, batch: int = BATCH, **options: object) -> Iterator[int]:
+def ours(
+    shards: Path | str, mode: Mode, decoder: DecoderName, threads: int, batch: int = BATCH, **options: Any
+) -> Iterator[int]:
     """Batches of this project's loader, on `device` if one is among the options; yields their sizes."""
     dataset = Dataset.open(shards)
     groups = dataset.classes.groups
@@ -184,7 +187,11 @@ def run_child(*arguments: str, before: tuple[str, ...] = ()) -> dict[str, float]
 
 
 def child(name: str, folder: Path) -> None:
-    batches = reference_files(folder, 1) if name == "reference-files" else ours(folder, name, "cpu", 1)
+    batches = (
+        reference_files(folder, 1)
+        if name == "reference-files"
+        else ours(folder, "stream" if name == "stream" else "indexed", "cpu", 1)
+    )
     first, speed = first_and_rate(batches, 8)
     print(json.dumps({"images_per_second": speed, "first_batch_seconds": first}))
 
@@ -195,7 +202,7 @@ def gpu_rows(shards: Path) -> list[Row]:
         print("no GPU here: its part is left out")
         return []
     cores = len(os.sched_getaffinity(0))
-    settings: list[dict[str, object]] = [
+    settings: list[dict[str, Any]] = [
         {"decoder": "dali", "hardware_share": share, "batch": batch, "threads": threads}
         for share in (0.0, 0.5, 0.65, 0.8, 1.0)
         for batch, threads in ((64, cores), (256, 4), (256, cores))
@@ -204,7 +211,7 @@ def gpu_rows(shards: Path) -> list[Row]:
     rows: list[Row] = []
     print(f"\n{torch.cuda.get_device_name()}, {cores} cores")
     for setting in settings:
-        batches = ours(shards, "indexed", device="cuda", **setting)  # type: ignore[arg-type]
+        batches = ours(shards, "indexed", device="cuda", **setting)
         speed = rate(batches, 4)
         batches.close()  # type: ignore[attr-defined]
         rows.append({"name": "indexed", "storage": "warm", "cores": cores, "dtype": "uint8", **setting})

@@ -53,7 +53,7 @@ def synthetic_rows(shards: Path, scratch: Path, rounds: int) -> list[dict[str, o
     """Both trainings in turn: on a GPU EfficientNet-B0 at 224 pixels in bf16, on a CPU the quick start's network."""
     gpu = torch.cuda.is_available()
     config = replace(
-        PRESETS["fast-b0" if gpu else "quickstart"], shards=shards, out=scratch / "run", weights="none",
+        PRESETS["fast-b0" if gpu else "quickstart"], shards=str(shards), out=scratch / "run", weights="none",
         batch_size=512 if gpu else 64, iterations_per_epoch=100 if gpu else 40, epochs=2, tracker="none", keep=1,
     )  # fmt: skip
     measured: dict[bool, list[tuple[float, float]]] = {False: [], True: []}

@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -203,7 +204,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float((top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
 
 
-def resizing_rows(source: Path, photos: list[str], rounds: int, python: str | None) -> list[dict[str, object]]:
+def resizing_rows(source: Path, photos: list[str], rounds: int, python: str | None) -> list[dict[str, Any]]:
     """The rows of each way; `python` has img2dataset."""
     compared = photos[:: max(1, len(photos) // 150)]
     qualities = {

@@ -148,7 +148,7 @@ def step_parts(
 ) -> dict[str, str | float | None]:
     """Forward, backward and optimiser of one step at batch 64, and the bytes that its gradients hold."""
     torch.manual_seed(0)
-    model = GeoModel(backbone, "none", freeze_until).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = GeoModel(backbone, "none", freeze_until).to(memory_format=torch.channels_last)
     head = make_head("AAMC", model.descriptor_dim, classes, s, M)
     trained = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4, fused=True)
