@@ -16,6 +16,7 @@ from shards.dataset import Dataset, Manifest
 from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST, sample_key, shard_stem
 from shards.names import PhotoName, format_name
 from shards.writer import ShardWriter, publish_shard
+from training.interruption import Interruption
 from training.presets import TrainConfig
 from training.trainer import Trainer
 
@@ -138,9 +139,9 @@ def configure(shards: Path, out: Path, **values: object) -> TrainConfig:
     return TrainConfig(shards=str(shards), out=out, **{**settings, "cpu": True, **values})  # type: ignore[arg-type]
 
 
-def train_here(config: TrainConfig) -> Trainer:
+def train_here(config: TrainConfig, interruption: Interruption | None = None) -> Trainer:
     """Train in this process; Accelerate's state, of which there is one a process, is cleared first."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(config)
+    trainer = Trainer(config, interruption)
     trainer.run()
     return trainer
