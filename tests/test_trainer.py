@@ -4,9 +4,7 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,6 +19,7 @@ from tiny import (
     arguments,
     class_table,
     configure,
+    small_disk,
     start_training,
     train,
     train_here,
@@ -198,19 +197,6 @@ def test_such_steps_in_a_row_are_counted_over_epochs_and_no_checkpoint_is_saved_
     failing(lambda step: step >= 10)
     with pytest.raises(JobError, match=r"12 steps in a row.*last good checkpoint is .*step-00000008"):
         train_here(configure(shards, tmp_path / "r", nan_patience=12, epochs=4))
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 64 MB; skips the test where this process may not mount one."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @contextmanager

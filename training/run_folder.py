@@ -60,9 +60,13 @@ def lock_run(out: Path) -> TextIO | None:
     except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP
         file.close()
         return None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:
+        error.filename = str(out / LOCK)  # a full disk's error names no file
+        raise
     return file
 
 
@@ -77,25 +81,27 @@ class LossFile:
     """RUN/losses.txt: one line a step, the step and the batch's mean loss (`nan` for a skipped step)."""
 
     def __init__(self, out: Path, first_step: int) -> None:
-        path = out / LOSSES
+        self.path = out / LOSSES
+        self.waiting: list[str] = []
         kept = []
-        if path.exists():
-            lines = path.read_text().splitlines()
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
             kept = [line for line in lines if line.split(" ")[0].isdigit() and int(line.split(" ")[0]) < first_step]
-        atomic_write_text(path, "".join(f"{line}\n" for line in kept))
-        self.file = path.open("a")
+        atomic_write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, step: int, loss: float) -> None:
         """Add a step's loss with all its digits."""
-        self.file.write(f"{step} {loss!r}\n")
+        self.waiting.append(f"{step} {loss!r}\n")
 
     def flush(self) -> None:
-        """Hand the lines to the operating system."""
-        self.file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+        """Write the lines added since the last time. OSError, with the file's name, where they cannot be."""
+        lines, self.waiting = self.waiting, []
+        try:
+            with self.path.open("a") as file:
+                file.writelines(lines)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
 
 def read_losses(out: Path) -> list[float]:

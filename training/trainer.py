@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from shards.console import JobError, format_duration
+from shards.console import JobError, describe_os_error, format_duration
 from shards.dataset import Dataset
 from shards.loader import Batch, default_threads
 from training.assembly import (
@@ -69,7 +69,7 @@ class Trainer:
         self.total_steps = config.epochs * config.iterations_per_epoch
         self.run_state = RunState(config, self.classes, self.engine, self.world)
         self.progress = self._begin()
-        self.tracker = Tracker(self.accelerator, config, self.progress.step)
+        self.tracker = Tracker(self.accelerator, config, self.progress.step, self.say)
         self.loss_file = LossFile(config.out, self.progress.step) if self.world.is_main else None
         self.metrics: dict[str, float] = {}
         self.timing = Timing(config.batch_size)
@@ -281,10 +281,8 @@ class Trainer:
         return True
 
     def _save(self, best: bool = False) -> None:
-        if self.loss_file is not None:
-            self.loss_file.flush()
         metric = "LR@1 on the validation queries" if self.validator else "minus the groups' mean loss"
-        save_run(self.run_state, self.progress, best_by=metric if best else None)
+        save_run(self.run_state, self.progress, self.loss_file, best_by=metric if best else None)
 
     def _log_step(self, step: int, batch: Batch, outcome: StepOutcome) -> None:
         engine, timing = self.engine, self.timing
@@ -352,6 +350,10 @@ class Trainer:
 
     def _close(self) -> None:
         self.loader.close()
-        for file in (self.loss_file, self.lock):
-            if file is not None:
-                file.close()
+        if self.loss_file is not None:
+            try:
+                self.loss_file.flush()
+            except OSError as error:
+                self.say(f"the last losses are lost: {describe_os_error(error)}")
+        if self.lock is not None:
+            self.lock.close()
