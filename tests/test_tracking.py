@@ -1,6 +1,7 @@
 """What a run shows: the real TensorBoard serves its curves and pictures."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
-from tiny import class_table, configure, train_here, write_dataset, write_queries
+from tiny import class_table, configure, small_disk, train_here, write_dataset, write_queries
 
 from shards.console import JobError
 from training.queries import list_queries
 from training.scoring import assess_ranking
-from training.tracking import batch_picture, check_tracker, epoch_line, error_colour, error_map
+from training.tracking import Tracker, batch_picture, check_tracker, epoch_line, error_colour, error_map
 
 
 def test_the_batch_picture_lays_the_images_out_in_rows() -> None:
@@ -54,6 +57,27 @@ def test_an_unknown_or_missing_tracker_is_a_clear_error() -> None:
         check_tracker("notebook")
     with pytest.raises(JobError, match="not installed"):
         check_tracker("aim")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # that of TensorBoard's thread
+def test_where_the_curves_cannot_be_written_a_line_says_so_and_training_goes_on(tmp_path: Path) -> None:
+    said: list[str] = []
+    with small_disk(tmp_path / "disk") as folder:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        config = configure(Path("shards"), folder / "r", tracker="tensorboard")
+        accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(config.out))
+        tracker = Tracker(accelerator, config, 0, said.append)
+        free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+        (folder / "other").write_bytes(bytes(free))
+        for step in range(1000):
+            tracker.scalars({"loss": 1.0}, step)
+            tracker.picture("batch", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), step)
+            time.sleep(0.01)
+            if said:
+                break
+        tracker.scalars({"loss": 1.0}, step + 1)
+        tracker.finish({"loss": 1.0})
+    assert said == ["the curves stop here, training goes on (No space left on device)"]
 
 
 def fetch(address: str) -> Any:

@@ -4,13 +4,12 @@ import json
 import os
 import re
 import resource
-import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from tiny import (
     arguments,
     class_table,
     configure,
+    small_disk,
     start_training,
     train,
     train_here,
@@ -29,11 +29,13 @@ from tiny import (
 
 import training.engine as engine_module
 import training.trainer as trainer_module
+import training.validation as validation_module
 from shards.console import JobError
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
 from training.heads import make_head
+from training.interruption import Interruption
 from training.queries import list_queries, query_size
-from training.run_folder import read_losses
+from training.run_folder import LOCK, lock_run, read_losses
 from training.scoring import class_blocks, describe_queries, score_queries
 from training.trainer import Trainer
 
@@ -198,19 +200,6 @@ def test_such_steps_in_a_row_are_counted_over_epochs_and_no_checkpoint_is_saved_
 
 
 @contextmanager
-def small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of 64 MB; skips the test where this process may not mount one."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a tmpfs needs root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-@contextmanager
 def small_files(folder: Path) -> Iterator[Path]:
     """A folder; whatever limit this process then sets on the size of files is taken back."""
     folder.mkdir()
@@ -255,6 +244,41 @@ def test_a_run_folder_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
         Trainer(configure(shards, foreign))
     with pytest.raises(JobError, match="is a file"):
         Trainer(configure(shards, foreign / "thesis.tex"))
+
+
+def test_a_second_training_is_kept_out_of_a_run_until_the_first_is_gone_however_it_ends(
+    shards: Path, tmp_path: Path
+) -> None:
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        lock = lock_run(tmp_path / "r")
+        os.write(writer, str(lock is not None).encode())
+        signal.pause()
+    try:
+        assert os.read(reader, 10) == b"True"
+        with pytest.raises(JobError, match=rf"process {child} on \S+ is training there now; wait .*another --out$"):
+            train_here(configure(shards, tmp_path / "r"))
+        assert [path.name for path in (tmp_path / "r").iterdir()] == [LOCK]
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    train_here(configure(shards, tmp_path / "r", epochs=1))
+
+
+def test_a_run_that_came_and_went_while_another_started_is_not_overwritten(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = configure(shards, tmp_path / "r", epochs=1)
+    original = trainer_module.lock_run
+
+    def lock_after_another_run(out: Path) -> TextIO | None:
+        monkeypatch.setattr(trainer_module, "lock_run", original)
+        train_here(late)
+        return original(out)
+
+    monkeypatch.setattr(trainer_module, "lock_run", lock_after_another_run)
+    with pytest.raises(JobError, match=r"already holds a run \(up to step-00000008\)"):
+        train_here(late)
 
 
 def test_another_class_map_is_refused_and_init_from_matches_cells(
@@ -370,6 +394,69 @@ def test_a_signal_saves_and_leaves_with_0_and_the_run_goes_on_as_if_nothing_happ
     assert len(read_losses(tmp_path / "r")) == stopped
     train_here(configure(shards, tmp_path / "r", epochs=6, resume=True))
     assert read_losses(tmp_path / "r") == read_losses(whole.config.out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_the_start_leaves_with_0_and_a_line(
+    shards: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    process = start_training(arguments(shards, tmp_path / "r"))
+    while not catches(process.pid, number):
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    assert out == f"stopped by {number.name} before the first step: nothing to save\n"
+
+
+def catches(process: int, number: signal.Signals) -> bool:
+    """Whether a process has a handler for a signal."""
+    (mask,) = re.findall(r"SigCgt:\s*(\w+)", Path(f"/proc/{process}/status").read_text())
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["last step of an epoch", "validation", "saving"])
+def test_an_epoch_that_a_signal_cut_at_its_end_ends_in_the_resumed_run_as_if_nothing_happened(
+    shards: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    settings = {"epochs": 3, "val_queries": queries, "val_batch_size": 4, "keep": 9, "patience": 1}
+    whole = train_here(configure(shards, tmp_path / "whole", **settings))
+    step, read, save = engine_module.Engine.step, validation_module.read_queries, trainer_module.save_run
+
+    def ask() -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def step_and_ask(self, number, *batch, **options):  # type: ignore[no-untyped-def]
+        outcome = step(self, number, *batch, **options)
+        if number == 6 and moment == "last step of an epoch":
+            ask()
+        return outcome
+
+    def read_and_ask(*of, **options):  # type: ignore[no-untyped-def]
+        for count, batch in enumerate(read(*of, **options)):
+            if count == 1 and moment == "validation":
+                ask()
+            yield batch
+
+    def save_and_ask(*of, **options):  # type: ignore[no-untyped-def]
+        if moment == "saving":
+            ask()
+        save(*of, **options)
+
+    with monkeypatch.context() as patch, Interruption() as interruption:
+        patch.setattr(engine_module.Engine, "step", step_and_ask)
+        patch.setattr(validation_module, "read_queries", read_and_ask)
+        patch.setattr(trainer_module, "save_run", save_and_ask)
+        stopped = train_here(configure(shards, tmp_path / "r", **settings), interruption)
+        assert interruption.received == "SIGTERM"
+    assert stopped.progress.step == (9 if moment == "saving" else 8)
+    resumed = train_here(configure(shards, tmp_path / "r", resume=True, **settings))
+    assert read_losses(tmp_path / "r") == read_losses(tmp_path / "whole")
+    assert resumed.progress == whole.progress
+    assert resumed.engine.rates.state_dict() == whole.engine.rates.state_dict()
+    assert (tmp_path / "r" / "best.json").read_text() == (tmp_path / "whole" / "best.json").read_text()
 
 
 if __name__ == "__main__":

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import simplejpeg
 from accelerate.state import AcceleratorState
 
@@ -16,6 +20,7 @@ from shards.dataset import Dataset, Manifest
 from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST, sample_key, shard_stem
 from shards.names import PhotoName, format_name
 from shards.writer import ShardWriter, publish_shard
+from training.interruption import Interruption
 from training.presets import TrainConfig
 from training.trainer import Trainer
 
@@ -138,9 +143,22 @@ def configure(shards: Path, out: Path, **values: object) -> TrainConfig:
     return TrainConfig(shards=str(shards), out=out, **{**settings, "cpu": True, **values})  # type: ignore[arg-type]
 
 
-def train_here(config: TrainConfig) -> Trainer:
+def train_here(config: TrainConfig, interruption: Interruption | None = None) -> Trainer:
     """Train in this process; Accelerate's state, of which there is one a process, is cleared first."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    trainer = Trainer(config)
+    trainer = Trainer(config, interruption)
     trainer.run()
     return trainer
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[Path]:
+    """A file system of 64 MB; skips the test where this process may not mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

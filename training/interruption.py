@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interruption:
-    """Within this context the signals only leave their name in `received`; the training loop looks at it."""
+    """Within this context the signals do not kill: before `begin` they end the process at once with exit code 0 and a
+    line, since there is nothing to save yet; after it they only leave their name in `received`, at which the training
+    loop looks."""
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._begun = False
 
     def __enter__(self) -> Interruption:
+        # A thread, since a handler waits for the main thread, which may wait in C for another machine to join.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        self._previous_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        threading.Thread(target=self._leave_at_start, args=(reader,), daemon=True, name="signals").start()
         return self
 
     def __exit__(
@@ -23,6 +33,21 @@ class Interruption:
     ) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        os.close(signal.set_wakeup_fd(self._previous_fd))  # the thread ends with its pipe
+
+    def begin(self) -> None:
+        """From now on there is something to save: signals are left to the training loop."""
+        self._begun = True
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+
+    def _leave_at_start(self, reader: int) -> None:
+        while numbers := os.read(reader, 64):
+            asked = [number for number in numbers if number in SIGNALS]
+            if asked and not self._begun:
+                if os.environ.get("RANK", "0") == "0":
+                    name = signal.Signals(asked[0]).name
+                    os.write(1, f"stopped by {name} before the first step: nothing to save\n".encode())
+                os._exit(0)
+        os.close(reader)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import socket
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -18,13 +22,14 @@ from training.presets import TrainConfig
 
 CONFIG = "config.json"
 LOSSES = "losses.txt"
+LOCK = ".lock"
 
 
 def check_run_folder(out: Path, resume: bool) -> None:
     """JobError where `out` is no place for this run: another run without `--resume`, a file, a foreign folder."""
     if out.exists() and not out.is_dir():
         raise JobError(f"--out {out}: is a file; name a folder")
-    if not out.is_dir() or not any(out.iterdir()):
+    if not out.is_dir() or all(path.name == LOCK for path in out.iterdir()):
         return
     if not (out / CONFIG).exists() and not (out / "checkpoints").is_dir():
         raise JobError(f"--out {out}: holds files that are no run; name an empty folder")
@@ -34,9 +39,39 @@ def check_run_folder(out: Path, resume: bool) -> None:
         raise JobError(f"--out {out}: already holds a run ({state}); give --resume to go on, or another --out")
 
 
-def begin_run(out: Path, config: TrainConfig) -> None:
-    """Create the folder, clear what a killed process left half-written, and record configuration and origin."""
+def lock_run(out: Path) -> TextIO | None:
+    """Keep other trainings out of `out`, which is created, until the returned file is closed or this process ends.
+
+    The kernel, or the server of a network file system, drops the lock with the process, however that ends. None on a
+    file system that has no locks. JobError where another process has the run; it is named.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    file = (out / LOCK).open("a+")
+    try:
+        # Not flock: this form crosses NFS, and a child process that outlives this one does not keep it.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.seek(0)
+        holder = file.read(200).strip() or "another process"
+        file.close()
+        raise JobError(
+            f"--out {out}: {holder} is training there now; wait for its end or stop it, or give another --out"
+        ) from error
+    except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP
+        file.close()
+        return None
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:
+        error.filename = str(out / LOCK)  # a full disk's error names no file
+        raise
+    return file
+
+
+def begin_run(out: Path, config: TrainConfig) -> None:
+    """Clear what a killed process left half-written, and record configuration and origin."""
     remove_partials(out)
     atomic_write_json(out / CONFIG, config.to_json())
     atomic_write_json(out / "provenance.json", provenance())
@@ -46,25 +81,27 @@ class LossFile:
     """RUN/losses.txt: one line a step, the step and the batch's mean loss (`nan` for a skipped step)."""
 
     def __init__(self, out: Path, first_step: int) -> None:
-        path = out / LOSSES
+        self.path = out / LOSSES
+        self.waiting: list[str] = []
         kept = []
-        if path.exists():
-            lines = path.read_text().splitlines()
+        if self.path.exists():
+            lines = self.path.read_text().splitlines()
             kept = [line for line in lines if line.split(" ")[0].isdigit() and int(line.split(" ")[0]) < first_step]
-        atomic_write_text(path, "".join(f"{line}\n" for line in kept))
-        self.file = path.open("a")
+        atomic_write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def add(self, step: int, loss: float) -> None:
         """Add a step's loss with all its digits."""
-        self.file.write(f"{step} {loss!r}\n")
+        self.waiting.append(f"{step} {loss!r}\n")
 
     def flush(self) -> None:
-        """Hand the lines to the operating system."""
-        self.file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+        """Write the lines added since the last time. OSError, with the file's name, where they cannot be."""
+        lines, self.waiting = self.waiting, []
+        try:
+            with self.path.open("a") as file:
+                file.writelines(lines)
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
 
 def read_losses(out: Path) -> list[float]:

@@ -28,6 +28,7 @@ from training.distributed import World, average_batch_norm
 from training.engine import Engine
 from training.presets import FIXED_BY_WEIGHTS, TrainConfig, changes, fields_that_differ
 from training.progress import Progress
+from training.run_folder import LossFile
 
 HEAD_STATE = "heads."
 
@@ -105,8 +106,8 @@ def _restore(saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
     engine.bank.restore(saved.heads, tensors)
 
 
-def save_run(run: RunState, progress: Progress, *, best_by: str | None = None) -> None:
-    """Write a checkpoint of the run as it is, mark it as the best one by `best_by`, drop old ones.
+def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best_by: str | None = None) -> None:
+    """Write the losses and a checkpoint of the run as it is, mark it as the best one by `best_by`, drop old ones.
 
     All ranks must call it; rank 0 writes. JobError where that fails, naming the last whole checkpoint.
     """
@@ -115,6 +116,8 @@ def save_run(run: RunState, progress: Progress, *, best_by: str | None = None) -
     if run.world.is_main:
         out = run.config.out
         try:
+            if losses is not None:
+                losses.flush()
             path = save_checkpoint(out, _checkpoint(run, progress, heads, head_state))
             if best_by is not None:
                 mark_best(out, path, best_by, float(progress.best or 0.0))

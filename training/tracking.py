@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,17 @@ PROJECT = "tensorboard"
 
 
 class Tracker:
-    """Curves and pictures of a run, through Accelerate's tracker named by `--tracker`; silent for "none"."""
+    """Curves and pictures of a run, through Accelerate's tracker named by `--tracker`; silent for "none".
 
-    def __init__(self, accelerator: Accelerator, config: TrainConfig, first_step: int) -> None:
+    Where they can no longer be written, `say` gets one line, and training goes on without them.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, config: TrainConfig, first_step: int, say: Callable[[str], None]
+    ) -> None:
         self.accelerator = accelerator
         self.config = config
+        self.say = say
         self.active = config.tracker != "none"
         if not self.active:
             return
@@ -38,21 +46,34 @@ class Tracker:
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add points to curves."""
         if self.active:
-            self.accelerator.log(values, step=step)
+            with self._going_on_without():
+                self.accelerator.log(values, step=step)
 
     def picture(self, name: str, image: np.ndarray, step: int) -> None:
         """Add a picture, uint8 [H, W, 3] RGB, where the tracker takes pictures."""
         writer = self._tensorboard()
         if writer is not None:
-            writer.add_image(name, image, global_step=step, dataformats="HWC")
+            with self._going_on_without():
+                writer.add_image(name, image, global_step=step, dataformats="HWC")
 
     def finish(self, metrics: dict[str, float]) -> None:
         """Write the hyper-parameters with the run's final metrics, close the tracker and leave the process group."""
         writer = self._tensorboard()
         if writer is not None:
             finals = {f"final/{name}": value for name, value in metrics.items()}
-            writer.add_hparams(self.hparams, finals, run_name=".")
-        self.accelerator.end_training()
+            with self._going_on_without():
+                writer.add_hparams(self.hparams, finals, run_name=".")
+        with self._going_on_without():
+            self.accelerator.end_training()
+
+    @contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if self.active:
+                self.say(f"the curves stop here, training goes on ({error.strerror or error})")
+            self.active = False
 
     def _tensorboard(self) -> Any:
         if not self.active or self.config.tracker != "tensorboard" or not self.accelerator.is_main_process:

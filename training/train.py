@@ -5,14 +5,17 @@ accelerate launch training/train.py --shards DIR --out RUN ...
 """
 
 from shards.console import entry
-from training.presets import read_config
-from training.trainer import Trainer
+from training.interruption import Interruption
 
 
 def main() -> None:
     """Read the configuration and train."""
-    config = read_config()
-    Trainer(config).run()
+    with Interruption() as interruption:
+        from training.presets import read_config  # these imports take seconds, in which signals come too
+        from training.trainer import Trainer
+
+        config = read_config()
+        Trainer(config, interruption).run()
 
 
 if __name__ == "__main__":

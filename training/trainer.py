@@ -6,11 +6,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 
-from shards.console import JobError, format_duration
+from shards.console import JobError, describe_os_error, format_duration
 from shards.dataset import Dataset
 from shards.loader import Batch, default_threads
 from training.assembly import (
@@ -30,7 +30,7 @@ from training.engine import StepOutcome
 from training.interruption import Interruption
 from training.presets import TrainConfig
 from training.progress import Progress, Timing
-from training.run_folder import LossFile, begin_run, check_run_folder, start_from
+from training.run_folder import LossFile, begin_run, check_run_folder, lock_run, start_from
 from training.schedules import make_schedule
 from training.snapshot import RunState, resume_latest, save_run
 from training.tracking import Tracker, batch_picture, check_tracker, epoch_line, error_map, pace
@@ -42,7 +42,8 @@ _SILENCE_SECONDS = 30.0  # of an epoch, after which a line says that it goes on
 class Trainer:
     """One training run of this process among those of its launch. `run` trains to the end or to a signal."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, interruption: Interruption | None = None) -> None:
+        self.interruption = interruption or Interruption()  # one that is not entered receives nothing
         check_tracker(config.tracker)
         check_run_folder(config.out, config.resume)
         dataset = Dataset.open(config.shards)
@@ -60,13 +61,15 @@ class Trainer:
         )
         self.validator: Validator | None = None
         if config.val_queries is not None:
-            self.validator = Validator(config, self.classes, self.world, config.threads or default_threads())
+            self.validator = Validator(
+                config, self.classes, self.world, config.threads or default_threads(), self.interruption
+            )
         self.engine = make_engine(config, self.classes, self.accelerator, self.world)
         self.loader = make_loader(config, dataset, self.schedule, self.accelerator, self.world)
         self.total_steps = config.epochs * config.iterations_per_epoch
         self.run_state = RunState(config, self.classes, self.engine, self.world)
         self.progress = self._begin()
-        self.tracker = Tracker(self.accelerator, config, self.progress.step)
+        self.tracker = Tracker(self.accelerator, config, self.progress.step, self.say)
         self.loss_file = LossFile(config.out, self.progress.step) if self.world.is_main else None
         self.metrics: dict[str, float] = {}
         self.timing = Timing(config.batch_size)
@@ -75,13 +78,26 @@ class Trainer:
 
     def _begin(self) -> Progress:
         """Go on where the run was left, start from another run's weights, or start anew; then open the folder."""
-        self.world.barrier()
+        self.lock = self._lock()
         progress = resume_latest(self.run_state, self.say) if self.config.resume else None
         if progress is None and self.config.init_from is not None:
             self.say(start_from(self.config.init_from, self.engine.model, self.engine.bank, self.classes))
         if self.world.is_main:
             begin_run(self.config.out, self.config)
         return progress or Progress()
+
+    def _lock(self) -> TextIO | None:
+        """Keep other trainings out of the folder; JobError on every rank where rank 0 is kept out."""
+        lock, reason = None, None
+        if self.world.is_main:
+            try:
+                lock = lock_run(self.config.out)
+                check_run_folder(self.config.out, self.config.resume)  # a run may have come and gone since the first
+            except JobError as error:
+                reason = str(error)
+        if (refused := self.world.gather(reason)[0]) is not None:
+            raise JobError(refused)
+        return lock
 
     def say(self, message: str) -> None:
         """Print a line on the main process."""
@@ -96,19 +112,19 @@ class Trainer:
         stopped = False
         with ExitStack() as stack:
             stack.callback(self._close)
-            interruption = stack.enter_context(Interruption())
             profiler = stack.enter_context(make_profiler(self.config)) if self._profiles() else None
             batches = self.loader.batches(first_step, self.total_steps)
-            while self.progress.step < self.total_steps and not self.engine.rates.exhausted:
-                stopped = self._run_epoch(batches, interruption, profiler)
-                if stopped:
-                    break
-                done = self.progress.step - first_step
-                left = (time.monotonic() - begun_at) / done * (self.total_steps - self.progress.step)
-                self._end_epoch(left)
+            self.interruption.begin()
+            while not stopped and not self._finished():
+                if not self._at_end_of_epoch():  # where a signal cut a run short there, its end comes first
+                    stopped = self._run_epoch(batches, profiler)
+                if not stopped:
+                    done = max(1, self.progress.step - first_step)
+                    left = (time.monotonic() - begun_at) / done * (self.total_steps - self.progress.step)
+                    stopped = self._end_epoch(left)
             if stopped:
                 self._save()
-                name = interruption.received or "a signal to another process"
+                name = self.interruption.received or "a signal to another process"
                 self.say(
                     f"stopped by {name} after step {self.progress.step:,}; saved in "
                     f"{list_checkpoints(self.config.out)[0] if self.world.is_main else ''}; go on with --resume"
@@ -117,7 +133,14 @@ class Trainer:
                 self._say_end(time.monotonic() - begun_at)
             self.tracker.finish(self.metrics)
 
-    def _run_epoch(self, batches: Iterator[Batch], interruption: Interruption, profiler: Any) -> bool:
+    def _at_end_of_epoch(self) -> bool:
+        return self.progress.step % self.config.iterations_per_epoch == 0 and bool(self.progress.counts)
+
+    def _finished(self) -> bool:
+        ended = self.progress.step >= self.total_steps or self.engine.rates.exhausted
+        return ended and not self._at_end_of_epoch()
+
+    def _run_epoch(self, batches: Iterator[Batch], profiler: Any) -> bool:
         """Train to the end of the epoch; True where a signal cut it short."""
         config, progress = self.config, self.progress
         epoch = progress.step // config.iterations_per_epoch
@@ -133,7 +156,7 @@ class Trainer:
                 batch.images.to(self.world.device, non_blocking=True),
                 batch.labels.to(self.world.device, non_blocking=True),
                 batch.groups,
-                asked_to_stop=interruption.received is not None,
+                asked_to_stop=self.interruption.received is not None,
                 want_norm=log,
             )
             self.timing.add(batch.wait_seconds)
@@ -177,7 +200,8 @@ class Trainer:
                 "lower --lr or --head-lr, or use --grad-clip or --precision fp32"
             )
 
-    def _end_epoch(self, seconds_left: float) -> None:
+    def _end_epoch(self, seconds_left: float) -> bool:
+        """Validate, save and tell; True where a signal cut the validation short, and nothing was done."""
         config, progress = self.config, self.progress
         epoch = progress.step // config.iterations_per_epoch - 1
         groups = "all groups" if config.schedule == "joint" else f"group {next(iter(progress.counts), '-')}"
@@ -186,12 +210,16 @@ class Trainer:
         values = {f"epoch/loss/group-{g:02d}": progress.losses[g] / n for g, n in progress.counts.items()}
         values |= {f"epoch/accuracy/group-{g:02d}": 100 * progress.hits[g] / n for g, n in progress.counts.items()}
         values |= {"epoch/loss/all": loss, "epoch/accuracy/all": accuracy, "epoch/skipped_steps": progress.skipped}
+        recall, due = None, (epoch + 1) % config.val_every == 0
+        if self.validator is not None and (due or progress.step >= self.total_steps):
+            recall, stopped = self._validate(values)
+            if stopped:
+                return True
         self.engine.rates.end_epoch(loss)
         progress.end_epoch()
+        if self.validator is not None and self.engine.rates.exhausted and not due:  # known only now to be the last
+            recall, _ = self._validate(values)
         last = progress.step >= self.total_steps or self.engine.rates.exhausted
-        recall = None
-        if self.validator is not None and ((epoch + 1) % config.val_every == 0 or last):
-            recall = self._validate(values)
         self.tracker.scalars(values, progress.step)
         self.metrics |= {"loss": loss, "accuracy": accuracy}
         better = self._is_better(recall)
@@ -211,13 +239,16 @@ class Trainer:
                 seconds_left=seconds_left,
             )
         )
+        return False
 
-    def _validate(self, values: dict[str, float]) -> float | None:
-        """LR@1 in percent on every rank; adds LR@N to `values`."""
+    def _validate(self, values: dict[str, float]) -> tuple[float | None, bool]:
+        """LR@1 in percent on every rank, and whether a signal cut it short; adds LR@N to `values`."""
         assert self.validator is not None
         average_batch_norm(self.engine.model, self.world)
         with self.engine.averaged(), self.accelerator.autocast():
-            outcome = self.validator.validate(self.engine.model, self.engine.bank)
+            outcome, stopped = self.validator.validate(self.engine.model, self.engine.bank)
+        if stopped:
+            return None, True
         if (unreadable := self.validator.describe_unreadable()) is not None:
             self.say(unreadable)
         recall = None
@@ -230,7 +261,7 @@ class Trainer:
             values["val/median_error_m"] = float(np.median(errors)) if len(errors) else math.nan
             picture = error_map(self.classes, self.validator.queries, outcome)
             self.tracker.picture("val/error_map", picture, self.progress.step)
-        return self.world.gather(recall)[0]
+        return self.world.gather(recall)[0], False
 
     def _is_better(self, recall: float | None) -> bool:
         """Whether this epoch is the best so far: by LR@1, or without validation queries by the groups' mean loss.
@@ -250,10 +281,8 @@ class Trainer:
         return True
 
     def _save(self, best: bool = False) -> None:
-        if self.loss_file is not None:
-            self.loss_file.flush()
         metric = "LR@1 on the validation queries" if self.validator else "minus the groups' mean loss"
-        save_run(self.run_state, self.progress, best_by=metric if best else None)
+        save_run(self.run_state, self.progress, self.loss_file, best_by=metric if best else None)
 
     def _log_step(self, step: int, batch: Batch, outcome: StepOutcome) -> None:
         engine, timing = self.engine, self.timing
@@ -322,4 +351,9 @@ class Trainer:
     def _close(self) -> None:
         self.loader.close()
         if self.loss_file is not None:
-            self.loss_file.close()
+            try:
+                self.loss_file.flush()
+            except OSError as error:
+                self.say(f"the last losses are lost: {describe_os_error(error)}")
+        if self.lock is not None:
+            self.lock.close()

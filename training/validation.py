@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from shards.classes import ClassTable
 from shards.console import JobError
 from training.distributed import World
 from training.head_bank import HeadBank
+from training.interruption import Interruption
 from training.presets import TrainConfig
 from training.queries import Queries, QueryBatch, list_queries, query_size, read_queries
 from training.scoring import (
@@ -34,12 +36,15 @@ class Validator:
     weights it holds, and rank 0 merges the rankings, so no head travels.
     """
 
-    def __init__(self, config: TrainConfig, classes: ClassTable, world: World, threads: int) -> None:
+    def __init__(
+        self, config: TrainConfig, classes: ClassTable, world: World, threads: int, interruption: Interruption
+    ) -> None:
         assert config.val_queries is not None
         self.config = config
         self.classes = classes
         self.world = world
         self.threads = threads
+        self.interruption = interruption
         self.queries: Queries = list_queries(config.val_queries, classes.zone)
         if not self.queries.located.any():
             raise JobError(f"{config.val_queries}: no validation query has usable coordinates in its name")
@@ -48,9 +53,12 @@ class Validator:
         self.unreadable: dict[int, str] = {}
         self.told = False
 
-    def validate(self, model: nn.Module, bank: HeadBank) -> QueryScores | None:
-        """LR@N of model and heads as they are: on rank 0, None on the others. All ranks must call it."""
+    def validate(self, model: nn.Module, bank: HeadBank) -> tuple[QueryScores | None, bool]:
+        """LR@N of model and heads as they are: on rank 0, None on the others; True where a signal to any rank cut it
+        short. All ranks must call it."""
         described = describe_batches(model, self._batches(), len(self.mine), device=self.world.device)
+        if any(self.world.gather(self.interruption.received is not None)):
+            return None, True
         own = (self.mine, described.vectors.numpy(), described.readable, self.unreadable)
         everyone = self.world.gather(own)
         vectors = np.zeros((len(self.queries), max(part.shape[1] for _, part, _, _ in everyone)), np.float32)
@@ -65,14 +73,14 @@ class Validator:
         ranking = rank_classes(descriptors.vectors, blocks, top_k=top, device=self.world.device)
         parts = [part for part in self.world.gather(ranking) if part[0].numel()]
         if not self.world.is_main:
-            return None
+            return None, False
         rows, scores = merge_rankings(parts, top)
-        return assess_ranking(rows.numpy(), scores.numpy(), readable, self.classes, self.queries)
+        return assess_ranking(rows.numpy(), scores.numpy(), readable, self.classes, self.queries), False
 
     def _batches(self) -> Iterator[QueryBatch]:
-        """This rank's queries; kept decoded as long as they fit in `CACHE_BYTES`."""
+        """This rank's queries, up to a signal; kept decoded as long as they fit in `CACHE_BYTES`."""
         if self.cache is not None:
-            yield from self.cache
+            yield from takewhile(lambda _: self.interruption.received is None, self.cache)
             return
         kept: list[QueryBatch] | None = []
         size = 0
@@ -89,6 +97,8 @@ class Validator:
             else:
                 kept = None
             yield batch
+            if self.interruption.received is not None:
+                return
         self.cache = kept
 
     def describe_unreadable(self) -> str | None:
