@@ -146,7 +146,7 @@ class _Worker:
         for counter, value in zip(self.counters, (photos, bad, source_bytes), strict=True):
             if value:
                 with counter.get_lock():
-                    counter.value += value
+                    counter.get_obj().value += value
         return not self.stop.is_set()
 
 

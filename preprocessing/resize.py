@@ -21,6 +21,7 @@ ResizeFilter = Literal["fast", "bicubic", "lanczos"]
 MAX_FILE_BYTES = 1 << 28
 MAX_PIXELS = 1 << 27
 _MAX_SCANS = 64
+_TABLES_AND_COMMENTS = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 _MOST_CUBIC = 1.6  # scaled decoding leaves less than a factor of 2, of which this much needs no area filter
 _PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 _ORIENTATION_TAG = 0x0112
@@ -88,7 +89,7 @@ class Resizer:
         except ValueError as error:
             raise _bad_jpeg(data, error) from None
         self._check_size(width, height)
-        if data.count(b"\xff\xda") > _MAX_SCANS:
+        if not _is_one_scan(data) and data.count(b"\xff\xda") > _MAX_SCANS:
             raise BadPhoto("too large", f"a JPEG of more than {_MAX_SCANS} scans")
         return height, width, colorspace
 
@@ -142,6 +143,22 @@ def _bad_jpeg(data: bytes, error: ValueError) -> BadPhoto:
 def is_whole(jpeg: bytes) -> bool:
     """Whether a JPEG ends with its end-of-image marker, zeros after it aside."""
     return jpeg.rstrip(b"\0").endswith(b"\xff\xd9")
+
+
+def _is_one_scan(jpeg: bytes) -> bool:
+    """Whether the decoder ends after the first scan: a baseline or extended frame whose first scan has all of its
+    components. To look costs a tenth of what counting the scans of any JPEG does."""
+    place, components = 2, 0
+    while place + 9 < len(jpeg) and jpeg[place] == 0xFF:
+        marker = jpeg[place + 1]
+        if marker == 0xDA:
+            return jpeg[place + 4] == components
+        if marker in (0xC0, 0xC1):
+            components = jpeg[place + 9]
+        elif marker not in _TABLES_AND_COMMENTS:
+            return False
+        place += 2 + (jpeg[place + 2] << 8) + jpeg[place + 3]
+    return False
 
 
 def _orientation(jpeg: bytes) -> int:

@@ -107,13 +107,18 @@ def read_photo(path: Path, folder: Path | None = None) -> bytes:
     there and neither is anything else in `folder` (by default the photo's own)."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, "rb", buffering=0) as file:
+        try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise BadPhoto("not a regular file")
             if status.st_size > MAX_FILE_BYTES:
                 raise BadPhoto("too large", f"a file of {status.st_size} bytes")
-            return file.read()
+            data = os.read(descriptor, status.st_size)
+            while len(data) < status.st_size and (rest := os.read(descriptor, status.st_size - len(data))):
+                data += rest  # a network file system may give less at a time
+            return data
+        finally:
+            os.close(descriptor)
     except ValueError:  # a NUL character in a list's path
         raise BadPhoto("unreadable", "no possible name of a file") from None
     except OSError as error:

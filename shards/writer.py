@@ -18,20 +18,28 @@ _RECORD = 20 * _BLOCK
 _PADDING = bytes(_BLOCK)
 
 
-def tar_header(name: str, size: int) -> bytes:
-    """A plain ustar header of 512 bytes with fixed metadata: mode 0444, owner 0, time 0 (POSIX.1-1988)."""
+def _tar_template() -> bytes:
+    """A header without name, size and checksum: a file, mode 0444, owner 0, time 0 (POSIX.1-1988, ustar)."""
     header = bytearray(_BLOCK)
-    encoded = name.encode("ascii")
-    header[: len(encoded)] = encoded
-    octal = {100: (7, 0o444), 108: (7, 0), 116: (7, 0), 124: (11, size), 136: (11, 0), 329: (7, 0), 337: (7, 0)}
-    for position, (digits, value) in octal.items():  # mode, owner, group, size, time, device numbers
+    for position, (digits, value) in {100: (7, 0o444), 108: (7, 0), 116: (7, 0), 136: (11, 0)}.items():
         header[position : position + digits] = f"{value:0{digits}o}".encode()
-    header[156:157] = b"0"
-    header[257:262] = b"ustar"
-    header[263:265] = b"00"
+    for position in (329, 337):  # device numbers
+        header[position : position + 7] = b"0" * 7
     header[148:156] = b" " * 8
-    header[148:156] = b"%06o\x00 " % sum(header)
+    header[156:157] = b"0"
+    header[257:265] = b"ustar\x0000"
     return bytes(header)
+
+
+_TEMPLATE = _tar_template()
+_TEMPLATE_SUM = sum(_TEMPLATE)
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """A plain ustar header of 512 bytes with fixed metadata; `name`: at most 100 ASCII characters, `size`: bytes."""
+    encoded, digits = name.encode("ascii"), b"%011o" % size
+    total = b"%06o\x00 " % (_TEMPLATE_SUM + sum(encoded) + sum(digits))
+    return b"".join((encoded, _TEMPLATE[len(encoded) : 124], digits, _TEMPLATE[135:148], total, _TEMPLATE[156:]))
 
 
 @dataclass

@@ -116,11 +116,27 @@ def test_a_picture_of_a_thousand_megapixels_is_refused_before_it_is_decoded():
             RESIZER(data)
 
 
-def test_a_jpeg_of_very_many_scans_is_refused():
+@pytest.mark.parametrize("kind", ["progressive", "a component a scan"])
+def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(kind):
+    data = bytearray(saved(Image.fromarray(picture(128, 1)), format="JPEG", progressive=kind == "progressive"))
+    scan = data.rindex(b"\xff\xda")
+    if kind != "progressive":
+        data[scan : scan + 14] = b"\xff\xda\0\x08\1\1\0\0\x3f\0"
+    with pytest.raises(BadPhoto, match="more than 64 scans"):
+        RESIZER(bytes(data[:scan] + data[scan:-2] * 100 + data[-2:]))
+
+
+def test_further_scans_after_a_whole_one_are_refused():
     data = jpeg(128, 1)
-    scan = data.index(b"\xff\xda")
-    with pytest.raises(BadPhoto, match="scans"):
-        RESIZER(data[:scan] + data[scan:-2] * 100 + data[-2:])
+    with pytest.raises(BadPhoto, match="unreadable"):
+        RESIZER(data[:-2] + data[data.index(b"\xff\xda") :])
+
+
+def test_scans_are_not_counted_in_thumbnails_comments_and_second_pictures():
+    plain = jpeg(128, 1)
+    comment = b"\xff\xfe" + (2 + 200).to_bytes(2, "big") + b"\xff\xda" * 100
+    for data in (plain[:2] + comment + plain[2:], plain + comment):
+        assert RESIZER(data) == RESIZER(plain)
 
 
 def test_flipped_bytes_never_crash_and_never_pass_as_another_size():
