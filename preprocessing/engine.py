@@ -22,7 +22,7 @@ from preprocessing.sources import Source
 from shards.console import JobError
 from shards.layout import shard_stem
 from shards.mirror import scratch_folder
-from shards.store import Store
+from shards.store import Store, answered
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 1.0
@@ -78,7 +78,7 @@ def run_tasks(
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     counters = [context.Value("q", 0) for _ in range(3)]
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, stop, counters, os.getpid()))
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (job, stop, counters, answered, os.getpid()))
     running: set[Future[ShardResult]] = set()
     try:
         for task in tasks:
@@ -153,13 +153,16 @@ class _Worker:
 _worker: _Worker
 
 
-def _start_worker(job: Job, stop: Event, counters: list["Synchronized[int]"], parent: int) -> None:
+def _start_worker(
+    job: Job, stop: Event, counters: list["Synchronized[int]"], answered_before: set[str], parent: int
+) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     cv2.setNumThreads(1)
+    answered.update(answered_before)
     _worker = _Worker(job, stop, counters)
 
 

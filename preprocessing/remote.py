@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from preprocessing.photos import PHOTO_EXTENSIONS, Listing, load_listing
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
-from shards.store import Store, patiently
+from shards.store import Store
 
 _witnesses: dict[str, str] = {}  # by URL: the photo that this process read last
 
@@ -22,7 +22,7 @@ def list_remote(url: str, cache: Path | None, progress: Callable[[int], None]) -
         return listing
     store = Store.at(url)
     try:
-        found = sorted(patiently(lambda: store.files.find(store.root)))
+        found = sorted(store.ask(lambda: store.files.find(store.root)))
     except Exception as error:  # each file system has errors of its own
         raise store.lost(error) from None
     below = [name.removeprefix(store.root).lstrip("/") for name in found]

@@ -2,8 +2,10 @@
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +23,11 @@ PARALLEL = 16
 _WHOLE_OR_NOTHING = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"}  # what a put is there
 _PAUSES = (0.2, 1.0, 3.0)  # seconds before asking again
 _LATER = (408, 425, 429)  # the only statuses of HTTP from 400 to 499 that another time may not have
+_FIRST_ANSWER = 45.0  # seconds that a store has for its first answer in this process
 _SILENCE = 30.0  # seconds without a byte after which a request over HTTP has failed
+
+answered: set[str] = set()
+"""URLs of stores that have answered this process, or the one that started it."""
 
 T = TypeVar("T")
 
@@ -47,10 +53,24 @@ class Store:
     def __getstate__(self) -> dict[str, str]:
         return {"url": self.url}
 
+    def ask(self, request: Callable[[], T]) -> T:
+        """The result of a request for which a moment's fault of the network is waited out; of one to a store that has
+        not answered anything yet, not for longer than `_FIRST_ANSWER` seconds (then a `TimeoutError`)."""
+        if self.url in answered:
+            return _patiently(request)
+        try:
+            result = _in_time(lambda: _patiently(request), _FIRST_ANSWER)
+        except Exception as error:  # each file system has errors of its own
+            if _is_final(error):
+                answered.add(self.url)
+            raise
+        answered.add(self.url)
+        return result
+
     def read(self, name: str) -> bytes:
         """A file's bytes; raises `FileNotFoundError`, and `JobError` where it cannot be read."""
         try:
-            return patiently(lambda: self.files.cat_file(self._path(name)))
+            return self.ask(lambda: self.files.cat_file(self._path(name)))
         except FileNotFoundError:
             raise
         except Exception as error:  # each file system has errors of its own
@@ -61,7 +81,7 @@ class Store:
         gone), and `JobError` where all of the store is out of reach: where `witness`, a file that was there, cannot
         be read either."""
         try:
-            return patiently(lambda: self.files.cat_file(self._path(name), start=begin, end=begin + length))
+            return self.ask(lambda: self.files.cat_file(self._path(name), start=begin, end=begin + length))
         except Exception as error:  # each file system has errors of its own
             if _begins_after_the_end(error):
                 return b""
@@ -72,6 +92,8 @@ class Store:
 
     def _is_there(self, witness: str | None, error: Exception) -> bool:
         """Whether the store can be read although a file gave `error`; without a witness a definite answer tells."""
+        if self.url not in answered:
+            return False
         if witness is None:
             return _is_final(error) and (self._protocol in ("http", "https") or self.files.exists(self.root))
         try:
@@ -83,7 +105,7 @@ class Store:
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to `path`; raises as `read` does."""
         try:
-            patiently(lambda: self.files.get_file(self._path(name), str(path)))
+            self.ask(lambda: self.files.get_file(self._path(name), str(path)))
         except FileNotFoundError:
             raise
         except Exception as error:  # each file system has errors of its own
@@ -93,7 +115,7 @@ class Store:
         """Bytes of every file below the URL, by name, as they are now; raises `JobError` where listing them fails."""
         self.files.invalidate_cache()
         try:
-            found = patiently(lambda: self.files.find(self.root, detail=True))
+            found = self.ask(lambda: self.files.find(self.root, detail=True))
         except FileNotFoundError:
             return {}
         except Exception as error:  # each file system has errors of its own
@@ -106,7 +128,7 @@ class Store:
         target = self._path(name)
         try:
             if self._protocol in _WHOLE_OR_NOTHING:
-                patiently(lambda: self.files.put_file(str(path), target))
+                self.ask(lambda: self.files.put_file(str(path), target))
                 return
             folder, _, last = target.rpartition("/")
             partial = f"{folder}/.{last}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
@@ -161,7 +183,26 @@ def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__} {error}".split())[:300]
 
 
-def patiently(request: Callable[[], T]) -> T:
+def _in_time(request: Callable[[], T], seconds: float) -> T:
+    """The request's result; raises `TimeoutError` where there is none in time, and leaves the request to itself."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(request())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return outcome.result(seconds)
+    except TimeoutError:
+        if outcome.done():  # the request's own
+            raise
+        raise TimeoutError(f"no answer within {seconds:.0f} s") from None
+
+
+def _patiently(request: Callable[[], T]) -> T:
     """The request's result, asked for again after a pause where a network may have failed for a moment."""
     for pause in _PAUSES:
         try:

@@ -169,6 +169,31 @@ def test_a_server_that_never_answers_is_named(server, tmp_path):
         write(server, tmp_path)
 
 
+@pytest.fixture
+def silence(server) -> Iterator[threading.Event]:
+    """Set at the end: until then the faults that wait for it are silent."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_a_server_that_is_silent_from_the_first_request_is_named_without_asking_on(
+    server, tmp_path, silence, monkeypatch
+):
+    monkeypatch.setattr("shards.store._FIRST_ANSWER", 0.3)
+    server.fault = lambda name, attempt: silence.wait() and None
+    with pytest.raises(JobError, match=rf"{server.url}: cannot be read \(TimeoutError no answer within"):
+        write(server, tmp_path)
+    assert server.asked.total() == 1
+
+
+def test_a_server_that_has_answered_may_be_silent_for_longer(server, tmp_path, silence, monkeypatch):
+    monkeypatch.setattr("shards.store._FIRST_ANSWER", 0.3)
+    threading.Timer(1, silence.set).start()
+    server.fault = lambda name, attempt: silence.wait() and None if server.asked.total() == 4 else None
+    assert write(server, tmp_path).images == 12
+
+
 def test_an_empty_object_on_s3_is_set_aside(tmp_path):
     with s3_server() as bucket:
         store = Store.at(bucket)

@@ -9,13 +9,16 @@ is that between 500 and 4,000 photos, so that its start-up does not count.
 PSNR and SSIM are against a Lanczos reduction of the full-size photo, without JPEG. A second set of rows has the
 same photos saved again at a JPEG quality that makes them 24 kB, the average of SF-XL's crops (`photo_bytes`).
 
-`ours` has also what a sample takes on disk (tar, tables and index: `disk_bytes_per_image`) and the rate of two workers
-as a multiple of one's (`two_workers`), both processes started and at work.
+`ours` has also what a sample takes on disk (tar, tables and index: `disk_bytes_per_image`), the rate of two workers
+as a multiple of one's (`two_workers`), both processes started and at work, and the rate of the codec alone in memory
+(`codec_images_per_second`: simplejpeg decoding at half scale, OpenCV's linear step, simplejpeg encoding).
+--quick renders 176 photos and goes over them several times; they are in the page cache either way.
 
 Partition: names that are already listed to a label for each, in a process of its own; peak bytes beside the names.
 """
 
 import argparse
+import bisect
 import io
 import json
 import os
@@ -27,7 +30,8 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,23 @@ SIZE, QUALITY = 224, 90
 SF_XL_BYTES = 24_000
 PEER_COUNTS = (500, 4000)
 ALL_CORES = os.sched_getaffinity(0)
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much is measured: photos that are rendered or taken (`distinct`), photos a round of each way (those again and
+    again), photos whose quality is compared, rounds, and photos for one of two workers."""
+
+    distinct: int
+    ours: int
+    pillow: int
+    compared: int
+    rounds: int
+    each_worker: int
+
+
+QUICK = Amount(distinct=150, ours=400, pillow=125, compared=50, rounds=3, each_worker=600)
+FULL = Amount(distinct=3000, ours=3000, pillow=1000, compared=150, rounds=7, each_worker=3500)
 
 
 def make_task(photos: list[str]) -> ShardTask:
@@ -82,6 +103,17 @@ def pillow_jpeg(path: Path) -> bytes:
     return file.getvalue()
 
 
+def codec_rate(source: Path, photos: list[str]) -> float:
+    """Images a second of the codec alone, in memory."""
+    read = [(source / photo).read_bytes() for photo in photos]
+    begin = time.perf_counter()
+    for data in read:
+        photo = simplejpeg.decode_jpeg(data, "RGB", fastupsample=True, min_height=SIZE, min_width=SIZE)
+        small = cv2.resize(photo, (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+        simplejpeg.encode_jpeg(small, QUALITY, "RGB", "420", fastdct=True)
+    return len(read) / (time.perf_counter() - begin)
+
+
 def img2dataset(python: str, source: Path, photos: list[str], out: Path) -> float:
     """Steady images a second of img2dataset on one core: by how much a long run takes longer than a short one, of
     `photos` repeated under other names. The short one is long enough for all its threads to have begun."""
@@ -100,7 +132,7 @@ def img2dataset(python: str, source: Path, photos: list[str], out: Path) -> floa
         urls = out / f"urls-{count}.txt"
         names = [out / f"{count}-{i}.jpg" for i in range(count)]
         for i, name in enumerate(names):
-            os.link(source / photos[i % len(photos)], name)
+            name.symlink_to((source / photos[i % len(photos)]).resolve())
         urls.write_text("".join(f"file://{name.resolve()}\n" for name in names))
         begin = time.perf_counter()
         subprocess.run([python, out / "run.py", urls, out / f"out-{count}"], check=True, capture_output=True)
@@ -134,7 +166,7 @@ def steady_rate(source: Path, photos: list[str], out: Path, workers: int, count:
         return True
 
     size = count // (4 * workers)
-    chosen = (photos * (count // len(photos) + 1))[:count]
+    chosen = list(islice(cycle(photos), count))
     parts = [chosen[first : first + size] for first in range(0, count, size)]
     out.mkdir(parents=True)
     tasks = (replace(make_task(part), number=number) for number, part in enumerate(parts))
@@ -159,35 +191,31 @@ def gain_of_two_workers(source: Path, photos: list[str], scratch: Path, rounds: 
 
 
 def smaller_files(source: Path, photos: list[str], out: Path, target: float) -> int:
-    """Save `photos` in `out` at the JPEG quality that brings them nearest to `target` bytes on average; the quality."""
+    """Save `photos` in `out` at the highest JPEG quality that keeps to `target` bytes on average; that quality."""
 
     def saved(photo: str, quality: int) -> bytes:
         return simplejpeg.encode_jpeg(simplejpeg.decode_jpeg((source / photo).read_bytes()), quality, "RGB", "420")
 
-    few = photos[:: max(1, len(photos) // 40)]
-    quality = min(
-        range(30, 95, 2), key=lambda quality: abs(statistics.mean(len(saved(p, quality)) for p in few) - target)
-    )
+    few = photos[:: max(1, len(photos) // 20)]
+    quality = bisect.bisect(range(30, 95), target, key=lambda q: statistics.mean(len(saved(p, q)) for p in few)) + 29
     for photo in photos:
         (out / photo).parent.mkdir(parents=True, exist_ok=True)
         (out / photo).write_bytes(saved(photo, quality))
     return quality
 
 
-def quality(encode: Callable[[bytes, Path], bytes], source: Path, photos: list[str]) -> tuple[float, float, float]:
-    """Mean PSNR (dB), mean SSIM and mean bytes of the small JPEGs."""
-    psnrs, ssims, sizes = [], [], []
+def qualities(source: Path, photos: list[str]) -> dict[str, tuple[float, float, float]]:
+    """Mean PSNR (dB), mean SSIM and mean bytes of the small JPEGs, by way."""
+    found: dict[str, list[tuple[float, float, float]]] = {"ours": [], "pillow": []}
     for photo in photos:
         data = (source / photo).read_bytes()
-        small = encode(data, source / photo)
-        exact = np.asarray(
-            Image.open(io.BytesIO(data)).convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS), np.float32
-        )
-        result = simplejpeg.decode_jpeg(small).astype(np.float32)
-        psnrs.append(10 * np.log10(255**2 / max(float(((result - exact) ** 2).mean()), 1e-9)))
-        ssims.append(ssim(result, exact))
-        sizes.append(len(small))
-    return statistics.mean(psnrs), statistics.mean(ssims), statistics.mean(sizes)
+        whole = Image.open(io.BytesIO(data)).convert("RGB")
+        exact = np.asarray(whole.resize((SIZE, SIZE), Image.Resampling.LANCZOS), np.float32)
+        for name, small in (("ours", Resizer(SIZE, QUALITY)(data)), ("pillow", pillow_jpeg(source / photo))):
+            result = simplejpeg.decode_jpeg(small).astype(np.float32)
+            psnr = 10 * np.log10(255**2 / max(float(((result - exact) ** 2).mean()), 1e-9))
+            found[name].append((float(psnr), ssim(result, exact), len(small)))
+    return {name: tuple(np.mean(values, axis=0).tolist()) for name, values in found.items()}
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> float:
@@ -204,37 +232,37 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float((top / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
 
 
-def resizing_rows(source: Path, photos: list[str], rounds: int, python: str | None) -> list[dict[str, Any]]:
-    """The rows of each way; `python` has img2dataset."""
-    compared = photos[:: max(1, len(photos) // 150)]
-    qualities = {
-        "ours": quality(lambda data, _: Resizer(SIZE, QUALITY)(data), source, compared),
-        "pillow": quality(lambda _, path: pillow_jpeg(path), source, compared),
-    }
+def resizing_rows(
+    source: Path, photos: list[str], amount: Amount, scratch: Path, python: str | None, two: bool
+) -> list[dict[str, Any]]:
+    """The rows of each way; `python` has img2dataset, `two`: whether two workers are measured as well."""
+    seen = qualities(source, photos[:: max(1, len(photos) // amount.compared)])
+    ways = {ours: amount.ours, pillow: amount.pillow}
     rates: dict[str, list[float]] = {"ours": [], "pillow": []}
-    with tempfile.TemporaryDirectory(dir=source) as scratch:
-        for run in (ours, pillow):
-            rate(run, source, photos[:100], Path(scratch))
-        for _ in range(rounds):
-            for run in (ours, pillow):
-                rates[run.__name__].append(rate(run, source, photos, Path(scratch)))
-            if python:
-                steady = img2dataset(python, source, photos, Path(scratch) / "peer")
-                rates.setdefault("img2dataset", []).append(steady)
-        extra = {
-            "disk_bytes_per_image": disk_bytes(source, photos, Path(scratch) / "disk"),
-            "two_workers": gain_of_two_workers(
-                source, photos, Path(scratch) / "two", max(1, rounds // 3), 500 * rounds
-            ),
-        }
+    alone: list[float] = []
+    for run in ways:
+        rate(run, source, photos[:50], scratch)
+    for _ in range(amount.rounds):
+        for run, count in ways.items():
+            rates[run.__name__].append(rate(run, source, list(islice(cycle(photos), count)), scratch))
+        alone.append(codec_rate(source, photos[:200]))
+        if python:
+            rates.setdefault("img2dataset", []).append(img2dataset(python, source, photos, scratch / "peer"))
+    gain = None
+    if two:
+        gain = gain_of_two_workers(source, photos, scratch / "two", max(1, amount.rounds // 3), amount.each_worker)
+    extra = {
+        "disk_bytes_per_image": disk_bytes(source, photos, scratch / "disk"),
+        "two_workers": gain,
+        "codec_images_per_second": statistics.median(alone),
+    }
     average = statistics.mean((source / p).stat().st_size for p in photos)
+    nothing = (None, None, None)
     return [
         {
             "name": name,
             "images_per_second_per_core": statistics.median(values),
-            "psnr": qualities[name][0] if name in qualities else None,
-            "ssim": qualities[name][1] if name in qualities else None,
-            "bytes_per_image": qualities[name][2] if name in qualities else None,
+            **dict(zip(("psnr", "ssim", "bytes_per_image"), seen.get(name, nothing), strict=True)),
             "photo_bytes": average,
             **(extra if name == "ours" else {}),
         }
@@ -280,7 +308,7 @@ def resource_bytes(field: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer photos and rounds; ends within 50 seconds")
+    parser.add_argument("--quick", action="store_true", help="few photos and rounds; ends within 50 seconds")
     parser.add_argument("--json", type=Path, help="write the rows as JSON to this file")
     parser.add_argument("--photos", type=Path, help="folder of 512-pixel JPEGs (default: a rendered city)")
     parser.add_argument("--img2dataset", metavar="PYTHON", help="a Python interpreter that has img2dataset")
@@ -293,20 +321,24 @@ def main() -> None:
     if arguments.partition_only:
         print(json.dumps(measure_partition(arguments.names)))
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        source = arguments.photos
-        if source is None:
-            source = Path(scratch) / "city"
+    amount = QUICK if arguments.quick else FULL
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = Path(temporary)
+        source = arguments.photos or scratch / "city"
+        if arguments.photos is None:
             settings = CitySettings(blocks=1, size=512, years=1)
+            if arguments.quick:  # queries are each of another place and weather
+                settings = replace(settings, step=20, headings=1, val_queries=0, test_queries=150)
             render_city(source, settings, workers=1)
-        photos = sorted(str(p.relative_to(source)) for p in source.rglob("*.jpg"))[: 500 if arguments.quick else 3000]
+        photos = sorted(str(p.relative_to(source)) for p in source.rglob("*.jpg"))[: amount.distinct]
+        if not photos:
+            parser.error(f"{source}: no photos (.jpg) in it")
         for photo in photos:
             (source / photo).read_bytes()
-        rounds = 3 if arguments.quick else 7
-        rows = resizing_rows(source, photos, rounds, arguments.img2dataset)
-        small = Path(scratch) / "small"
+        rows = resizing_rows(source, photos, amount, scratch / "first", arguments.img2dataset, True)
+        small = scratch / "small"
         small_quality = smaller_files(source, photos, small, SF_XL_BYTES)
-        rows += resizing_rows(small, photos, rounds, arguments.img2dataset)
+        rows += resizing_rows(small, photos, amount, scratch / "second", arguments.img2dataset, not arguments.quick)
     child = [sys.executable, __file__, "--partition-only", "--names", str(arguments.names)]
     rows.append(json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout))
     print(f"\nresizing {len(photos)} photos, 512 to {SIZE} pixels, one core (processor {cpu})")
@@ -315,9 +347,13 @@ def main() -> None:
         speed = row["images_per_second_per_core"]
         if row["name"] == "ours":
             first = speed
-            gain = f"two workers {row['two_workers']:.2f} x one" if row["two_workers"] else "one core"
+            gain = f"; two workers {row['two_workers']:.2f} x one" if row["two_workers"] else ""
+            alone = row["codec_images_per_second"]
             kilobytes, disk = row["photo_bytes"] / 1000, row["disk_bytes_per_image"]
-            print(f"photos of {kilobytes:.1f} kB; {disk:.0f} bytes a sample; {gain}")
+            print(f"photos of {kilobytes:.1f} kB; {disk:.0f} bytes a sample{gain}")
+            print(
+                f"{'(codec alone':12} {alone:9.0f} {alone / first:6.2f} in memory; ours is {first / alone:.0%} of it)"
+            )
         rest = f"{row['psnr']:7.2f} {row['ssim']:7.4f} {row['bytes_per_image']:7.0f}" if row["psnr"] else ""
         print(f"{row['name']:12} {speed:9.0f} {speed / first:6.2f} {rest}")
     print(f"(the second set of photos: saved again at JPEG quality {small_quality})")
