@@ -18,7 +18,7 @@ from preprocessing.sources import Source
 from preprocessing.trial import Forecast, check_space, forecast
 from preprocessing.updates import complete_revisions
 from shards.console import JobError
-from shards.files import TEMPORARY_SUFFIX, remove_partials
+from shards.files import TEMPORARY_SUFFIX, at_work, remove_partials
 from shards.layout import LISTING, PLAN, REVISIONS, SHARD_SAMPLES, shard_stem
 
 
@@ -34,9 +34,12 @@ def build(
     start = time.monotonic()
     source = Source.of(source) if isinstance(source, Path) else source
     out = Output.of(out)
-    listing, plan = _begin(source, out, settings, rescan)
-    remove_partials(out.folder)
-    return _finish(plan, listing, source, out, machinery, start)
+    check_output(source, out.folder)
+    out.folder.mkdir(parents=True, exist_ok=True)
+    with at_work(out.folder):
+        listing, plan = _begin(source, out, settings, rescan)
+        remove_partials(out.folder)
+        return _finish(plan, listing, source, out, machinery, start)
 
 
 def build_share(
@@ -54,15 +57,16 @@ def build_share(
     out = Output.of(out)
     check_output(source, out.folder)
     out.folder.mkdir(parents=True, exist_ok=True)
-    with one_at_a_time(out.folder):
-        _, plan = _begin(source, out, settings, rescan)
-    shards = plan.shards()[index::count]
-    for group, number, _ in shards:
-        stem = out.folder / shard_stem(group, number)
-        for leftover in stem.parent.glob(f".{stem.name}.*{TEMPORARY_SUFFIX}"):
-            leftover.unlink(missing_ok=True)
-    _write_planned(plan, source, out, machinery, index, count)
-    return len(shards)
+    with at_work(out.folder, beside_others=True):
+        with one_at_a_time(out.folder):
+            _, plan = _begin(source, out, settings, rescan)
+        shards = plan.shards()[index::count]
+        for group, number, _ in shards:
+            stem = out.folder / shard_stem(group, number)
+            for leftover in stem.parent.glob(f".{stem.name}.*{TEMPORARY_SUFFIX}"):
+                leftover.unlink(missing_ok=True)
+        _write_planned(plan, source, out, machinery, index, count)
+        return len(shards)
 
 
 def assemble(
@@ -70,7 +74,17 @@ def assemble(
 ) -> Summary:
     """Finish a data set whose shards `count` tasks wrote by `build_share`; raises `JobError` where some are missing."""
     start, out = time.monotonic(), Output.of(out)
-    listing, plan = _begin(source, out, settings, rescan=False)
+    check_output(source, out.folder)
+    out.folder.mkdir(parents=True, exist_ok=True)
+    with at_work(out.folder):
+        listing, plan = _begin(source, out, settings, rescan=False)
+        _check_all_there(plan, out, count)
+        remove_partials(out.folder)
+        unlock(out.folder)
+        return _finish(plan, listing, source, out, machinery, start)
+
+
+def _check_all_there(plan: Plan, out: Output, count: int | None) -> None:
     shards = plan.shards()
     missing = [i for i, (group, number, _) in enumerate(shards) if out.finished_shard(group, number) is None]
     if missing:
@@ -78,9 +92,6 @@ def assemble(
         again = ",".join(str(index) for index in sorted({i % count for i in missing})) if count else ""
         advice = f"run task {again} of {count} again" if again else "run the tasks that write them again"
         raise JobError(f"{out.place}: {len(missing)} of {len(shards)} shards are missing ({names}); {advice}")
-    remove_partials(out.folder)
-    unlock(out.folder)
-    return _finish(plan, listing, source, out, machinery, start)
 
 
 def dry_run(source: Source, out: Output | Path, settings: Settings, *, workers: int, rescan: bool = False) -> Forecast:

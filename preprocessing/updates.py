@@ -20,7 +20,7 @@ from preprocessing.shard_task import finished_shard
 from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import Manifest
-from shards.files import remove_partials
+from shards.files import at_work, remove_partials
 from shards.layout import MANIFEST, QUARANTINE
 
 
@@ -32,19 +32,21 @@ def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summa
     start = time.monotonic()
     source, out = source.resolved(), Output.of(out)
     source.check(out.folder)
-    state, sources = _begin(out, machinery)
-    with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
-        listing = source.photos(None, state.classes.zone, lambda n: bar.update(n - bar.n))
-    if not len(listing):
-        raise JobError(f"{source.place}: no photos found (.jpg, .jpeg, .png in all folders below)")
-    revision, gain = plan_addition(out.folder, state, sources, source, listing)
-    new_bad = revision.bad[len(state.bad) :]
-    check_bad(new_bad, [], bad_limit(machinery.max_bad_share, listing.found), listing.found)
-    if not gain.new and not new_bad:
-        return None
-    revision.save(out.folder)
-    out.share()
-    return _end(out, state, sources, machinery, start), gain
+    Manifest.load(out.folder / MANIFEST)
+    with at_work(out.folder):
+        state, sources = _begin(out, machinery)
+        with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
+            listing = source.photos(None, state.classes.zone, lambda n: bar.update(n - bar.n))
+        if not len(listing):
+            raise JobError(f"{source.place}: no photos found (.jpg, .jpeg, .png in all folders below)")
+        revision, gain = plan_addition(out.folder, state, sources, source, listing)
+        new_bad = revision.bad[len(state.bad) :]
+        check_bad(new_bad, [], bad_limit(machinery.max_bad_share, listing.found), listing.found)
+        if not gain.new and not new_bad:
+            return None
+        revision.save(out.folder)
+        out.share()
+        return _end(out, state, sources, machinery, start), gain
 
 
 def retry_quarantined(out: Output | Path, machinery: Machinery) -> tuple[Summary, int, int] | None:
@@ -54,17 +56,19 @@ def retry_quarantined(out: Output | Path, machinery: Machinery) -> tuple[Summary
     were set aside by their names are not tried. Raises `JobError`.
     """
     start, out = time.monotonic(), Output.of(out)
-    state, sources = _begin(out, machinery)
-    candidates = [b for b in read_bad(out.folder / QUARANTINE) if b.sample is not None]
-    sound = _sound(candidates, sources, state.settings.resizer())
-    if not sound:
-        return None
-    rows = [{**(b.sample or {}), "number": 0, "source": b.source} for b in sound]
-    samples = plan_samples(pa.Table.from_pylist(rows, PLANNED), state.settings.seed, out.folder)
-    number = 2 + len(state.revisions)
-    Revision(number, None, samples, state.classes, state.skipped, state.bad, len(sound)).save(out.folder)
-    out.share()
-    return _end(out, state, sources, machinery, start), len(sound), len(candidates)
+    Manifest.load(out.folder / MANIFEST)
+    with at_work(out.folder):
+        state, sources = _begin(out, machinery)
+        candidates = [b for b in read_bad(out.folder / QUARANTINE) if b.sample is not None]
+        sound = _sound(candidates, sources, state.settings.resizer())
+        if not sound:
+            return None
+        rows = [{**(b.sample or {}), "number": 0, "source": b.source} for b in sound]
+        samples = plan_samples(pa.Table.from_pylist(rows, PLANNED), state.settings.seed, out.folder)
+        number = 2 + len(state.revisions)
+        Revision(number, None, samples, state.classes, state.skipped, state.bad, len(sound)).save(out.folder)
+        out.share()
+        return _end(out, state, sources, machinery, start), len(sound), len(candidates)
 
 
 def _sound(candidates: list[Bad], sources: list[Source], resizer: Resizer) -> list[Bad]:

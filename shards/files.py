@@ -1,5 +1,6 @@
 """Files that appear whole or not at all (law 2 of the design): write beside, flush, rename."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from shards.console import JobError
 
 TEMPORARY_SUFFIX = ".partial"
 
@@ -68,6 +71,26 @@ def atomic_write_text(path: Path | str, text: str) -> None:
 def atomic_write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys to `path`, whole or not at all."""
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+@contextmanager
+def at_work(out: Path, *, beside_others: bool = False) -> Iterator[None]:
+    """Hold the folder `out` for one command, or for one of several tasks of a plan (`beside_others`).
+
+    Raises `JobError` where another command of this machine holds it. The kernel lets go when the holder dies. On a
+    file system that cannot lock folders nobody is kept out.
+    """
+    descriptor = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if beside_others else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise JobError(f"{out}: another command is at work on it; wait for that one, or stop it") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_partials(folder: Path | str) -> int:

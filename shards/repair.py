@@ -15,7 +15,7 @@ from typing import Any
 from shards.checksums import CHECKSUMS, seal
 from shards.console import JobError, format_count
 from shards.dataset import GPU_CODEC, Manifest
-from shards.files import atomic_write_bytes, atomic_write_json, remove_partials
+from shards.files import at_work, atomic_write_bytes, atomic_write_json, remove_partials
 from shards.index import build_index
 from shards.layout import CLASSES, INDEX, LISTING, MANIFEST, PLAN, PROVENANCE, QUARANTINE, SKIPPED, shard_tables
 from shards.provenance import provenance
@@ -36,10 +36,11 @@ def repair(dataset: Path, report: Report, source: Path | None, workers: int) -> 
     """
     broken = {problem.file for problem in report.problems if problem.kind != "extra"}
     stems = {name.rpartition(".")[0] for name in broken if name.endswith((".tar", ".parquet")) and "/" in name}
-    _set_aside(dataset, [p.file for p in report.problems if p.kind == "extra"])
-    for name in sorted(broken):
-        if name.endswith(".idx") and name.removesuffix(".idx") not in stems:
-            _rebuild_dali_index(dataset / name)
+    with at_work(dataset):
+        _set_aside(dataset, [p.file for p in report.problems if p.kind == "extra"])
+        for name in sorted(broken):
+            if name.endswith(".idx") and name.removesuffix(".idx") not in stems:
+                _rebuild_dali_index(dataset / name)
     if PROVENANCE in broken:
         atomic_write_json(dataset / PROVENANCE, provenance())
         print(f"{PROVENANCE}: what made the data set is lost; this repair is recorded instead")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,11 @@ import pytest
 from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
 
-from preprocessing.build import Summary, build
+from preprocessing.build import Summary, assemble, build, build_share
 from preprocessing.photos import list_photos, store_listing
 from preprocessing.plan import make_plan
 from preprocessing.shard_run import Machinery
+from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.layout import shard_tables
@@ -291,6 +293,25 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_bytes_of_an_undistu
     assert last.returncode == 0, printed
     assert contents(out) == expected
     assert {t: t.stat().st_mtime_ns for t in finished} == finished
+
+
+@pytest.mark.slow
+def test_a_second_command_beside_a_build_is_refused_and_the_build_ends_as_if_alone(big, tmp_path):
+    source, expected = big
+    out = tmp_path / "out"
+    process = start(source, out)
+    while not list(out.glob("group-*/.*.partial")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    commands = (build, assemble, partial(build_share, index=0, count=2))
+    for command in commands:
+        with pytest.raises(JobError, match="another command is at work"):
+            command(Source.of(source), out, SETTINGS, Machinery(1))
+    process.send_signal(signal.SIGCONT)
+    process.communicate()
+    assert process.returncode == 0
+    assert contents(out) == expected
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
 from shards.console import JobError
 from shards.dataset import Dataset
+from shards.files import at_work
 from shards.index import open_index
 from shards.layout import shard_tables
 from shards.reader import ShardReader
@@ -275,6 +276,16 @@ def test_a_list_is_added_to_a_folder_with_headings_from_the_list(begun, tmp_path
     assert [np.isfinite(r["heading"]) for r in skipped_before] == [True] * 6
     assert add(Source.of(place), begun, HERE) is None
     sound(begun)
+
+
+def test_changes_beside_another_command_are_refused(begun, tmp_path):
+    with at_work(begun):
+        with pytest.raises(JobError, match="another command is at work"):
+            add(Source.of(tmp_path / "photos"), begun, ONE)
+        with pytest.raises(JobError, match="another command is at work"):
+            retry_quarantined(begun, ONE)
+    with at_work(begun, beside_others=True), at_work(begun, beside_others=True):
+        pass
 
 
 def test_what_cannot_be_added_is_refused_and_changes_nothing(begun, tmp_path):

@@ -12,7 +12,7 @@ same photos saved again at a JPEG quality that makes them 24 kB, the average of 
 `ours` has also what a sample takes on disk (tar, tables and index: `disk_bytes_per_image`), the rate of two workers
 as a multiple of one's (`two_workers`), both processes started and at work, and the rate of the codec alone in memory
 (`codec_images_per_second`: simplejpeg decoding at half scale, OpenCV's linear step, simplejpeg encoding).
---quick renders 176 photos and goes over them several times; they are in the page cache either way.
+--quick renders 150 photos and goes over them several times; they are in the page cache either way.
 
 Partition: names that are already listed to a label for each, in a process of its own; peak bytes beside the names.
 """
@@ -42,8 +42,9 @@ import pyarrow as pa
 import simplejpeg
 from PIL import Image
 
-from preprocessing.city.plan import CitySettings
-from preprocessing.city.writer import render_city
+from preprocessing.city.plan import CitySettings, Plan
+from preprocessing.city.streetview import Renderer
+from preprocessing.city.writer import photo_path
 from preprocessing.engine import Counts, Job, run_tasks
 from preprocessing.partition import make_partition
 from preprocessing.plan import ShardTask
@@ -72,7 +73,7 @@ class Amount:
 
 
 QUICK = Amount(distinct=150, ours=400, pillow=125, compared=50, rounds=3, each_worker=600)
-FULL = Amount(distinct=3000, ours=3000, pillow=1000, compared=150, rounds=7, each_worker=3500)
+FULL = Amount(distinct=1500, ours=3000, pillow=1000, compared=150, rounds=7, each_worker=3500)
 
 
 def make_task(photos: list[str]) -> ShardTask:
@@ -270,6 +271,17 @@ def resizing_rows(
     ]
 
 
+def render_queries(folder: Path, count: int) -> None:
+    """Render `count` queries of a small city, each of another place and direction, 512 pixels."""
+    plan = Plan(CitySettings(blocks=1, years=1, val_queries=0, test_queries=count))
+    renderer = Renderer(plan)
+    for query in (p for p in plan.panoramas if p.split == "test"):
+        path = folder / photo_path(plan, query, 0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo = renderer.photo(renderer.look_around(query), 0)
+        path.write_bytes(simplejpeg.encode_jpeg(photo, plan.settings.quality, "RGB", "420", fastdct=False))
+
+
 def make_names(count: int) -> pa.Array:
     """`count` SF-XL names spread over a city of 30 km, as an Arrow array, made without Python strings."""
     rng = np.random.default_rng(0)
@@ -310,7 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few photos and rounds; ends within 50 seconds")
     parser.add_argument("--json", type=Path, help="write the rows as JSON to this file")
-    parser.add_argument("--photos", type=Path, help="folder of 512-pixel JPEGs (default: a rendered city)")
+    parser.add_argument("--photos", type=Path, help="folder of 512-pixel JPEGs (default: rendered ones)")
     parser.add_argument("--img2dataset", metavar="PYTHON", help="a Python interpreter that has img2dataset")
     parser.add_argument("--names", type=int, default=4_000_000, help="names to partition")
     parser.add_argument("--partition-only", action="store_true", help=argparse.SUPPRESS)
@@ -326,10 +338,7 @@ def main() -> None:
         scratch = Path(temporary)
         source = arguments.photos or scratch / "city"
         if arguments.photos is None:
-            settings = CitySettings(blocks=1, size=512, years=1)
-            if arguments.quick:  # queries are each of another place and weather
-                settings = replace(settings, step=20, headings=1, val_queries=0, test_queries=150)
-            render_city(source, settings, workers=1)
+            render_queries(source, amount.distinct)
         photos = sorted(str(p.relative_to(source)) for p in source.rglob("*.jpg"))[: amount.distinct]
         if not photos:
             parser.error(f"{source}: no photos (.jpg) in it")
