@@ -3,7 +3,6 @@
 import json
 import math
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -249,10 +248,3 @@ def test_a_city_without_cells_for_its_queries_is_one_clear_line_and_not_an_endle
 def test_settings_out_of_range_are_named(wrong: dict[str, int]) -> None:
     with pytest.raises(WrongArguments, match=f"--{next(iter(wrong))} is .*between"):
         CitySettings(**wrong)  # type: ignore[arg-type]
-
-
-def test_a_city_of_too_few_photos_for_queries_says_so():
-    settings = CitySettings(blocks=1, years=1, step=20, headings=1)
-    with pytest.raises(JobError, match="queries have no place; take a smaller --step"):
-        _ = Plan(settings).panoramas
-    assert len(Plan(replace(settings, val_queries=0, test_queries=0)).panoramas) > 0

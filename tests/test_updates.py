@@ -281,9 +281,9 @@ def test_a_list_is_added_to_a_folder_with_headings_from_the_list(begun, tmp_path
 def test_changes_beside_another_command_are_refused(begun, tmp_path):
     with at_work(begun):
         with pytest.raises(JobError, match="another command is at work"):
-            add(Source.of(tmp_path / "photos"), begun, ONE)
+            add(Source.of(tmp_path / "photos"), begun, HERE)
         with pytest.raises(JobError, match="another command is at work"):
-            retry_quarantined(begun, ONE)
+            retry_quarantined(begun, HERE)
     with at_work(begun, beside_others=True), at_work(begun, beside_others=True):
         pass
 

@@ -286,11 +286,6 @@ class Plan:
         for stop in stops:
             cell = self.cell_of(stop.x, stop.y)
             taken[cell] = taken.get(cell, 0) + len(stop.headings)
-        if cfg.val_queries + cfg.test_queries and max(taken.values(), default=0) < MIN_PHOTOS_PER_CELL:
-            raise JobError(
-                f"no cell of this city has {MIN_PHOTOS_PER_CELL} photos, so queries have no place; take a "
-                "smaller --step or more --headings or --years"
-            )
         track = np.array([(stop.x, stop.y) for stop in stops])
         lengths = np.array([street.high - street.low for street in self.streets])
         queries: list[Panorama] = []
