@@ -146,9 +146,22 @@ def test_the_latest_k_and_the_best_are_kept(tmp_path: Path) -> None:
         path = save_checkpoint(tmp_path, make_checkpoint(step))
         if step == 2:
             mark_best(tmp_path, path, "LR@1", 50.0)
-    drop_old(tmp_path, keep=2)
+    drop_old(tmp_path, keep=2, step=5)
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step-00000005", "step-00000004", "step-00000002"]
     assert best_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000002"
+
+
+def test_checkpoints_that_a_resumed_run_passed_over_do_not_push_out_its_own(tmp_path: Path) -> None:
+    for step in (2, 7, 8):
+        path = save_checkpoint(tmp_path, make_checkpoint(step))
+        if step > 2:
+            (path / "files.json").unlink()
+    save_checkpoint(tmp_path, make_checkpoint(3))
+    drop_old(tmp_path, keep=2, step=3)
+    found = load_latest(tmp_path)
+    assert found is not None
+    assert found[0].name == "step-00000003"
+    assert [path.name[-1] for path in list_checkpoints(tmp_path)] == ["8", "7", "3", "2"]
 
 
 def test_evaluation_takes_the_best_of_a_run_else_the_latest_whole_one(tmp_path: Path) -> None:

@@ -273,10 +273,13 @@ def mark_best(run: Path, path: Path, metric: str, value: float) -> None:
     atomic_write_json(run / "best.json", {"checkpoint": path.name, "metric": metric, "value": value})
 
 
-def drop_old(run: Path, keep: int) -> None:
-    """Delete all but the `keep` latest checkpoints and the best."""
+def drop_old(run: Path, keep: int, step: int) -> None:
+    """Delete all but the best and the `keep` latest of the checkpoints up to `step`, where the run stands.
+
+    Later ones are those that a resumed run passed over; they do not push out whole ones.
+    """
     best = best_checkpoint(run)
-    for path in list_checkpoints(run)[keep:]:
+    for path in [path for path in list_checkpoints(run) if checkpoint_step(path) <= step][keep:]:
         if path != best:
             _delete(path)
 

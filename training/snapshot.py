@@ -121,7 +121,7 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
             path = save_checkpoint(out, _checkpoint(run, progress, heads, head_state))
             if best_by is not None:
                 mark_best(out, path, best_by, float(progress.best or 0.0))
-            drop_old(out, run.config.keep)
+            drop_old(out, run.config.keep, progress.step)
         except (OSError, SafetensorError) as error:
             whole = list_checkpoints(out)
             kept = f"the last whole one is {whole[0]}" if whole else "there is none before it"
