@@ -158,8 +158,10 @@ def scratch_folder() -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(dir=root))
         descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+    inner = folder / "inner"  # of its own, so that a command can lock it as it locks any output
+    inner.mkdir()
     try:
-        yield folder
+        yield inner
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(descriptor)

@@ -1,5 +1,6 @@
 """An S3 server in this process, for tests of data sets at URLs."""
 
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,7 +27,8 @@ def s3_server() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
-        fsspec.filesystem("s3", skip_instance_cache=True).mkdir("city")
-        yield "s3://city"
+        bucket = f"city-{secrets.token_hex(4)}"  # moto keeps its buckets from one server of a process to the next
+        fsspec.filesystem("s3", skip_instance_cache=True).mkdir(bucket)
+        yield f"s3://{bucket}"
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     server.stop()

@@ -51,10 +51,11 @@ def test_a_batch_depends_on_its_step_alone_not_on_threads_or_where_the_run_began
     assert same(whole[3:], take(make_loader(dataset, decoder=decoder, threads=3), 3, 7))
 
 
+@pytest.mark.parametrize("decoder", DECODERS)
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_out_the_global_batch_of_one(dataset, ranks):
-    whole = take(make_loader(dataset), 5, 8)
-    parts = [take(make_loader(dataset, rank=r, world_size=ranks), 5, 8) for r in range(ranks)]
+def test_ranks_share_out_the_global_batch_of_one(dataset, ranks, decoder):
+    whole = take(make_loader(dataset, decoder=decoder), 5, 8)
+    parts = [take(make_loader(dataset, decoder=decoder, rank=r, world_size=ranks), 5, 8) for r in range(ranks)]
     for step in range(3):
         for rank in range(ranks):
             assert torch.equal(parts[rank][step][0], whole[step][0][rank::ranks])
@@ -147,9 +148,9 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(dataset):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["indexed", "stream"])
-def test_memory_and_open_files_stay_flat_over_200_group_switches(dataset, mode):
-    loader = make_loader(dataset, mode=mode)
+@pytest.mark.parametrize(("mode", "decoder"), [("indexed", "cpu"), ("stream", "cpu"), ("indexed", "dali")])
+def test_memory_and_open_files_stay_flat_over_200_group_switches(dataset, mode, decoder):
+    loader = make_loader(dataset, mode=mode, decoder=decoder)
     process = psutil.Process()
     take(loader, 0, 20)
     memory, files = process.memory_info().rss, process.num_fds()

@@ -1,13 +1,15 @@
 """The stream mode: windows are pure functions, keep the distribution, and read each run once."""
 
+import os
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from test_loader import damage, same, spoil_some_photos, take
+from test_loader import DECODERS, damage, same, spoil_some_photos, take
 
+from shards.console import JobError
 from shards.index import GroupIndex, open_index
 from shards.loader import Loader
 from shards.reader import ShardReader
@@ -114,12 +116,12 @@ def test_resuming_within_a_window_gives_the_same_batches(dataset, decoder):
     assert same(whole[6:], take(make_loader(dataset, decoder=decoder, threads=3), 6, 11))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "decoder"), [(2, "cpu"), (3, "cpu"), (3, "dali")])
 @pytest.mark.parametrize("joint", [False, True])
-def test_ranks_share_out_the_global_batch_of_one(dataset, ranks, joint):
-    whole = take(make_loader(dataset, joint=joint), 2, 7)
+def test_ranks_share_out_the_global_batch_of_one(dataset, ranks, decoder, joint):
+    whole = take(make_loader(dataset, joint=joint, decoder=decoder, threads=1), 2, 7)
     for rank in range(ranks):
-        part = take(make_loader(dataset, joint=joint, rank=rank, world_size=ranks), 2, 7)
+        part = take(make_loader(dataset, joint=joint, decoder=decoder, rank=rank, world_size=ranks), 2, 7)
         for mine, all_ in zip(part, whole, strict=True):
             assert torch.equal(mine[0], all_[0][rank::ranks])
             assert torch.equal(mine[1], all_[1][rank::ranks])
@@ -157,3 +159,10 @@ def test_a_damaged_photo_in_a_run_is_replaced_by_the_next_draw(dataset, tmp_path
     assert loader.failures > 0
     assert min(float(b[0].float().std((1, 2, 3)).min()) for b in batches) > 1
     loader.close()
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_too_many_bad_photos_stop_training_with_a_clear_error(dataset, tmp_path, decoder):
+    emptied = damage(dataset, tmp_path, lambda tar: os.truncate(tar, 4096))
+    with pytest.raises(JobError, match=r"verify\.py"):
+        take(make_loader(emptied, decoder=decoder), 0, 50)

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tiny import ROOT, arguments, class_table, train, write_dataset, write_queries
 
-from training.checkpoint import list_checkpoints, load_checkpoint, load_for_evaluation
+from training.checkpoint import list_checkpoints, load_checkpoint, load_for_evaluation, training_values
 from training.run_folder import read_losses
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,8 @@ def test_two_processes_under_accelerate_launch_train_validate_and_save(data: tup
 def test_a_run_goes_on_with_fewer_or_more_processes_and_says_so(
     data: tuple[Path, Path], tmp_path: Path, before: int, after: int, settings: dict[str, object]
 ) -> None:
-    words = arguments(data[0], tmp_path / "r", schedule="joint", **settings)
+    rates = {"lr_schedule": "plateau", "warmup_steps": 0}
+    words = arguments(data[0], tmp_path / "r", schedule="joint", **rates, **settings)
     code, _, err = train(words, processes=before)
     assert code == 0, err
     code, out, err = train([*words, "--resume", "--epochs", "3"], processes=after)
@@ -75,8 +76,11 @@ def test_a_run_goes_on_with_fewer_or_more_processes_and_says_so(
     losses = read_losses(tmp_path / "r")
     assert len(losses) == 24
     assert sum(losses[16:]) < sum(losses[:8])  # it goes on from what it had learnt
-    state = load_checkpoint(list_checkpoints(tmp_path / "r")[0]).training.tensors
-    assert float(state["heads.3.adam.weight.step"]) == 24
+    state = load_checkpoint(list_checkpoints(tmp_path / "r")[0]).training
+    assert float(state.tensors["heads.3.adam.weight.step"]) == 24
+    # The plateau schedule saw what all ranks lost on average.
+    epochs = [sum(losses[first : first + 8]) / 8 for first in (0, 8, 16)]
+    assert training_values(state)["rates"]["best"] == pytest.approx(min(epochs), rel=1e-6)
 
 
 @pytest.mark.parametrize(
