@@ -125,9 +125,10 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
         except (OSError, SafetensorError) as error:
             whole = list_checkpoints(out)
             kept = f"the last whole one is {whole[0]}" if whole else "there is none before it"
+            remedy = "free some space" if out.exists() else "bring the folder back"
             raise JobError(
                 f"the checkpoint after step {progress.step} cannot be saved ({error}); {kept}; "
-                "free some space and go on with --resume"
+                f"{remedy} and go on with --resume"
             ) from error
     run.world.barrier()
 
