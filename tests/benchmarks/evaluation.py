@@ -7,7 +7,7 @@ are there already: `one-at-a-time` scores and fully sorts each query as the refe
 `training.scoring.rank_classes`, `batched-with-confidence` is what evaluate.py does (two forms of scores, confidence,
 uncertainty), `products-alone` the matrix product, the limit of them all. Rows `exhaustive`, `ivf`, `hnsw` and
 `within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294 images of 256
-dimensions in each of 3,400 cells (with `--quick` 150), one query at a time; `within-cells` searches 5 of the cells and
+dimensions in each of 3,400 cells (with `--quick` 180), one query at a time; `within-cells` searches 5 of the cells and
 includes the classifier's ranking. A cell's images share a direction and differ by noise, and the classifier's weights
 are the means of the cells' images. Row `predict` (milliseconds_per_photo) answers photos of 512 pixels one at a time as
 predict.py does once it is loaded: decoding, EfficientNet-B0 at 224 (untrained; shorter side 256), ranking 140,000
@@ -46,7 +46,7 @@ from training.presets import TrainConfig
 from training.scoring import class_blocks, rank_classes
 
 CLASSES, DIM = 140_000, 1280
-CELLS, QUICK_CELLS, IMAGES_PER_CELL, IMAGE_DIM, QUERIES = 3_400, 150, 294, 256, 100
+CELLS, QUICK_CELLS, IMAGES_PER_CELL, IMAGE_DIM, QUERIES = 3_400, 180, 294, 256, 100
 SIGNAL = 0.37  # cosine of an image and its cell's direction
 
 
@@ -77,7 +77,7 @@ def rates_of(ways: dict[str, tuple[Callable[[], object], int]], rounds: int) -> 
 def ranking_rows(classes: ClassTable, heads: dict[int, Head], *, quick: bool) -> list[dict[str, object]]:
     """How many queries a second are ranked in each way, with a check that their scores agree."""
     queries = F.normalize(torch.randn(256 if quick else 512, DIM, generator=torch.Generator().manual_seed(1)))
-    few = queries[:16]
+    few = queries[:8]
     blocks = class_blocks(heads, classes, "raw")
 
     @torch.inference_mode()
