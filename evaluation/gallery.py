@@ -6,10 +6,10 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Literal
 from zipfile import BadZipFile
 
 import numpy as np
@@ -18,11 +18,12 @@ import pyarrow.parquet as pq
 
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
-from shards.console import JobError, describe_os_error
+from evaluation.sample_photos import read_jpeg
+from shards.console import JobError
 from shards.files import atomic_path
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
-from training.queries import UNREADABLE, QueryBatch, decode_query, list_queries
+from training.queries import list_queries, read_queries
 from training.scoring import describe_batches
 
 
@@ -82,6 +83,27 @@ def describe_folder(
     return Images(described.vectors.numpy()[kept], queries.east[kept], queries.north[kept], names)
 
 
+@dataclass(frozen=True)
+class ShardPhoto:
+    """A photo in a shard, by what its sample table says; opens as a file does."""
+
+    tar: Path
+    name: str
+    offset: int
+    size: int
+    crc32: int
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """Its JPEG; OSError where that cannot be read or fails its checksum."""
+        try:
+            jpeg = read_jpeg(self.tar, self.offset, self.size)
+        except OSError as error:
+            raise OSError(error.strerror or str(error)) from error
+        if zlib.crc32(jpeg) != self.crc32:
+            raise OSError(f"{self.name} fails its checksum")
+        return io.BytesIO(jpeg)
+
+
 def describe_shards(
     localiser: Localiser, dataset: Path, say: Callable[[str], None], *, batch_size: int, threads: int
 ) -> Images:
@@ -89,51 +111,37 @@ def describe_shards(
 
     Raises JobError for a table of samples that cannot be read, and where no photo can.
     """
-    tars, tables = [], []
+    tables = []
     for path in shard_tables(dataset):
         try:
-            tables.append(pq.read_table(path, columns=["east", "north", "offset", "size", "crc32", "key"]))
+            table = pq.read_table(path, columns=["east", "north", "key", "offset", "size", "crc32"])
         except (pa.ArrowInvalid, KeyError) as error:
             raise JobError(f"{path}: damaged ({error}); mend it: python shards/verify.py {dataset} --repair") from error
-        tars.append(path.with_suffix(".tar"))
-    table = pa.concat_tables(tables)
-    tar_of = np.repeat(np.arange(len(tars)), [len(some) for some in tables])
-    offsets, sizes, checksums = (table[name].to_numpy() for name in ("offset", "size", "crc32"))
-    names = [f"{tars[tar].stem}/{key}" for tar, key in zip(tar_of, table["key"].to_pylist(), strict=True)]
+        tables.append((path.with_suffix(".tar"), table))
+    photos = [
+        ShardPhoto(tar, f"{tar.stem}/{key}", *place)
+        for tar, table in tables
+        for key, *place in zip(*(table[name].to_pylist() for name in ("key", "offset", "size", "crc32")), strict=True)
+    ]
     failures: dict[str, None] = {}
-
-    def decode(i: int) -> np.ndarray | str:
-        try:
-            with tars[tar_of[i]].open("rb") as tar:
-                tar.seek(offsets[i])
-                jpeg = tar.read(sizes[i])
-            if zlib.crc32(jpeg) != checksums[i]:
-                return f"{tars[tar_of[i]]}: {names[i]} fails its checksum"
-            return decode_query(io.BytesIO(jpeg), localiser.shorter_side)
-        except UNREADABLE as error:
-            reason = describe_os_error(error) if isinstance(error, OSError) else str(error)
-            return reason if str(tars[tar_of[i]]) in reason else f"{tars[tar_of[i]]}: {names[i]}: {reason}"
-
-    def batches() -> Iterator[QueryBatch]:
-        with ThreadPoolExecutor(threads) as pool:
-            for first in range(0, len(table), batch_size):
-                decoded = dict(enumerate(pool.map(decode, range(first, min(first + batch_size, len(table)))), first))
-                photos = {i: photo for i, photo in decoded.items() if not isinstance(photo, str)}
-                failures.update((photo, None) for photo in decoded.values() if isinstance(photo, str))
-                if photos:
-                    yield QueryBatch(np.array(list(photos)), np.stack(list(photos.values())))
-
-    described = describe_batches(localiser.model, batches(), len(table), device=localiser.device)
+    batches = read_queries(
+        photos,
+        shorter_side=localiser.shorter_side,
+        batch_size=batch_size,
+        threads=threads,
+        on_failure=lambda i, reason: failures.update({f"{photos[i].tar}: {reason}": None}),
+    )
+    described = describe_batches(localiser.model, batches, len(photos), device=localiser.device)
     kept = np.flatnonzero(described.readable)
     for reason in list(failures)[:5]:
         say(f"left out: {reason}")
     if failures:
-        missing = len(table) - len(kept)
+        missing = len(photos) - len(kept)
         say(f"{dataset}: {missing:,} photos left out; mend them: python shards/verify.py {dataset} --repair")
     if len(kept) == 0:
         raise JobError(f"{dataset}: no readable photo")
-    east, north = (table[name].to_numpy()[kept] for name in ("east", "north"))
-    return Images(described.vectors.numpy()[kept], east, north, tuple(names[i] for i in kept))
+    east, north = (np.concatenate([table[name].to_numpy() for _, table in tables])[kept] for name in ("east", "north"))
+    return Images(described.vectors.numpy()[kept], east, north, tuple(photos[i].name for i in kept))
 
 
 def read_descriptors(path: Path) -> Images:

@@ -91,7 +91,12 @@ class SamplePhotos:
                 yield table, path.with_suffix(".tar")
 
 
-def _read(table: pa.Table, path: Path, i: int) -> bytes:
-    with path.open("rb") as tar:
-        tar.seek(table["offset"][i].as_py())
-        return tar.read(table["size"][i].as_py())
+def _read(table: pa.Table, tar: Path, i: int) -> bytes:
+    return read_jpeg(tar, table["offset"][i].as_py(), table["size"][i].as_py())
+
+
+def read_jpeg(tar: Path, offset: int, size: int) -> bytes:
+    """The bytes of a photo in a shard, unchecked; raises OSError."""
+    with tar.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)

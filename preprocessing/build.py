@@ -34,8 +34,7 @@ def build(
     start = time.monotonic()
     source = Source.of(source) if isinstance(source, Path) else source
     out = Output.of(out)
-    check_output(source, out.folder)
-    out.folder.mkdir(parents=True, exist_ok=True)
+    _prepare(source, out.folder, settings)
     with at_work(out.folder):
         listing, plan = _begin(source, out, settings, rescan)
         remove_partials(out.folder)
@@ -55,8 +54,7 @@ def build_share(
     """Write the shards number `index`, `index + count`, ... of a plan, as one of `count` tasks that may run at the same
     time on several machines; returns how many those are. `assemble` finishes the data set. Raises `JobError`."""
     out = Output.of(out)
-    check_output(source, out.folder)
-    out.folder.mkdir(parents=True, exist_ok=True)
+    _prepare(source, out.folder, settings)
     with at_work(out.folder, beside_others=True):
         with one_at_a_time(out.folder):
             _, plan = _begin(source, out, settings, rescan)
@@ -74,8 +72,7 @@ def assemble(
 ) -> Summary:
     """Finish a data set whose shards `count` tasks wrote by `build_share`; raises `JobError` where some are missing."""
     start, out = time.monotonic(), Output.of(out)
-    check_output(source, out.folder)
-    out.folder.mkdir(parents=True, exist_ok=True)
+    _prepare(source, out.folder, settings)
     with at_work(out.folder):
         listing, plan = _begin(source, out, settings, rescan=False)
         _check_all_there(plan, out, count)
@@ -97,9 +94,16 @@ def _check_all_there(plan: Plan, out: Output, count: int | None) -> None:
 def dry_run(source: Source, out: Output | Path, settings: Settings, *, workers: int, rescan: bool = False) -> Forecast:
     """What `build` would make, after a short trial. Writes nothing but the list of photos, which the build reuses."""
     out = Output.of(out)
+    _prepare(source, out.folder, settings)
     _, plan = _plan(source, out.folder, settings, rescan)
     out.share()
     return forecast(plan, source, None if out.store else out.folder, settings.resizer(), workers)
+
+
+def _prepare(source: Source, out: Path, settings: Settings) -> None:
+    check_output(source, out)
+    settings.resizer()  # where a GPU is missing, this says so before photos are listed
+    out.mkdir(parents=True, exist_ok=True)
 
 
 def _begin(source: Source, out: Output, settings: Settings, rescan: bool) -> tuple[Listing, Plan]:
@@ -121,9 +125,6 @@ def _finish(plan: Plan, listing: Listing, source: Source, out: Output, machinery
 
 
 def _plan(source: Source, out: Path, settings: Settings, rescan: bool) -> tuple[Listing, Plan]:
-    check_output(source, out)
-    settings.resizer()  # where a GPU is missing, this says so before photos are listed
-    out.mkdir(parents=True, exist_ok=True)
     cache = None if rescan else out / LISTING
     with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
         changed_since = bool(list((out / REVISIONS).glob("*.parquet")))  # then new photos may lie beside the first ones

@@ -93,10 +93,7 @@ class Dataset:
             with named_by_url(store, folder):
                 return Dataset(folder, Manifest.load(folder / MANIFEST), ClassTable.load(folder / CLASSES), store)
         path = Path(path)
-        if not path.is_dir():
-            raise JobError(
-                f"{path}: {'is a file; name the folder of a data set' if path.exists() else 'no such folder'}"
-            )
+        check_folder(path)
         return Dataset(path, Manifest.load(path / MANIFEST), ClassTable.load(path / CLASSES))
 
     @property
@@ -107,3 +104,9 @@ class Dataset:
     def reader(self, index: dict[int, GroupIndex]) -> ShardReader:
         """What reads the photos of an index of this data set."""
         return RangeReader(index, self.store) if self.store else ShardReader(index)
+
+
+def check_folder(path: Path) -> None:
+    """Raise `JobError` where a data set's folder is a file, or is not there."""
+    if not path.is_dir():
+        raise JobError(f"{path}: {'is a file; name the folder of a data set' if path.exists() else 'no such folder'}")

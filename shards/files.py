@@ -86,7 +86,7 @@ def at_work(out: Path, *, beside_others: bool = False) -> Iterator[None]:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if beside_others else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JobError(f"{out}: another command is at work on it; wait for that one, or stop it") from None
-        except OSError:
+        except OSError:  # ENOLCK, ENOSYS; EBADF of NFS, which locks no folder that is open for reading
             pass
         yield
     finally:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from shards.checksums import CHECKSUMS, DamagedChecksums, files_below, read_checksums
 from shards.classes import ClassTable
 from shards.console import JobError, format_count
-from shards.dataset import Manifest
+from shards.dataset import Manifest, check_folder
 from shards.files import TEMPORARY_SUFFIX
 from shards.layout import (
     CLASSES,
@@ -74,10 +74,7 @@ def verify(dataset: Path, workers: int = 1, show: Show = lambda problem: None, s
     Not checked: whether `index/state` is current (where it is not, the index is rebuilt when it is next opened).
     """
     start = time.monotonic()
-    if not dataset.is_dir():
-        raise JobError(
-            f"{dataset}: {'is a file; name the folder of a data set' if dataset.exists() else 'no such folder'}"
-        )
+    check_folder(dataset)
     stored = store.sizes() if store else {}
     found = set(stored) if store else set(files_below(dataset))
     if not any(name in (MANIFEST, PLAN) or _STEM.fullmatch(name) for name in found):

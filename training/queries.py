@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 import utm
@@ -151,22 +151,28 @@ def decode_query(photo: Path | BinaryIO, shorter_side: int) -> np.ndarray:
     return np.asarray(image)
 
 
+class Photo(Protocol):
+    """Anything that opens for reading as a `Path` does; raises `OSError` where it cannot."""
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO: ...
+
+
 def read_queries(
-    paths: Sequence[Path],
+    photos: Sequence[Photo],
     *,
     shorter_side: int,
     batch_size: int,
     threads: int,
     on_failure: Callable[[int, str], None],
 ) -> Iterator[QueryBatch]:
-    """Decode `paths` on a pool of threads and yield batches whose photos share one shape.
+    """Decode `photos` on a pool of threads and yield batches whose photos share one shape.
 
     Batches come as they fill; at most four batches of photos wait for partners of their shape. A photo that
     cannot be decoded is reported to `on_failure(index, reason)` and appears in no batch.
     """
     waiting: dict[tuple[int, ...], list[tuple[int, np.ndarray]]] = {}
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        for index, decoded in _decode_in_order(pool, paths, shorter_side, ahead=2 * batch_size):
+        for index, decoded in _decode_in_order(pool, photos, shorter_side, ahead=2 * batch_size):
             if isinstance(decoded, str):
                 on_failure(index, decoded)
                 continue
@@ -182,12 +188,12 @@ def read_queries(
 
 
 def _decode_in_order(
-    pool: ThreadPoolExecutor, paths: Sequence[Path], shorter_side: int, ahead: int
+    pool: ThreadPoolExecutor, photos: Sequence[Photo], shorter_side: int, ahead: int
 ) -> Iterator[tuple[int, np.ndarray | str]]:
-    """Photos, or the reason why one cannot be read, in the order of `paths`, `ahead` of them under way."""
+    """Pixels, or the reason why a photo cannot be read, in the order of `photos`, `ahead` of them under way."""
     pending: deque[tuple[int, Future[np.ndarray | str]]] = deque()
-    for index, path in enumerate(paths):
-        pending.append((index, pool.submit(_decode_or_reason, path, shorter_side)))
+    for index, photo in enumerate(photos):
+        pending.append((index, pool.submit(_decode_or_reason, photo, shorter_side)))
         if len(pending) > ahead:
             first, future = pending.popleft()
             yield first, future.result()
@@ -195,11 +201,13 @@ def _decode_in_order(
         yield first, future.result()
 
 
-def _decode_or_reason(path: Path, shorter_side: int) -> np.ndarray | str:
+def _decode_or_reason(photo: Photo, shorter_side: int) -> np.ndarray | str:
     try:
-        return decode_query(path, shorter_side)
-    except UnidentifiedImageError:
-        return "not an image" if path.stat().st_size else "an empty file"
+        with photo.open("rb") as file:
+            try:
+                return decode_query(file, shorter_side)
+            except UnidentifiedImageError:
+                return "not an image" if file.seek(0, os.SEEK_END) else "an empty file"
     except UNREADABLE as error:
         return " ".join(str(error).split()) or type(error).__name__
 
