@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from training.model import GeoModel, to_input
+from training.backbones import BackboneName
+from training.model import GeoModel, fold_batch_norms, to_input
 
 
 def test_descriptors_are_unit_length_float32_under_any_autocast() -> None:
@@ -53,3 +54,22 @@ def test_input_that_is_no_photos_is_refused() -> None:
         to_input(torch.zeros(1, 3, 4, 4, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"not torch\.float32"):
         to_input(torch.zeros(1, 4, 4, 3))
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "resnet18", "resnet50", "small_cnn"])
+def test_folding_batch_norms_leaves_none_and_changes_no_answer(name: BackboneName) -> None:
+    torch.manual_seed(0)
+    model = GeoModel(name, "none", descriptor_dim=16).double().eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            assert module.running_mean is not None
+            assert module.running_var is not None
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2.0)
+            torch.nn.init.normal_(module.bias)
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(images)
+        fold_batch_norms(model)
+        torch.testing.assert_close(model(images), before, rtol=1e-9, atol=1e-12)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())

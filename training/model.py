@@ -1,8 +1,11 @@
 """The model: backbone, global average pool, linear layer, descriptor of unit length."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from training.backbones import BackboneName, make_backbone
 
@@ -41,6 +44,19 @@ class GeoModel(nn.Module):
         if descriptors.dtype in (torch.float16, torch.bfloat16):
             descriptors = descriptors.float()
         return F.normalize(descriptors, dim=1)
+
+
+def fold_batch_norms(model: nn.Module) -> None:
+    """Put every batch norm after a convolution into the convolution's weights, in place; `model` in evaluation mode.
+
+    The answers stay the same but for rounding. Children are taken to run in the order in which they were registered,
+    as those of all our backbones do.
+    """
+    for module in list(model.modules()):
+        for (name, convolution), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(convolution, norm))
+                setattr(module, norm_name, nn.Identity())
 
 
 def to_input(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
