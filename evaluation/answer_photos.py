@@ -167,7 +167,8 @@ def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], lo
                 f"  {rank:2}  {position}  {100 * place.confidence:8.1f} %  {place.uncertainty_m:9,.0f} m{distance}"
             )
         lines.append("")
-    summary = f"{len(answered):,} photos answered" + (f", {len(failures):,} failed" if failures else "")
+    count = "1 photo" if len(answered) == 1 else f"{len(answered):,} photos"
+    summary = f"{count} answered" + (f", {len(failures):,} failed" if failures else "")
     found = localiser.calibration
     trust = (
         f"calibrated on {found.count:,} queries" if found else "not calibrated (evaluate.py --val-queries does that)"

@@ -76,6 +76,7 @@ def main() -> None:
     if arguments.top_cells < 1 or arguments.batch_size < 1 or not arguments.threshold > 0:
         print("error: --top-cells, --batch-size and --threshold must be more than 0", file=sys.stderr)
         raise SystemExit(2)
+    load_faiss()  # before the database is described, which takes hours where it is large
     prepare_folder(arguments.out)
     localiser = load_localiser(arguments.checkpoint, torch.device("cpu"))
     reading = {"batch_size": arguments.batch_size, "threads": len(os.sched_getaffinity(0))}

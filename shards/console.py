@@ -22,6 +22,8 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     Errors of the operating system that no caller turned into a `JobError` (a full disk, a folder
     without permission) are printed as one line that names the file.
     """
+    if module := sys.modules["__main__"].__spec__:  # so that --help names what was typed, not a file in site-packages
+        sys.argv[0] = f"python -m {module.name}"
     try:
         code = main() or 0
     except JobError as error:

@@ -19,7 +19,7 @@ _PACKAGES = (
 def provenance() -> dict[str, Any]:
     """Versions of Python and of the packages that matter, the command line, the git commit, the UTC time."""
     return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": f"{Path(sys.argv[0]).name} {shlex.join(sys.argv[1:])}",
         "commit": _commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),

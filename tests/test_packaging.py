@@ -126,6 +126,8 @@ def test_the_installed_wheel_works_from_another_directory(installed: Path, city:
     checked = run_module(installed, tmp_path, "shards.verify", "shards")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "sound" in checked.stdout
+    told = run_module(installed, tmp_path, "shards.verify", "--help")
+    assert told.stdout.startswith("usage: python -m shards.verify ")
 
 
 @pytest.mark.slow

@@ -203,3 +203,13 @@ def test_bad_queries_are_told_before_the_database_is_described(
     assert list((tmp_path / "o").iterdir()) == []
     with pytest.raises(JobError, match="is a file; name a folder"):
         run_here(monkeypatch, *words[:-1], tmp_path / "plain" / "a.jpg", "--queries", photos)
+
+
+def test_a_missing_faiss_is_told_before_anything_is_read_or_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)  # its import fails, as where it is not installed
+    words = ["--checkpoint", tmp_path / "run", "--database", tmp_path / "d", "--queries", tmp_path / "q"]
+    with pytest.raises(JobError, match=r"FAISS is not installed: pip install .*\[retrieval\]"):
+        run_here(monkeypatch, *words, "--out", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
