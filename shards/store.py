@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 
 from shards.console import JobError
 from shards.files import TEMPORARY_SUFFIX

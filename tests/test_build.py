@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
+from present import present
 
 from preprocessing.build import Summary, assemble, build, build_share
 from preprocessing.photos import list_photos, store_listing
@@ -373,5 +374,5 @@ def test_pictures_of_the_city_survive_the_way_into_a_shard(dataset, city):
     index = open_index(dataset.path, [0])
     table = pq.read_table(shard_tables(dataset.path)[0])
     kept = simplejpeg.decode_jpeg(ShardReader(index).read(0, 0)).astype(float)
-    photo = cv2.imread(str(city / "train" / "database" / table["source"][0].as_py()))[:, :, ::-1]
+    photo = present(cv2.imread(str(city / "train" / "database" / table["source"][0].as_py())))[:, :, ::-1]
     assert np.abs(cv2.resize(photo, (64, 64), interpolation=cv2.INTER_AREA).astype(float) - kept).mean() < 4

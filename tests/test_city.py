@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import utm
 from conftest import CITY
+from present import present
 
 from preprocessing.city.buildings import cast
 from preprocessing.city.plan import (
@@ -74,7 +75,7 @@ def test_names_are_those_of_sf_xl_and_agree_with_utm(plan: Plan) -> None:
         assert 1 <= int(name.timestamp[4:]) <= 12
         assert len(path.name.split("@")) == 16
         if pano.split == "train":
-            assert path.parent.name == f"{math.floor(name.latitude * 100) / 100:.2f}"
+            assert path.parent.name == f"{math.floor(present(name.latitude) * 100) / 100:.2f}"
 
 
 def test_every_photo_has_its_own_name(plan: Plan) -> None:
@@ -247,4 +248,4 @@ def test_a_city_without_cells_for_its_queries_is_one_clear_line_and_not_an_endle
 @pytest.mark.parametrize("wrong", [{"size": 32}, {"blocks": 0}, {"years": 0}, {"quality": 101}, {"step": 0.1}])
 def test_settings_out_of_range_are_named(wrong: dict[str, int]) -> None:
     with pytest.raises(WrongArguments, match=f"--{next(iter(wrong))} is .*between"):
-        CitySettings(**wrong)  # type: ignore[arg-type]
+        CitySettings(**wrong)

@@ -164,11 +164,12 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     engine.step(0, images, labels, groups)
     before = weights_of(engine)
     with torch.no_grad():
-        kept = engine.model.projection.bias.clone()
-        engine.model.projection.bias.fill_(float("nan"))
+        bias = engine.model.get_parameter("projection.bias")
+        kept = bias.clone()
+        bias.fill_(float("nan"))
     assert not engine.step(1, images, labels, groups).finite
     with torch.no_grad():
-        engine.model.projection.bias.copy_(kept)
+        bias.copy_(kept)
     for old, new in zip(before, weights_of(engine), strict=True):
         assert torch.equal(old, new)
     assert engine.step(2, images, labels, groups).finite

@@ -87,12 +87,13 @@ def test_small_jpegs_are_baseline_420_without_metadata(device):
 def test_no_more_pixels_are_decoded_at_a_time_than_the_limit(monkeypatch):
     sizes = []
     small = gpu_resize._Machines.small
+
+    def small_and_count(self, photos, *rest):
+        sizes.append(len(photos))
+        return small(self, photos, *rest)
+
     monkeypatch.setattr(gpu_resize, "_MOST_PIXELS", 3 * 128 * 128)
-    monkeypatch.setattr(
-        gpu_resize._Machines,
-        "small",
-        lambda self, photos, *rest: sizes.append(len(photos)) or small(self, photos, *rest),
-    )
+    monkeypatch.setattr(gpu_resize._Machines, "small", small_and_count)
     photos = [jpeg(128, i) for i in range(7)]
     resizer = GpuResizer(64, 95, device="cpu")
     assert resizer.make([photos[0]]) + resizer.make(photos[1:]) == resizer.make(photos)

@@ -79,19 +79,19 @@ def test_an_epoch_that_a_signal_cut_at_its_end_ends_in_the_resumed_run_as_if_not
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def step_and_ask(self, number, *batch, **options):  # type: ignore[no-untyped-def]
+    def step_and_ask(self, number, *batch, **options):
         outcome = step(self, number, *batch, **options)
         if number == 6 and moment == "last step of an epoch":
             ask()
         return outcome
 
-    def read_and_ask(*of, **options):  # type: ignore[no-untyped-def]
+    def read_and_ask(*of, **options):
         for count, batch in enumerate(read(*of, **options)):
             if count == 1 and moment == "validation":
                 ask()
             yield batch
 
-    def save_and_ask(*of, **options):  # type: ignore[no-untyped-def]
+    def save_and_ask(*of, **options):
         if moment == "saving":
             ask()
         save(*of, **options)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from present import present
 from tiny import class_table, photo, write_queries
 from tiny_run import write_run
 
@@ -16,7 +17,7 @@ from evaluation.localiser import Localiser
 from evaluation.ranking import RANKING_FORMS
 from shards.console import JobError
 from training.checkpoint import load_for_evaluation
-from training.heads import make_head
+from training.heads import ScoreForm, make_head
 from training.queries import find_photos
 
 CPU = torch.device("cpu")
@@ -75,7 +76,8 @@ def test_confidence_is_the_probability_of_the_cells_within_the_threshold(
         vectors, forms=["raw", "cosine"], threshold=25.0, top_k=3, temperatures={"cosine": temperature}
     )
     centers = localiser.classes.centers()
-    for form, divisor in (("raw", 1.0), ("cosine", temperature)):
+    divisors: dict[ScoreForm, float] = {"raw": 1.0, "cosine": temperature}
+    for form, divisor in divisors.items():
         probability = probabilities(localiser, vectors, divisor)
         for i, row in enumerate(answers[form].rows[:, 0]):
             near = np.hypot(*(centers - centers[row]).T) <= 25
@@ -143,7 +145,7 @@ def test_logits_with_bias_are_scored_for_a_plain_linear_head(tmp_path: Path) -> 
     localiser = Localiser.load(write_run(tmp_path / "run", head="FC_CE", form="raw"), CPU)
     vectors = descriptors(localiser)
     heads = localiser.heads.values()
-    logits = torch.cat([vectors @ head.weight.T + head.bias for head in heads], dim=1)
+    logits = torch.cat([vectors @ head.weight.T + present(head.bias) for head in heads], dim=1)
     answers = localiser.answer(vectors, threshold=0.0, top_k=5)["raw"]
     scores, rows = logits.topk(5, dim=1)
     np.testing.assert_array_equal(answers.rows, rows)

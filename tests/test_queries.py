@@ -1,6 +1,7 @@
 """Query photos: names, UTM zones, decoding, batches of one shape."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from training.queries import QueryBatch, decode_query, list_queries, query_size,
 LATITUDE, LONGITUDE = 37.75, -120.01  # near the border of zones 10 and 11
 
 
-def save(path: Path, width: int = 40, height: int = 30, mode: str = "RGB", **options: object) -> Path:
+def save(path: Path, width: int = 40, height: int = 30, mode: str = "RGB", **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path, **options)

@@ -49,7 +49,7 @@ class Server:
                 pass
 
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._http.handle_error = lambda *_: None  # a client that went away
+        self._http.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that went away
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
         self.url = f"http://127.0.0.1:{self._http.server_port}/photos"
@@ -214,7 +214,8 @@ def test_ctrl_c_does_not_wait_for_a_server_that_is_silent(server, tmp_path):
     silence = threading.Event()
     trial = len(server.photos)  # which reads every photo once
     server.fault = lambda name, attempt: silence.wait() and None if server.asked.total() > trial + 5 else None
-    command = [sys.executable, ROOT / "preprocessing" / "build_shards.py", "--workers", "1", "--image-size", "64"]
+    command: list[str | Path] = [sys.executable, ROOT / "preprocessing" / "build_shards.py"]
+    command += ["--workers", "1", "--image-size", "64"]
     process = subprocess.Popen(
         [*command, "--source", tmp_path / "list.csv", "--root", server.url, "--out", tmp_path / "out"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,

@@ -44,8 +44,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def render(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    files = [folder / word if word.endswith(".json") else word for word in words]
-    places = ["--results", folder / "RESULTS.md", "--picture", folder / "speed.png"]
+    files: list[str | Path] = [folder / word if word.endswith(".json") else word for word in words]
+    places: list[str | Path] = ["--results", folder / "RESULTS.md", "--picture", folder / "speed.png"]
     return subprocess.run(
         [sys.executable, BENCHMARKS / "render.py", *files, *places], capture_output=True, text=True, cwd=folder
     )

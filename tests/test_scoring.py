@@ -1,5 +1,6 @@
 """LR@N and the ranking behind it, against cases worked by hand and against a full sort."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,14 +92,16 @@ def test_ranking_equals_a_full_sort_of_all_groups_for_both_score_forms() -> None
         torch.testing.assert_close(scores.double(), expected.gather(1, order), atol=1e-6, rtol=0)
 
 
+def scores_of(scores: torch.Tensor, descriptors: torch.Tensor, columns: slice) -> torch.Tensor:
+    return descriptors @ scores[:, columns]
+
+
 def test_rankings_over_parts_of_the_classes_merge_into_the_whole() -> None:
     torch.manual_seed(1)
     scores = torch.randn(5, 30)
     whole = rank_classes(torch.eye(5), [ClassBlock(0, 30, lambda d, c: d @ scores[:, c])], top_k=7)
     parts = [
-        rank_classes(
-            torch.eye(5), [ClassBlock(first, 10, lambda d, c, f=first: d @ scores[:, f : f + 10][:, c])], top_k=7
-        )
+        rank_classes(torch.eye(5), [ClassBlock(first, 10, partial(scores_of, scores[:, first : first + 10]))], top_k=7)
         for first in (20, 0, 10)
     ]
     merged = merge_rankings(parts, 7)

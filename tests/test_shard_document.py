@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from conftest import HERE
+from present import present
 from tiny import ROOT
 
 DOCUMENT = (ROOT / "docs" / "shard-format.md").read_text()
@@ -35,7 +36,7 @@ def columns_of(heading: str) -> dict[str, str]:
     """Columns and types that the document's first table after `heading` names."""
     lines = DOCUMENT[DOCUMENT.index(heading) :].splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("|---"))
-    columns = {}
+    columns: dict[str, str] = {}
     for line in lines[first + 1 :]:
         if not line.startswith("|"):
             break
@@ -92,7 +93,7 @@ def test_tars_and_dali_indexes_are_as_described(dataset):
     assert table.with_suffix(".tar").stat().st_size % 10240 == 0
     with tarfile.open(table.with_suffix(".tar")) as tar:
         members = tar.getmembers()
-        labels = [tar.extractfile(m).read() for m in members[1::2]]
+        labels = [present(tar.extractfile(m)).read() for m in members[1::2]]
     assert [m.name for m in members] == [f"{row['key']}.{kind}" for row in rows for kind in ("jpg", "cls")]
     assert labels == [b"%d" % row["label"] for row in rows]
     assert {(m.mode, m.uid, m.gid, m.mtime, m.uname) for m in members} == {(0o444, 0, 0, 0, "")}

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from present import present
 
 from training.heads import make_head
 from training.sharded_head import ShardedHead, part_of
@@ -34,7 +35,7 @@ def work(rank: int, ranks: int, folder: Path) -> None:
     for kind in ("AAMC", "LMCC", "FC_CE"):
         _, x, labels, of_losses = whole_problem(kind)
         torch.manual_seed(1)
-        head = ShardedHead(kind, DIM, CLASSES, s=20.0, m=0.3).double()  # type: ignore[arg-type]
+        head = ShardedHead(kind, DIM, CLASSES, s=20.0, m=0.3).double()
         leaf = x[start:stop].clone().requires_grad_()
         losses, hits = head.losses_and_hits(leaf, labels[start:stop])
         (losses * of_losses[start:stop]).sum().backward()
@@ -55,7 +56,7 @@ def work(rank: int, ranks: int, folder: Path) -> None:
         losses = sampled(leaf, labels[start:stop] * 17)
         results[f"sampled {attempt}"] = losses.detach()
     losses.sum().backward()
-    results["touched"] = torch.nonzero(sampled.weight.grad.abs().sum(1)).squeeze(1) + sampled.part.start
+    results["touched"] = torch.nonzero(present(sampled.weight.grad).abs().sum(1)).squeeze(1) + sampled.part.start
     results["gradient"] = leaf.grad
     sampled.eval()
     results["unsampled"] = sampled(leaf, labels[start:stop] * 17).detach()

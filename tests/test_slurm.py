@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from photos import write_photos
@@ -82,8 +83,8 @@ def test_the_tasks_of_an_array_write_the_shards_that_one_build_writes(slurm: Slu
 def test_the_finishing_job_fails_and_names_the_task_whose_shards_are_missing(slurm: Slurm, tmp_path: Path) -> None:
     write_photos(tmp_path / "photos")
     words = ["--image-size", "64", "--workers", "1"]
-    variables = {"SOURCE": str(tmp_path / "photos"), "SHARDS": str(tmp_path / "s"), "PYTHON": sys.executable}
-    variables["TASKS"] = "2"
+    variables: dict[str, Any] = {"SOURCE": str(tmp_path / "photos"), "SHARDS": str(tmp_path / "s"), "TASKS": "2"}
+    variables["PYTHON"] = sys.executable
     code, output = slurm.run("preprocess_array.sh", *words, **variables, ROLE="task", SLURM_ARRAY_TASK_ID="0")
     assert code == 0, output
     code, output = slurm.run("preprocess_array.sh", *words, **variables, ROLE="finish")
@@ -167,7 +168,8 @@ def test_a_preempted_training_job_of_two_nodes_saves_is_requeued_and_goes_on_to_
 def test_the_evaluation_job_evaluates_all_runs_on_all_query_sets(slurm: Slurm, tmp_path: Path) -> None:
     runs = [write_run(tmp_path / name) for name in ("a", "b")]
     queries = [write_queries(tmp_path / name) for name in ("q1", "q2")]
-    variables = {"RUNS": " ".join(map(str, runs)), "QUERIES": " ".join(map(str, queries)), "OUT": str(tmp_path / "e")}
+    variables: dict[str, Any] = {"RUNS": " ".join(map(str, runs)), "QUERIES": " ".join(map(str, queries))}
+    variables["OUT"] = str(tmp_path / "e")
     code, output = slurm.run("evaluate.sh", "--no-report", "--threads", "1", **variables, PYTHON=sys.executable)
     assert code == 0, output
     assert len(json.loads((tmp_path / "e" / "results.json").read_text())["rows"]) == 4

@@ -14,6 +14,7 @@ import simplejpeg
 import utm
 from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, picture, write_photos
+from present import present
 
 from preprocessing.build import build
 from preprocessing.coordinates import zone_of
@@ -44,7 +45,7 @@ def write_listed(folder: Path, count: int = 24) -> list[str]:
     return names
 
 
-def write_csv(file: Path, /, **columns: list) -> Path:
+def write_csv(file: Path, /, **columns: list | np.ndarray) -> Path:
     csv.write_csv(pa.table(columns), file)
     return file
 
@@ -92,7 +93,7 @@ def test_a_city_on_the_equator_lies_in_one_plane(tmp_path):
     latitude = (np.arange(20) - 5) * 2e-6
     place = write_csv(tmp_path / "list.csv", path=names, latitude=latitude, longitude=np.full(20, 36.001))
     listing = read_list(place, tmp_path, 0)
-    assert np.ptp(listing.places.north) < 10
+    assert np.ptp(present(listing.places).north) < 10
 
 
 def test_zones_agree_with_the_utm_package_everywhere():

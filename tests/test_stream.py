@@ -72,7 +72,8 @@ def test_classes_and_photos_are_uniform_in_expectation(index):
 
 
 def test_classes_take_turns_and_each_goes_on_where_its_last_run_ended(index):
-    starts, seen = index[0].starts, {label: [] for label in np.flatnonzero(COUNTS).tolist()}
+    starts = index[0].starts
+    seen: dict[int, list] = {label: [] for label in np.flatnonzero(COUNTS).tolist()}
     order = []
     for number in range(6):  # 6 windows of 8 lanes: 48 turns of 4 classes
         window = make_window(index, np.zeros((4, 8), int), seed=3, first_step=4 * number, run=4)
@@ -130,9 +131,12 @@ def test_ranks_share_out_the_global_batch_of_one(dataset, ranks, decoder, joint)
 def test_each_run_is_one_request_and_read_by_one_rank_alone(dataset, monkeypatch):
     requests: list[tuple[int, int, int]] = []
     read_run, single = ShardReader.read_run, []
-    monkeypatch.setattr(
-        ShardReader, "read_run", lambda s, g, row, n: (requests.append((g, row, n)), read_run(s, g, row, n))[1]
-    )
+
+    def read_run_and_count(self, *run):
+        requests.append(run)
+        return read_run(self, *run)
+
+    monkeypatch.setattr(ShardReader, "read_run", read_run_and_count)
     monkeypatch.setattr(ShardReader, "read", lambda *a: single.append(a))
     loaders = [make_loader(dataset, rank=r, world_size=2) for r in range(2)]
     for loader in loaders:

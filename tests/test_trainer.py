@@ -30,6 +30,7 @@ import training.trainer as trainer_module
 from shards.console import JobError
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
 from training.heads import make_head
+from training.model import GeoModel
 from training.queries import list_queries, query_size
 from training.run_folder import LOCK, lock_run, read_losses
 from training.scoring import class_blocks, describe_queries, score_queries
@@ -56,7 +57,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Failing], None]:
     def install(fails: Failing) -> None:
         original = engine_module.Engine.step
 
-        def step(self, step, images, labels, groups, **options):  # type: ignore[no-untyped-def]
+        def step(self, step, images, labels, groups, **options):
             images = images.permute(0, 3, 1, 2).float() / 255
             return original(self, step, images * float("nan") if fails(step) else images, labels, groups, **options)
 
@@ -79,6 +80,7 @@ def test_a_run_learns_and_its_best_checkpoint_reproduces_its_recall(
     weights = load_for_evaluation(config.out)
     assert weights.path == best
     model = trainer.engine.model
+    assert isinstance(model, GeoModel)
     model.load_state_dict(weights.model)
     heads = {}
     for group, tensors in weights.heads.items():

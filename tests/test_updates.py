@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
+from present import present
 from test_build import COMMAND, contents, quarantine
 
 from preprocessing.build import build
@@ -85,7 +86,7 @@ def test_an_addition_keeps_labels_fills_classes_and_makes_classes_of_cells_that_
     write_cell(more, -6, 10)  # a new cell, before the others from west to east
     write_cell(more, 9, 4)  # too few
     shutil.copy(next((tmp_path / "photos").iterdir()), more)  # known
-    summary, gain = add(Source.of(tmp_path / "more"), begun, HERE)
+    summary, gain = present(add(Source.of(tmp_path / "more"), begun, HERE))
     after = Dataset.open(begun)
     assert (gain.new, gain.known, gain.images) == (22, 1, 3 + 11 + 10)
     assert sorted(gain.classes.cell_east.tolist()) == [500000 - 120, 500080]
@@ -121,7 +122,7 @@ def test_adding_again_changes_nothing_and_what_the_folder_gained_since_is_added(
     assert add(Source.of(tmp_path / "more"), begun, HERE) is None
     assert contents(begun) == before
     write_cell(tmp_path / "more", 1, 2, first=100)
-    summary, _ = add(Source.of(tmp_path / "more"), begun, HERE)
+    summary, _ = present(add(Source.of(tmp_path / "more"), begun, HERE))
     assert (summary.manifest.revision, summary.manifest.images, summary.manifest.quarantined) == (3, 53, 1)
     assert set(quarantine(begun)) == {"//1/nowhere.jpg"}
     sound(begun)
@@ -215,7 +216,7 @@ def test_photos_fetched_anew_are_appended_under_their_labels_and_leave_quarantin
     assert retry_quarantined(out, HERE) is None
     for photo in photos[8::8]:
         photo.write_bytes(good[photo])
-    summary, recovered, tried = retry_quarantined(out, HERE)
+    summary, recovered, tried = present(retry_quarantined(out, HERE))
     assert (recovered, tried, summary.manifest.revision, summary.manifest.images) == (5, 6, 2, 47)
     assert quarantine(out) == {photos[0].name: "truncated", "nowhere.jpg": "no coordinates"}
     photos[0].write_bytes(good[photos[0]])
@@ -241,7 +242,7 @@ def test_panoramas_are_added_and_retried_crop_by_crop(tmp_path):
     out = tmp_path / "out"
     build(Source.of(tmp_path / "panos", None, 12), out, settings, HERE)
     (tmp_path / "panos" / names[0]).write_bytes(good)
-    _, recovered, tried = retry_quarantined(out, HERE)
+    _, recovered, tried = present(retry_quarantined(out, HERE))
     assert (recovered, tried) == (12, 12)
     build(Source.of(tmp_path / "panos", None, 12), tmp_path / "clean", settings, HERE)
     assert samples(out) == samples(tmp_path / "clean")
@@ -250,7 +251,7 @@ def test_panoramas_are_added_and_retried_crop_by_crop(tmp_path):
         (tmp_path / "strips").mkdir(exist_ok=True)
         (tmp_path / "strips" / name_at(500003 + i, 4180003, 900 + i)).write_bytes(good)
     add(Source.of(tmp_path / "more"), out, HERE)
-    summary, gain = add(Source.of(tmp_path / "strips", None, 12), out, HERE)
+    summary, gain = present(add(Source.of(tmp_path / "strips", None, 12), out, HERE))
     assert (gain.images, summary.manifest.images, summary.manifest.revision) == (24, 36 + 2 + 24, 4)
     turns = Counter(row[1].count("#") for row in samples(out))
     assert turns == {0: 2, 1: 60}
@@ -268,7 +269,7 @@ def test_a_list_is_added_to_a_folder_with_headings_from_the_list(begun, tmp_path
         north=[4180003.0] * 12,
         heading=list(range(12)),
     )
-    _, gain = add(Source.of(place), begun, HERE)
+    _, gain = present(add(Source.of(place), begun, HERE))
     assert gain.images == 18
     rows = {r["source"]: r for t in shard_tables(begun) for r in pq.read_table(t).to_pylist()}
     assert rows["//1/IMG_0007.jpg"]["heading"] == 7

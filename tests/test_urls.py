@@ -18,6 +18,7 @@ import torch
 from conftest import HERE, SETTINGS
 from photos import jpeg, name_at
 from PIL import Image
+from present import present
 from s3 import s3_server
 from test_build import ROOT, contents
 from tiny import configure, train_here, write_dataset
@@ -30,7 +31,7 @@ from preprocessing.updates import add, retry_quarantined
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.layout import MANIFEST
-from shards.loader import Loader
+from shards.loader import Loader, Mode
 from shards.overview import describe
 from shards.pictures import contact_sheet
 from shards.store import Store
@@ -123,7 +124,7 @@ def build_at(url: str, source: Path | Source, machinery: Machinery = HERE) -> No
         build(source, out, SMALL, machinery=machinery)
 
 
-def batches(dataset: Dataset, mode: str, steps: int = 6, **options) -> tuple[list[torch.Tensor], int]:
+def batches(dataset: Dataset, mode: Mode, steps: int = 6, **options) -> tuple[list[torch.Tensor], int]:
     """Images and labels of some steps, and how many photos were replaced."""
     groups = np.array(dataset.classes.groups)
     loader = Loader(
@@ -240,9 +241,9 @@ def test_additions_and_retries_make_what_they_make_in_a_folder(tmp_path):
         photo.write_bytes(data)
     for place in places:
         with Output.open(place) as out:
-            assert retry_quarantined(out, HERE)[1:] == (3, 3)
+            assert present(retry_quarantined(out, HERE))[1:] == (3, 3)
         with Output.open(place) as out:
-            assert add(Source.of(more), out, HERE)[1].images == 3 * CELLS
+            assert present(add(Source.of(more), out, HERE))[1].images == 3 * CELLS
     assert stored(places[1]) == contents(tmp_path / "city")
     assert Dataset.open(places[1]).manifest.revision == 3
 
@@ -307,7 +308,12 @@ def test_stream_asks_for_runs_and_indexed_for_photos_each_once(whole, memory, mo
     dataset = Dataset.open(memory)
     asked: list[str] = []
     read_range = Store.read_range
-    monkeypatch.setattr(Store, "read_range", lambda s, *a: (asked.append(a[0]), read_range(s, *a))[1])
+
+    def read_range_and_count(self, name, *place):
+        asked.append(name)
+        return read_range(self, name, *place)
+
+    monkeypatch.setattr(Store, "read_range", read_range_and_count)
     batches(dataset, "indexed", steps=4)
     assert len(asked) <= 4 * 24
     asked.clear()
@@ -356,7 +362,12 @@ def test_a_mirror_is_fetched_once_and_anew_when_the_data_set_changes(whole, tmp_
     upload(whole, url)
     fetched: list[str] = []
     fetch = Store.fetch
-    monkeypatch.setattr(Store, "fetch", lambda s, name, path: (fetched.append(name), fetch(s, name, path))[1])
+
+    def fetch_and_count(self, name, path):
+        fetched.append(name)
+        return fetch(self, name, path)
+
+    monkeypatch.setattr(Store, "fetch", fetch_and_count)
     first = Dataset.open(url)
     assert len(fetched) == SHARDS + 2
     assert not list(first.path.rglob("*.tar"))

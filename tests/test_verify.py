@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import HERE, SETTINGS
 from photos import jpeg, write_photos
+from present import present
 
 from preprocessing.build import build
 from shards import verification
@@ -306,12 +307,12 @@ def test_a_seal_keeps_the_checksum_of_what_rotted_and_takes_that_of_what_was_wri
     long_ago = 1_000_000_000
     for path in (copy / TABLE, copy / IDX):
         os.utime(path, (long_ago, long_ago))
-    before = read_checksums(copy)
+    before = present(read_checksums(copy))
     flip(copy / TABLE, 100)
     os.utime(copy / TABLE, (long_ago, long_ago))  # a disk that forgets does not touch the time
     flip(copy / "plan.json", 10)
     seal(copy)
-    after = read_checksums(copy)
+    after = present(read_checksums(copy))
     assert {name for name in after if after[name] != before[name]} == {"plan.json"}
 
 

@@ -10,14 +10,16 @@ from tiny import class_table, photo
 from shards.classes import ClassTable
 from shards.provenance import provenance
 from training.checkpoint import Checkpoint, TrainingState, save_checkpoint
-from training.heads import HeadKind, make_head
+from training.heads import HeadKind, ScoreForm, make_head
 from training.model import GeoModel, to_input
 from training.presets import TrainConfig
 
 IMAGE_SIZE = 28  # queries are then read at 32 pixels, the size of the photos
 
 
-def write_run(path: Path, classes: ClassTable | None = None, *, head: HeadKind = "AAMC", form: str = "cosine") -> Path:
+def write_run(
+    path: Path, classes: ClassTable | None = None, *, head: HeadKind = "AAMC", form: ScoreForm = "cosine"
+) -> Path:
     """Write a run with one checkpoint, whose heads know every class of `classes` (default: those of `tiny`)."""
     classes = classes or class_table()
     config = TrainConfig(
