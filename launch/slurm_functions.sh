@@ -4,7 +4,8 @@
 # run_or_requeue SIGNAL LOG COMMAND...: run the command with its output in LOG. When Slurm sends SIGUSR1 to the job
 # file (#SBATCH --signal=B:USR1@120: before the time limit, and before preemption where the cluster sets
 # PreemptParameters=send_user_signal), pass SIGNAL on, wait until the command has left, and requeue the job.
-# Preemption without that setting sends SIGTERM to the processes themselves and Slurm requeues the job.
+# Preemption without that setting sends SIGTERM to the processes themselves. Slurm requeues the job when its grace time
+# is over, but a job that ends before would be over for good: it requeues itself too.
 run_or_requeue() {
   local signal=$1 log=$2 asked=no code command
   shift 2
@@ -19,21 +20,26 @@ run_or_requeue() {
     kill -0 "$command" 2>/dev/null # a signal ends `wait`, not the command
   do :; done
   trap - USR1
-  if [[ $asked == yes ]]; then
-    echo "$(date -u +%FT%TZ) stopped by Slurm's signal; requeued"
-    scontrol requeue "$SLURM_JOB_ID" # last: it ends this very job
-    exit 0
-  fi
-  # Training that was told to stop leaves with 0. Without SIGUSR1 it was cancelled, or Slurm requeues it itself:
-  # either way jobs that wait for this one with --dependency=afterok must not take it for done.
+  # Training that was told to stop leaves with 0, but has not done all.
   if ((code == 0)) && grep -q '^stopped by ' "$log"; then
     code=143
   fi
+  if [[ $asked == yes ]] || { ((code)) && is_preempted; }; then
+    echo "$(date -u +%FT%TZ) stopped by Slurm; requeued"
+    scontrol requeue "$SLURM_JOB_ID" # last: it ends this very job
+    exit 0
+  fi
+  # Here it failed or was cancelled: jobs that wait for this one with --dependency=afterok must not take it for done.
   if ((code)); then
     echo "$(date -u +%FT%TZ) failed or stopped with exit code $code; the end of $log:"
     tail -n 20 "$log"
   fi
   return "$code"
+}
+
+# Whether Slurm has told this job to make room for another.
+is_preempted() {
+  scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'
 }
 
 # train_on_all_tasks ARGUMENT...: one training process for each task of the job. They are started by srun itself:

@@ -29,6 +29,8 @@ SCONTROL = """
 record(command="scontrol", words=sys.argv[1:])
 if sys.argv[1:3] == ["show", "hostnames"]:
     print("\\n".join(sys.argv[3].split(",")))
+if sys.argv[1:3] == ["show", "job"]:
+    print("   PreemptEligibleTime=2026-11-25T15:12:54 PreemptTime=" + os.environ.get("PREEMPT_TIME", "None"))
 """
 # As srun does: SIGUSR1 goes on to the tasks, SIGTERM kills them.
 SRUN = """

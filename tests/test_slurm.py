@@ -132,6 +132,13 @@ def test_a_training_job_that_was_cancelled_or_failed_is_neither_requeued_nor_tak
     assert "requeue" not in [call["words"][0] for call in slurm.recorded("scontrol")]
 
 
+def test_a_training_job_that_stops_within_its_grace_time_requeues_itself(slurm: Slurm) -> None:
+    stops = "print('stopped by SIGTERM after step 5; saved')"
+    code, output = slurm.run("train_one_node.sh", BEHAVIOUR=stops, PREEMPT_TIME="2026-11-25T15:13:34")
+    assert code == 0, output
+    assert slurm.recorded("scontrol")[-1]["words"] == ["requeue", "4711"]
+
+
 @pytest.mark.slow
 def test_a_preempted_training_job_of_two_nodes_saves_is_requeued_and_goes_on_to_the_same_losses(
     slurm: Slurm, tmp_path: Path
