@@ -1,13 +1,8 @@
-"""The web page: a real server asked over HTTP, and by a real browser where there is one."""
+"""evaluation/serve.py: a real server asked over HTTP."""
 
-import http.client
-import io
 import json
-import os
 import signal
 import socket
-import struct
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,88 +12,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import BROWSER, Page
+from page_server import AT_ONCE, MEGABYTES, Server, encoded, serving, square, write_served
 from photos import bomb
 from PIL import Image
-from tiny import ROOT, SOUTH, WEST, class_table, photo, write_dataset, write_queries
-from tiny_run import write_run
+from tiny import SOUTH, WEST, class_table, photo, write_dataset
 
 from evaluation import predict, serve
 from shards.console import JobError
 
-MEGABYTES, MEGAPIXELS, AT_ONCE = 1, 4, 24
-needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
-
-
-class Server:
-    """`serve.py` in a process of its own on a free port."""
-
-    def __init__(self, *words: object) -> None:
-        command = [sys.executable, ROOT / "evaluation" / "serve.py", "--port", "0", "--cpu", *words]
-        self.process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.line = self.process.stdout.readline()
-        self.address = self.line.split()[0] if self.line else ""
-        self.port = int(self.address.rstrip("/").rpartition(":")[2]) if self.line else 0
-
-    def ask(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, chunked: bool = False
-    ) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers (lower case) and body of an answer; the path is sent as it is."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.request(method, path, body, headers or {}, encode_chunked=chunked)
-            reply = connection.getresponse()
-            return reply.status, {k.lower(): v for k, v in reply.getheaders()}, reply.read()
-        finally:
-            connection.close()
-
-    def locate(self, body: bytes, name: str = "") -> tuple[int, dict[str, Any]]:
-        """Status and JSON of the answer to a photo."""
-        status, _, said = self.ask("POST", f"/locate?name={name}", body)
-        return status, json.loads(said)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, its shards, and query photos."""
-    folder = tmp_path_factory.mktemp("serve")
-    write_run(folder / "run")
-    write_dataset(folder / "shards")
-    write_queries(folder / "queries")
-    return folder
+    return write_served(tmp_path_factory.mktemp("serve"))
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    limits = ["--max-megabytes", MEGABYTES, "--max-megapixels", MEGAPIXELS, "--at-once", AT_ONCE]
-    server = Server("--checkpoint", folder / "run", "--shards", folder / "shards", *limits)
-    yield server
-    server.process.terminate()
-    _, errors = server.process.communicate(timeout=30)
-    assert errors == ""  # nothing that was sent made the server complain
-
-
-def encoded(image: np.ndarray, kind: str = "JPEG", **options: Any) -> bytes:
-    """An image as the bytes of a file."""
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, kind, **options)
-    return file.getvalue()
-
-
-def square(side: int) -> bytes:
-    """A JPEG whose header claims that many pixels a side, and that ends soon after."""
-    jpeg = bytearray(encoded(photo(WEST, SOUTH, 64, 0)))
-    at = jpeg.index(b"\xff\xc0")
-    jpeg[at + 5 : at + 9] = struct.pack(">HH", side, side)
-    return bytes(jpeg)
+    with serving(folder) as server:
+        yield server
 
 
 def test_an_upload_is_answered_as_predict_answers_the_file(
@@ -332,88 +263,3 @@ def test_what_cannot_be_served_is_one_clear_line(folder: Path, tmp_path: Path, m
 def test_wrong_arguments_exit_with_2(folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run_here(monkeypatch, "--checkpoint", folder / "run", *words)
-
-
-@pytest.fixture(scope="module")
-def page(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    page = Page(tmp_path_factory.mktemp("profile"))
-    yield page
-    page.close()
-
-
-def opened(page: Page, server: Server, width: int = 1280) -> Page:
-    page.open(server.address, width)
-    page.wait_for("document.body?.dataset.state === 'ready'")
-    return page
-
-
-@pytest.mark.slow
-@needs_browser
-def test_a_browser_shows_the_places_of_a_chosen_photo_and_known_photos(
-    page: Page, server: Server, folder: Path
-) -> None:
-    path = sorted((folder / "queries").iterdir())[5]
-    _, expected = server.locate(path.read_bytes(), path.name)
-    for width in (1280, 390):
-        opened(page, server, width).choose("#file", path)
-        page.wait_for("document.body.dataset.state === 'answer' && !document.getElementById('known').hidden")
-        shown = page.evaluate("[...document.querySelectorAll('#places .percent')].map((n) => n.textContent)")
-        places = expected["photos"][0]["places"]
-        assert shown == ["< 0.1 %" if p["confidence"] < 1e-3 else f"{100 * p['confidence']:.1f} %" for p in places]
-        assert page.evaluate("document.getElementById('photo').naturalWidth") == 32
-        assert page.evaluate("document.querySelectorAll('#known figure img').length") == 4
-        assert "mlat=37.76" in page.evaluate("document.querySelector('#places a').href")
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        # The first place is where the map says that it is: pointing there shows its card.
-        page.evaluate("map.canvas.scrollIntoView({ block: 'center' })")
-        x, y = page.evaluate(
-            "(() => { const b = map.canvas.getBoundingClientRect(), [x, y] = map.toScreen(...local(answer.places[0]));"
-            " return [b.left + x, b.top + y]; })()"
-        )
-        page.command("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
-        page.wait_for("!document.getElementById('card').hidden")
-        assert page.evaluate("document.getElementById('card').textContent").startswith(f"1. {shown[0]}")
-    assert page.problems == []
-
-
-@pytest.mark.slow
-@needs_browser
-def test_a_browser_shows_the_reason_for_a_broken_and_for_a_huge_image_and_goes_on(
-    page: Page, server: Server, folder: Path, tmp_path: Path
-) -> None:
-    opened(page, server)
-    good = sorted((folder / "queries").iterdir())[0]
-    cases = {
-        "cut.jpg": (good.read_bytes()[:300], "damaged"),
-        "huge.jpg": (square(30_000), "more pixels"),
-        "large.bin": (bytes(3 * MEGABYTES * 10**6), "larger than the 1 MB"),
-        "<img src=x onerror=alert(1)>.jpg": (b"text", "no photo of a known format"),
-    }
-    for name, (body, words) in cases.items():
-        (tmp_path / name).write_bytes(body)
-        page.choose("#file", tmp_path / name)
-        page.wait_for("document.body.dataset.state === 'error'")
-        assert words in page.evaluate("document.getElementById('status').textContent")
-        assert page.evaluate("document.getElementById('answer').hidden")
-        page.choose("#file", good)
-        page.wait_for("document.body.dataset.state === 'answer'")
-    assert all('"level": "error"' in problem and "status of 4" in problem for problem in page.problems)
-    page.problems.clear()
-
-
-@pytest.mark.slow
-@needs_browser
-def test_twenty_uploads_at_once_from_a_page_and_a_pasted_photo_are_answered(page: Page, server: Server) -> None:
-    opened(page, server)
-    picture = json.dumps(list(encoded(photo(WEST, SOUTH, 32, 3))))
-    page.evaluate(f"globalThis.photo = new File([new Uint8Array({picture})], 'a.jpg', {{ type: 'image/jpeg' }})")
-    statuses = page.evaluate(
-        "Promise.all(Array.from({ length: 20 }, () => fetch('locate', { method: 'POST', body: photo })"
-        ".then((reply) => reply.status)))"
-    )
-    assert statuses == [200] * 20
-    page.evaluate(
-        "(() => { const clipboardData = new DataTransfer(); clipboardData.items.add(photo);"
-        " document.dispatchEvent(new ClipboardEvent('paste', { clipboardData })); })()"
-    )
-    page.wait_for("document.body.dataset.state === 'answer'")
