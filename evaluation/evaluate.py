@@ -13,9 +13,9 @@ from pathlib import Path
 
 import tyro
 
+from evaluation.comparison import Job, evaluate_all, open_world, write_results
 from evaluation.query_set import Settings
 from evaluation.ranking import OWN_FORMS, RankingForm
-from evaluation.results import Job, evaluate_all, open_world, write_results
 from evaluation.sample_photos import SamplePhotos
 from shards.console import entry
 from training.scoring import RECALL_NS, THRESHOLD_METRES

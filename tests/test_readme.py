@@ -160,6 +160,15 @@ def test_links_of_a_page_lead_to_files(page: str) -> None:
         assert target.startswith("http") or ((ROOT / page).parent / target).exists(), f"{page}: {target}"
 
 
+def test_modules_that_the_page_on_architecture_names_exist() -> None:
+    """A name without a folder is in the folder named before it in its row."""
+    for row in re.findall(r"^\|.*\.py.*\|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE):
+        folder = ""
+        for named, module in re.findall(r"`(?:(\w+)/)?(\w+\.py)?`", row):
+            folder = named or folder
+            assert (ROOT / folder / module).exists(), row
+
+
 def test_flags_that_the_readme_names_exist() -> None:
     """Flags in running text (troubleshooting): commands in blocks are run anyway."""
     sources = "\n".join(p.read_text() for room in ("preprocessing", "shards", "training", "evaluation", "launch")

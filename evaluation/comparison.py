@@ -1,4 +1,4 @@
-"""All checkpoints on all query sets: what goes wrong is said and counted, the rest goes on."""
+"""Compares checkpoints: all of them on all query sets. What goes wrong is said and counted, the rest goes on."""
 
 from __future__ import annotations
 
