@@ -3,6 +3,8 @@
 # From a login node (this submits both jobs, nothing runs there):
 #   SOURCE=data/sf-xl/train/database SHARDS=data/sf-xl-shards launch/preprocess_array.sh [ARGUMENT OF build_shards.py ...]
 # Where a task failed, run the same line again: shards that are done are kept.
+# sbatch takes what the cluster asks for from its own variables: SBATCH_PARTITION, SBATCH_ACCOUNT, SBATCH_TIMELIMIT,
+# SBATCH_MEM_PER_NODE (each task plans the whole data set: 41 million names take 7.2 GB).
 #SBATCH --job-name=shards
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
