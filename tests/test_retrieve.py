@@ -46,7 +46,7 @@ def test_a_gallery_holds_each_cell_s_images_in_one_run(gallery: Gallery) -> None
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_within_cells_names_another_place_with_each_image(gallery: Gallery, with_bias: bool) -> None:
-    """Brute force: the best image of each top cell by likeness, a central one of the cells behind, then all others."""
+    """Brute force in half precision: the best image of each top cell, a central one of those behind, all others."""
     rng = np.random.default_rng(1)
     weights = torch.from_numpy(unit(rng, 16, 8))
     bias = torch.from_numpy(rng.normal(size=16).astype(np.float32)) if with_bias else None
@@ -56,7 +56,7 @@ def test_within_cells_names_another_place_with_each_image(gallery: Gallery, with
     inside = np.flatnonzero(rows >= 0)
     for vector, own in zip(unit(rng, 20, 24), unit(rng, 20, 8), strict=True):
         order = np.argsort(-(weights.numpy() @ own + (0 if bias is None else bias.numpy())))
-        alike = images.vectors @ vector
+        alike = images.vectors.astype(np.float16).astype(np.float32) @ vector
         best = [max(np.flatnonzero(rows == row), key=lambda i: alike[i]) for row in order[:3]]
         expected = sorted(best, key=lambda i: -alike[i])
         for row in order[3:]:

@@ -11,7 +11,8 @@ dimensions in each of 3,400 cells (with `--quick` 180), one query at a time; `wi
 includes the classifier's ranking. A cell's images share a direction and differ by noise, and the classifier's weights
 are the means of the cells' images. Row `predict` (milliseconds_per_photo) answers photos of 512 pixels one at a time as
 predict.py does once it is loaded: decoding, EfficientNet-B0 at 224 (untrained; shorter side 256), ranking 140,000
-classes with confidences. All on one thread, except that FAISS builds its indexes on all cores.
+classes with confidences. Row `describe` (photos_per_second) decodes and describes such photos in a batch, as
+evaluate.py does. All on one thread, except that FAISS builds its indexes on all cores.
 """
 
 from __future__ import annotations
@@ -111,17 +112,19 @@ def ranking_rows(classes: ClassTable, heads: dict[int, Head], *, quick: bool) ->
     ]
 
 
-def predict_row(classes: ClassTable, heads: dict[int, Head]) -> dict[str, object]:
-    """Milliseconds from a file to its places, and what they are spent on."""
+def predict_rows(classes: ClassTable, heads: dict[int, Head]) -> list[dict[str, object]]:
+    """Milliseconds from a file to its places, and what they are spent on; photos a second described in a batch."""
     config = TrainConfig(shards="none", out=Path("none"), weights="none").to_json()
     tensors = {group: dict(head.state_dict()) for group, head in heads.items()}
     weights = EvaluationWeights(Path("none"), GeoModel(weights="none").state_dict(), tensors, classes, config)
     localiser = Localiser(weights, torch.device("cpu"))
     rng = np.random.default_rng(0)
     times: dict[str, list[float]] = {"photo": [], "describe": []}
+    photos = []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(8):
+        for number in range(16):
             path = Path(folder) / f"{number}.jpg"
+            photos.append(path)
             coarse = Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
             coarse.resize((512, 512), Image.Resampling.BICUBIC).save(path, quality=90)
             begun = time.perf_counter()
@@ -131,8 +134,12 @@ def predict_row(classes: ClassTable, heads: dict[int, Head]) -> dict[str, object
             begun = time.perf_counter()
             localiser.describe([path], batch_size=1)
             times["describe"].append(time.perf_counter() - begun)
+        rates = rates_of({"describe": (lambda: localiser.describe(photos), len(photos))}, 3)
     photo, describe = (1000 * statistics.median(some[2:]) for some in times.values())
-    return {"name": "predict", "milliseconds_per_photo": photo, "of_which_describing": describe, "classes": CLASSES}
+    return [
+        {"name": "predict", "milliseconds_per_photo": photo, "of_which_describing": describe, "classes": CLASSES},
+        {"name": "describe", "photos_per_second": rates["describe"], "batch": len(photos)},
+    ]
 
 
 def synthetic_city(cells: int) -> tuple[Gallery, Images, torch.Tensor]:
@@ -197,7 +204,7 @@ def main() -> None:
     classes = class_table(CLASSES)
     torch.manual_seed(0)
     heads: dict[int, Head] = {group: make_head("AAMC", DIM, classes.count(group)) for group in classes.groups}
-    rows = [*ranking_rows(classes, heads, quick=arguments.quick), predict_row(classes, heads)]
+    rows = [*ranking_rows(classes, heads, quick=arguments.quick), *predict_rows(classes, heads)]
     rows += retrieval_rows(QUICK_CELLS if arguments.quick else CELLS)
     for row in rows:
         facts = "  ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in list(row.items())[1:])
