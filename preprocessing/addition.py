@@ -17,7 +17,7 @@ from preprocessing.plan import class_order, when_and_whither
 from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, read_bad
 from preprocessing.sources import Source, prefix, split_sample, turns
 from shards.classes import ClassTable
-from shards.layout import QUARANTINE, SHARD_SAMPLES, group_name, shard_tables
+from shards.layout import QUARANTINE, SHARD_SAMPLES, SKIPPED, group_name, shard_tables
 from shards.names import hash_names
 
 
@@ -153,7 +153,7 @@ def _crops(samples: pa.ChunkedArray, sources: list[Source]) -> np.ndarray:
 def _known(out: Path, sources: list[Source], source: Source) -> np.ndarray:
     """Hashes of what the data set knows of the photos that `source` may hold: samples, skipped and quarantined ones."""
     quarantined = pa.array([b.source for b in read_bad(out / QUARANTINE) if b.sample], pa.string())
-    tables = [pa.chunked_array([quarantined]), pq.read_table(out / "skipped.parquet", columns=["source"])["source"]]
+    tables = [pa.chunked_array([quarantined]), pq.read_table(out / SKIPPED, columns=["source"])["source"]]
     hashes = [_identities(names, sources, source) for names in tables]
     for table in shard_tables(out):
         hashes.append(_identities(pq.read_table(table, columns=["source"])["source"], sources, source))

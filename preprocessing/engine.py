@@ -1,6 +1,5 @@
 """Runs shard tasks on all cores, with progress, a clean Ctrl-C, and an early stop when too much is bad."""
 
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -23,10 +22,10 @@ from shards.console import JobError
 from shards.layout import shard_stem
 from shards.mirror import scratch_folder
 from shards.store import Store, answered
+from shards.workers import follow_parent
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 1.0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -157,10 +156,7 @@ def _start_worker(
     job: Job, stop: Event, counters: list["Synchronized[int]"], answered_before: set[str], parent: int
 ) -> None:
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+    follow_parent(parent)
     cv2.setNumThreads(1)
     answered.update(answered_before)
     _worker = _Worker(job, stop, counters)

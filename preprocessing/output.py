@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from preprocessing.shard_task import ShardResult, finished_shard
-from shards.checksums import CHECKSUMS, files_below, read_checksums
+from shards.checksums import files_below, read_checksums
 from shards.console import JobError
-from shards.layout import INDEX, LISTING, MANIFEST, PLAN, shard_stem, shard_tables
+from shards.layout import CHECKSUMS, INDEX, LISTING, MANIFEST, PLAN, shard_stem, shard_tables
 from shards.mirror import fetch_all, is_small, named_by_url, scratch_folder
 from shards.store import PARALLEL, Store, is_url
 

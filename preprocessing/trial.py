@@ -14,8 +14,8 @@ from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.samples import SampleMaker
 from preprocessing.sources import Source
 from shards.console import JobError, format_bytes, format_count
+from shards.writer import TAR_BLOCK
 
-_TAR_BLOCK = 512
 _TABLE_BYTES = 200  # of sample table, DALI index and flat index, for each image
 _SURELY = 0.8  # photos differ: a disk with less than this share of the estimate is surely too small
 
@@ -73,7 +73,7 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
         if isinstance(jpeg, BadPhoto):
             bad[jpeg.reason] += 1
             continue
-        written += 3 * _TAR_BLOCK + len(jpeg) + -len(jpeg) % _TAR_BLOCK + _TABLE_BYTES
+        written += 3 * TAR_BLOCK + len(jpeg) + -len(jpeg) % TAR_BLOCK + _TABLE_BYTES
     seconds = time.perf_counter() - start
     tried = len(task.sources)
     return Trial(tried, bad, tried / seconds, written / max(tried - bad.total(), 1), read / tried)

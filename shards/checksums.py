@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.files import atomic_write_text
-from shards.layout import INDEX, MANIFEST, PROVENANCE
+from shards.layout import CHECKSUMS, INDEX, MANIFEST, PROVENANCE
 
 if TYPE_CHECKING:
     from shards.dataset import Manifest
 
-CHECKSUMS = "checksums.txt"
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 _OWN = "# sha256 of the lines above: "
 

@@ -49,6 +49,7 @@ def describe_os_error(error: OSError) -> str:
     advice = {
         errno.ENOSPC: "; free some space and run the same command again",
         errno.EDQUOT: "; free some space and run the same command again",
+        errno.EEXIST: ", but a folder is needed there",  # what making a folder says of a file
         errno.EACCES: "; check the permissions",
         errno.EROFS: "; choose a folder that can be written to",
     }.get(error.errno or 0, "")

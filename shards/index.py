@@ -52,7 +52,7 @@ def open_index(dataset: Path, groups: list[int]) -> dict[int, GroupIndex]:
     state = _state(tables)
     built: dict[int, dict[str, np.ndarray]] = {}
     if not _is_current(folder, state):
-        built = {g: _gather(tables, g) for g in groups}
+        built = {g: gather(_of_group(tables, g)) for g in groups}
         try:
             _store(folder, state, built)
         except PermissionError:
@@ -63,7 +63,7 @@ def open_index(dataset: Path, groups: list[int]) -> dict[int, GroupIndex]:
 def build_index(dataset: Path, groups: list[int]) -> None:
     """Write the index of a data set from its sample tables."""
     tables = shard_tables(dataset)
-    _store(dataset / INDEX, _state(tables), {g: _gather(tables, g) for g in groups})
+    _store(dataset / INDEX, _state(tables), {g: gather(_of_group(tables, g)) for g in groups})
 
 
 def _of_group(tables: list[Path], group: int) -> list[Path]:
@@ -85,8 +85,9 @@ def _is_current(folder: Path, state: str) -> bool:
         return False
 
 
-def _gather(tables: list[Path], group: int) -> dict[str, np.ndarray]:
-    parts = [pq.read_table(t, columns=["label", "offset", "size", "crc32"]) for t in _of_group(tables, group)]
+def gather(tables: list[Path]) -> dict[str, np.ndarray]:
+    """The arrays of a group's index, by name, from its sample tables (all of them, in order); see `GroupIndex`."""
+    parts = [pq.read_table(t, columns=["label", "offset", "size", "crc32"]) for t in tables]
     shards = [np.full(len(part), number) for number, part in enumerate(parts)]
     columns = {name: [part[name].to_numpy() for part in parts] for name in ("label", "offset", "size", "crc32")}
     columns["shard"] = shards

@@ -28,6 +28,13 @@ PROVENANCE = "provenance.json"
 INDEX = "index"
 REVISIONS = "revisions"
 LISTING = "listing.parquet"
+CHECKSUMS = "checksums.txt"
+
+TOP_FILES = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, PROVENANCE)
+"""The files above the shards that every finished data set has."""
+
+OPTIONAL_TOP_FILES = (LISTING, CHECKSUMS)
+"""Those that it may have."""
 
 SAMPLE_COLUMNS = pa.schema(
     [

@@ -17,24 +17,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from shards.checksums import CHECKSUMS, DamagedChecksums, checksum, parse_checksums
+from shards.checksums import DamagedChecksums, checksum, parse_checksums
 from shards.console import JobError
 from shards.files import atomic_path, atomic_write_bytes
 from shards.layout import (
+    CHECKSUMS,
     CLASSES,
     INDEX,
-    LISTING,
     MANIFEST,
-    PLAN,
-    PROVENANCE,
+    OPTIONAL_TOP_FILES,
     QUARANTINE,
     REVISIONS,
-    SKIPPED,
+    TOP_FILES,
     shard_tables,
 )
 from shards.store import PARALLEL, Store
 
-_TOP = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, PROVENANCE, LISTING, CHECKSUMS)
 _BELOW = re.compile(rf"(group-\d{{2,}}|{INDEX}|{REVISIONS})/[\w-][\w.-]*")  # none of these leads out of the folder
 _TABLE = re.compile(r"group-\d{2,}/group-\d{2,}-\d{6,}\.parquet")
 _MANY = 64  # files from which on a progress bar is shown
@@ -123,7 +121,7 @@ def fetch_all(store: Store, names: Iterable[str], folder: Path, sums: dict[str, 
 
 def is_small(name: str) -> bool:
     """Whether a name, from a listing or a list of checksums, is that of a data set's file, and of none of its tars."""
-    return name in _TOP or (_BELOW.fullmatch(name) is not None and not name.endswith(".tar"))
+    return name in TOP_FILES + OPTIONAL_TOP_FILES or (_BELOW.fullmatch(name) is not None and not name.endswith(".tar"))
 
 
 def _read_if_there(store: Store, name: str) -> bytes | None:

@@ -12,12 +12,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shards.checksums import CHECKSUMS, seal
+from shards.checksums import seal
 from shards.console import JobError, format_count
 from shards.dataset import GPU_CODEC, Manifest
 from shards.files import at_work, atomic_write_bytes, atomic_write_json, remove_partials
 from shards.index import build_index
-from shards.layout import CLASSES, INDEX, LISTING, MANIFEST, PLAN, PROVENANCE, QUARANTINE, SKIPPED, shard_tables
+from shards.layout import (
+    CHECKSUMS,
+    CLASSES,
+    INDEX,
+    LISTING,
+    MANIFEST,
+    PLAN,
+    PROVENANCE,
+    QUARANTINE,
+    SKIPPED,
+    shard_tables,
+)
 from shards.provenance import provenance
 from shards.soundness import index_of_table, read_sample_table
 from shards.verification import Report

@@ -19,13 +19,13 @@ import pyarrow.parquet as pq
 from shards.checksums import checksum
 from shards.classes import ClassTable
 from shards.console import describe_os_error, format_count, printable
+from shards.index import gather
 from shards.layout import INDEX, SAMPLE_COLUMNS, group_name
-from shards.writer import ShardWriter
+from shards.writer import TAR_BLOCK, ShardWriter
 
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
 """What reading damaged Parquet or JSON raises."""
 
-_BLOCK = 512
 _LONGEST_KEY = 95
 _LISTED_SAMPLES = 10
 _LARGEST_PHOTO = 1 << 28
@@ -101,7 +101,7 @@ def check_shard(dataset: Path, stem: str, sums: dict[str, str] | None, classes: 
         if again is not None and facts["tar_bytes"] != again.position:
             what = f"notes a tar of {facts['tar_bytes']} bytes, but it is of {again.position}"
             report.problems.append(Problem(names["parquet"], what))
-        if again is not None and present["idx"] and (dataset / names["idx"]).read_bytes() != index_bytes(again.index):
+        if again is not None and present["idx"] and (dataset / names["idx"]).read_bytes() != again.dali_index():
             report.problems.append(Problem(names["idx"], "does not describe its tar"))
     return report
 
@@ -139,36 +139,19 @@ def read_sample_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     return table, facts
 
 
-def index_bytes(lines: list[str]) -> bytes:
-    """A DALI index with these lines, as `shards.writer` writes it."""
-    return ("\n".join([f"v1.2 {len(lines)}", *lines]) + "\n").encode("ascii")
-
-
 def index_of_table(table: pa.Table) -> bytes:
     """The DALI index of the tar that a sample table describes."""
     with open(os.devnull, "wb") as nowhere:
         writer = ShardWriter(nowhere)
         for key, label, size in zip(*(table[name].to_pylist() for name in ("key", "label", "size")), strict=True):
             writer.add(key, label, bytes(size), **_blank_facts())
-    return index_bytes(writer.index)
+    return writer.dali_index()
 
 
 def check_group_index(dataset: Path, group: int, tables: list[Path]) -> list[Problem]:
     """Compare the flat index of a group, byte for byte, with its sample tables (all of them, in order)."""
-    parts = [pq.read_table(path, columns=["label", "offset", "size", "crc32"]) for path in tables]
-    columns = {
-        name: np.concatenate([p[name].to_numpy() for p in parts]) for name in ("label", "offset", "size", "crc32")
-    }
-    order = np.argsort(columns["label"], kind="stable")
-    expected: dict[str, np.ndarray] = {
-        "starts": np.concatenate([[0], np.cumsum(np.bincount(columns["label"], minlength=1))]).astype(np.int64),
-        "shard": np.repeat(np.arange(len(parts)), [len(p) for p in parts])[order].astype(np.uint32),
-        "offset": columns["offset"][order].astype(np.uint64),
-        "size": columns["size"][order].astype(np.uint32),
-        "crc32": columns["crc32"][order].astype(np.uint32),
-    }
     problems = []
-    for name, values in expected.items():
+    for name, values in gather(tables).items():
         file = f"{INDEX}/{group_name(group)}.{name}.npy"
         saved = io.BytesIO()
         np.save(saved, values)
@@ -233,15 +216,15 @@ def _check_tar(path: Path, name: str, table: pa.Table, report: ShardReport) -> S
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         for row, (key, label, size) in enumerate(zip(keys, labels, sizes, strict=True)):
-            photo_end = _BLOCK + size + -size % _BLOCK
-            frame = os.pread(file, photo_end + 2 * _BLOCK, writer.position)
-            if len(frame) < photo_end + 2 * _BLOCK:
+            photo_end = TAR_BLOCK + size + -size % TAR_BLOCK
+            frame = os.pread(file, photo_end + 2 * TAR_BLOCK, writer.position)
+            if len(frame) < photo_end + 2 * TAR_BLOCK:
                 report.problems += _listed(name, keys, whats)
                 left = format_count(len(keys) - row)
                 what = f"the file ends here, at byte {report.tar_bytes}; {left} samples are cut off"
                 report.problems.append(Problem(name, what, key))
                 return None
-            writer.add(key, label, frame[_BLOCK : _BLOCK + size], **blank)
+            writer.add(key, label, frame[TAR_BLOCK : TAR_BLOCK + size], **blank)
             expected = sink.getvalue()
             sink.seek(0)
             sink.truncate()
@@ -266,11 +249,11 @@ def _check_tar(path: Path, name: str, table: pa.Table, report: ShardReport) -> S
 def _part(frame: bytes, expected: bytes, photo_end: int) -> str:
     """The part of a sample in which its bytes first differ from what is expected."""
     at = next(i for i, (a, b) in enumerate(zip(frame, expected, strict=True)) if a != b)
-    if at < _BLOCK:
+    if at < TAR_BLOCK:
         return "the photo's tar header"
     if at < photo_end:
         return "the padding after the photo"
-    return "the label's tar header" if at < photo_end + _BLOCK else "the label"
+    return "the label's tar header" if at < photo_end + TAR_BLOCK else "the label"
 
 
 def _listed(name: str, keys: list[str], whats: dict[int, str]) -> list[Problem]:

@@ -1,11 +1,9 @@
 """Verifies a data set: every shard in parallel, the flat index, the tables above the shards, and what lies around."""
 
-import ctypes
 import json
 import multiprocessing
 import os
 import re
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -20,31 +18,32 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from shards.checksums import CHECKSUMS, DamagedChecksums, files_below, read_checksums
+from shards.checksums import DamagedChecksums, files_below, read_checksums
 from shards.classes import ClassTable
 from shards.console import JobError, format_count
 from shards.dataset import Manifest, check_folder
 from shards.files import TEMPORARY_SUFFIX
 from shards.layout import (
+    CHECKSUMS,
     CLASSES,
     INDEX,
     LISTING,
     MANIFEST,
+    OPTIONAL_TOP_FILES,
     PLAN,
     PROVENANCE,
     QUARANTINE,
     REVISIONS,
     SKIPPED,
+    TOP_FILES,
     group_name,
     shard_stem,
 )
 from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum, one_line
 from shards.store import Store
+from shards.workers import follow_parent
 
 PARALLEL_BYTES = 1 << 29  # of tars: below, starting processes takes longer than checking in this one
-_PR_SET_PDEATHSIG = 1
-_TOP = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, PROVENANCE)
-_OPTIONAL = (LISTING, CHECKSUMS)
 _ROWS = {"skipped": SKIPPED, "quarantined": QUARANTINE}
 _STEM = re.compile(r"(group-\d{2,}/group-\d{2,}-\d{6,})\.(tar|idx|parquet)")
 _ARRAY = re.compile(rf"{INDEX}/(group-\d{{2,}})\.(starts|shard|offset|size|crc32)\.npy")
@@ -132,7 +131,7 @@ def _check_top(dataset: Path, found: set[str], sums: dict[str, str] | None) -> _
     """Check the files above the shards, each by itself, and that plan and manifest agree."""
     top = _Top()
     missing = "missing; the data set is not finished, preprocessing/build_shards.py goes on with it"
-    for name in _TOP:
+    for name in TOP_FILES:
         if name not in found:
             top.problems.append(Problem(name, missing if name == MANIFEST else "missing", kind="missing"))
     readers: dict[str, Callable[[Path], Any]] = {
@@ -199,8 +198,8 @@ def _extra_files(
     for name in sorted(found):
         shard, array = _STEM.fullmatch(name), _ARRAY.fullmatch(name)
         known = (
-            name in _TOP
-            or name in _OPTIONAL
+            name in TOP_FILES
+            or name in OPTIONAL_TOP_FILES
             or name == f"{INDEX}/state"
             or (shard is not None and shard[1] in stems)
             or (array is not None and (groups is None or array[1] in groups))
@@ -338,7 +337,7 @@ def _run(tasks: Sequence[Callable[[], ShardReport]], workers: int) -> Iterator[S
             yield task()
         return
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(),))
+    pool = ProcessPoolExecutor(workers, context, follow_parent, (os.getpid(),))
     try:
         futures: list[Future[ShardReport]] = [pool.submit(task) for task in tasks]
         for future in as_completed(futures):
@@ -347,11 +346,3 @@ def _run(tasks: Sequence[Callable[[], ShardReport]], workers: int) -> Iterator[S
         raise JobError("a worker process was killed (out of memory?); fewer --workers need less memory") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _start_worker(parent: int) -> None:
-    """Leave Ctrl-C to the parent, and end with it however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 from shards.files import atomic_path
 from shards.layout import SAMPLE_COLUMNS
 
-_BLOCK = 512
-_RECORD = 20 * _BLOCK
-_PADDING = bytes(_BLOCK)
+TAR_BLOCK = 512  # bytes; every part of a tar begins at a multiple
+_RECORD = 20 * TAR_BLOCK
+_PADDING = bytes(TAR_BLOCK)
 
 
 def _tar_template() -> bytes:
     """A header without name, size and checksum: a file, mode 0444, owner 0, time 0 (POSIX.1-1988, ustar)."""
-    header = bytearray(_BLOCK)
+    header = bytearray(TAR_BLOCK)
     for position, (digits, value) in {100: (7, 0o444), 108: (7, 0), 116: (7, 0), 136: (11, 0)}.items():
         header[position : position + digits] = f"{value:0{digits}o}".encode()
     for position in (329, 337):  # device numbers
@@ -66,19 +66,23 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Write the end of the archive, padded to a record as `tar` does."""
-        self.file.write(bytes(2 * _BLOCK))
-        self.position += 2 * _BLOCK
+        self.file.write(bytes(2 * TAR_BLOCK))
+        self.position += 2 * TAR_BLOCK
         rest = -self.position % _RECORD
         self.file.write(bytes(rest))
         self.position += rest
+
+    def dali_index(self) -> bytes:
+        """The DALI index of what was written so far."""
+        return ("\n".join([f"v1.2 {len(self.index)}", *self.index]) + "\n").encode("ascii")
 
     def _member(self, name: str, data: bytes) -> int:
         """Write one member; return the offset of its data."""
         self.file.write(tar_header(name, len(data)))
         self.file.write(data)
-        self.file.write(_PADDING[: -len(data) % _BLOCK])
-        start = self.position + _BLOCK
-        self.position = start + len(data) + -len(data) % _BLOCK
+        self.file.write(_PADDING[: -len(data) % TAR_BLOCK])
+        start = self.position + TAR_BLOCK
+        self.position = start + len(data) + -len(data) % TAR_BLOCK
         return start
 
 
@@ -90,7 +94,7 @@ def publish_shard(stem: Path, partial_tar: Path, writer: ShardWriter, facts: dic
     with atomic_path(stem.with_suffix(".tar")) as place:
         os.rename(partial_tar, place)
     with atomic_path(stem.with_suffix(".idx")) as place:
-        place.write_text("\n".join([f"v1.2 {len(writer.index)}", *writer.index]) + "\n", encoding="ascii")
+        place.write_bytes(writer.dali_index())
     table = pa.table(writer.columns, SAMPLE_COLUMNS.with_metadata({"shard": json.dumps(facts, sort_keys=True)}))
     with atomic_path(stem.with_suffix(".parquet")) as place:
         pq.write_table(table, place)

@@ -134,6 +134,9 @@ def test_pictures_are_written_beside_each_other_and_exit_codes_are_0_1_and_2(dat
         with Image.open(path) as picture:
             picture.verify()
     assert run(dataset.path, "--out", tmp_path / "city.jpg").returncode == 2
+    done = run(dataset.path, "--out", tmp_path / "new" / "city.png" / "x.png")
+    assert done.returncode == 1
+    assert done.stderr.endswith("city.png: File exists, but a folder is needed there\n")
     assert run(tmp_path).returncode == 1
     assert run("--nonsense").returncode == 2
 

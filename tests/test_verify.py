@@ -18,10 +18,10 @@ from present import present
 
 from preprocessing.build import build
 from shards import verification
-from shards.checksums import CHECKSUMS, DamagedChecksums, read_checksums, seal
+from shards.checksums import DamagedChecksums, read_checksums, seal
 from shards.console import JobError, entry
 from shards.dataset import Dataset
-from shards.layout import shard_tables
+from shards.layout import CHECKSUMS, shard_tables
 from shards.repair import repair
 from shards.verification import verify
 from shards.verify import main

@@ -6,7 +6,6 @@ import json
 import math
 import multiprocessing
 import os
-import signal
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -25,6 +24,7 @@ from shards.console import JobError, format_bytes, format_count, format_duration
 from shards.files import TEMPORARY_SUFFIX, atomic_write_json, remove_partials
 from shards.names import PhotoName, format_name
 from shards.provenance import provenance
+from shards.workers import follow_parent
 
 RECORD = "city.json"
 FORMAT = 1
@@ -150,9 +150,9 @@ class _Task:
 _task: _Task | None = None
 
 
-def _start(out: Path, settings: CitySettings) -> None:
+def _start(out: Path, settings: CitySettings, parent: int) -> None:
     global _task
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    follow_parent(parent)
     cv2.setNumThreads(1)
     _task = _Task(out, settings)
 
@@ -177,7 +177,7 @@ def _run(out: Path, settings: CitySettings, tasks: list[range], total: int, work
                 cv2.setNumThreads(threads)
             return written
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _start, (out, settings)) as pool:
+        with ProcessPoolExecutor(workers, context, _start, (out, settings, os.getpid())) as pool:
             try:
                 left = {pool.submit(_work, numbers) for numbers in tasks}
                 while left:

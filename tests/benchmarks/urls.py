@@ -32,8 +32,9 @@ from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
 from preprocessing.plan import Settings
 from preprocessing.shard_run import Machinery
-from shards.checksums import CHECKSUMS, seal
+from shards.checksums import seal
 from shards.dataset import Dataset
+from shards.layout import CHECKSUMS
 from shards.range_reader import RangeReader
 from shards.stream import StreamSettings
 

@@ -1,0 +1,38 @@
+"""Worker processes end with the process that started them."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+POOL = """
+import multiprocessing, os, time
+from concurrent.futures import ProcessPoolExecutor
+from shards.workers import follow_parent
+
+context = multiprocessing.get_context("spawn")
+pool = ProcessPoolExecutor(1, context, follow_parent, (os.getpid(),))
+print(pool.submit(os.getpid).result(), flush=True)
+time.sleep(60)
+"""
+
+
+def runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_an_idle_worker_ends_when_its_parent_is_killed():
+    parent = subprocess.Popen([sys.executable, "-c", POOL], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    assert runs(worker)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while runs(worker) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not runs(worker)
