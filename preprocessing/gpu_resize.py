@@ -55,11 +55,12 @@ class GpuResizer(Resizer):
         if data[:3] != b"\xff\xd8\xff" or not is_whole(data):
             return 0
         try:
-            height, width, colorspace = self.jpeg_header(data)
+            header = self.jpeg_header(data)
         except BadPhoto:
             return 0
-        plain = colorspace in ("YCbCr", "Gray") and height * width <= _MOST_PIXELS
-        return height * width if plain else 0
+        pixels = header.height * header.width
+        plain = header.colorspace in ("YCbCr", "Gray") and header.scalable and pixels <= _MOST_PIXELS
+        return pixels if plain else 0
 
     def _make_some(self, photos: Sequence[bytes], chosen: list[int], made: list[bytes | BadPhoto | None]) -> None:
         """Fill `made` for the `chosen` of `photos`; None stays where the GPU cannot decode one."""

@@ -1,26 +1,29 @@
 """Turns a photo's bytes into a small square JPEG, or says why it cannot be one.
 
 The fast path decodes a JPEG at a fraction of its size (libjpeg-turbo's scaled IDCT) and does the rest with OpenCV,
-four bytes a pixel since its kernels are faster so; anything unusual (PNG, CMYK) goes through Pillow. Photos are
-stretched to a square, as the reference does, and turned upright where EXIF says so.
+four bytes a pixel since its kernels are faster so; anything unusual (PNG) goes through Pillow. Photos are stretched
+to a square, as the reference does, and turned upright where their metadata say so.
 """
 
 import io
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 ResizeFilter = Literal["fast", "bicubic", "lanczos"]
 
 MAX_FILE_BYTES = 1 << 28
 MAX_PIXELS = 1 << 27
 _MAX_SCANS = 64
+_SCALABLE = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))  # frames of cosine transforms: baseline, progressive, arithmetic
+_ONE_SCAN_POSSIBLE = frozenset((0xC0, 0xC1))
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _TABLES_AND_COMMENTS = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 _MOST_CUBIC = 1.6  # scaled decoding leaves less than a factor of 2, of which this much needs no area filter
 _PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
@@ -33,6 +36,17 @@ class BadPhoto(Exception):
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason, self.detail = reason, detail
+
+
+class JpegHeader(NamedTuple):
+    """What a JPEG's header says: size in pixels, colour space, whether it can be decoded at a fraction of its size
+    (`scalable`), and whether it may hold EXIF or XMP (`tagged`)."""
+
+    height: int
+    width: int
+    colorspace: str
+    scalable: bool
+    tagged: bool
 
 
 @dataclass(frozen=True)
@@ -82,39 +96,56 @@ class Resizer:
         colours = "RGB" if photo.shape[2] == 3 else "RGBX"
         return simplejpeg.encode_jpeg(photo, self.quality, colours, "420", fastdct=True)
 
-    def jpeg_header(self, data: bytes) -> tuple[int, int, str]:
-        """Height and width in pixels and colour space of a JPEG; raises `BadPhoto` where that much is bad."""
+    def jpeg_header(self, data: bytes) -> JpegHeader:
+        """The header of a JPEG; raises `BadPhoto` where that much is bad."""
         try:
             height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
         except ValueError as error:
             raise _bad_jpeg(data, error) from None
         self._check_size(width, height)
-        if not _is_one_scan(data) and data.count(b"\xff\xda") > _MAX_SCANS:
+        frame, one_scan, tagged = _segments(data)
+        if not one_scan and data.count(b"\xff\xda") > _MAX_SCANS:
             raise BadPhoto("too large", f"a JPEG of more than {_MAX_SCANS} scans")
-        return height, width, colorspace
+        return JpegHeader(height, width, colorspace, frame in _SCALABLE, tagged)
 
     def _decode_jpeg(self, data: bytes) -> np.ndarray:
-        _, _, colorspace = self.jpeg_header(data)
-        if colorspace in ("CMYK", "YCCK"):
-            return self._decode_other(data)
-        least = self.size if self.resize_filter == "fast" else 0
         try:
-            photo = simplejpeg.decode_jpeg(data, "RGBX", fastupsample=True, min_height=least, min_width=least)
+            header = self.jpeg_header(data)
+        except BadPhoto as bad:
+            if bad.reason != "unreadable":
+                raise
+            return self._decode_oddly_sampled(data, bad)
+        least = self.size if self.resize_filter == "fast" and header.scalable else 0
+        inks = header.colorspace in ("CMYK", "YCCK")
+        colours = "CMYK" if inks else "RGBX"
+        try:
+            photo = simplejpeg.decode_jpeg(data, colours, fastupsample=True, min_height=least, min_width=least)
         except ValueError as error:
             raise _bad_jpeg(data, error) from None
-        return _upright(photo, _orientation(data))
+        if inks:  # stored inverted, as Adobe's programs do and everyone else since
+            photo = np.asarray(Image.fromarray(255 - photo, "CMYK").convert("RGB"))
+        return _upright(photo, _orientation(data)) if header.tagged else photo
+
+    def _decode_oddly_sampled(self, data: bytes, bad: BadPhoto) -> np.ndarray:
+        """A JPEG whose chroma is sampled in a way that libjpeg-turbo's simple interface has no name for, by Pillow."""
+        try:
+            return self._decode_other(data)
+        except BadPhoto as worse:
+            raise bad if worse.reason in ("unreadable", "not an image") else worse from None
 
     def _decode_other(self, data: bytes) -> np.ndarray:
         try:
             with warnings.catch_warnings(action="ignore"):
                 image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF"))
-                orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-            self._check_size(*image.size)
+                self._check_size(*image.size)
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return _upright(np.asarray(image.convert("RGB")), orientation)
+            if image.mode in ("I", "F"):
+                raise BadPhoto("unreadable", "pixels of 32 bits, whose black and white are not known")
+            return np.asarray(image.convert("RGB"))
         except UnidentifiedImageError:
-            raise BadPhoto("not an image", f"begins with {data[:8]!r}") from None
+            raise BadPhoto("not an image", f"begins with {data[:12]!r}") from None
         except Image.DecompressionBombError as error:
             raise BadPhoto("too large", str(error)) from None
         except BadPhoto:
@@ -145,30 +176,35 @@ def is_whole(jpeg: bytes) -> bool:
     return jpeg.rstrip(b"\0").endswith(b"\xff\xd9")
 
 
-def _is_one_scan(jpeg: bytes) -> bool:
-    """Whether the decoder ends after the first scan: a baseline or extended frame whose first scan has all of its
-    components. To look costs a tenth of what counting the scans of any JPEG does."""
-    place, components = 2, 0
+def _segments(jpeg: bytes) -> tuple[int, bool, bool]:
+    """What stands before a JPEG's first scan: the marker of its frame (0 where it has none, or odd segments before it);
+    whether the decoder ends after the first scan, since that has all components of a baseline or extended frame; and
+    whether there may be EXIF or XMP. To look costs a tenth of what counting the scans of any JPEG does.
+
+    A lossless frame must not be decoded at a fraction of its size: TurboJPEG 3 writes all of it past the end of the
+    smaller picture.
+    """
+    place, frame, components, tagged = 2, 0, 0, False
     while place + 9 < len(jpeg) and jpeg[place] == 0xFF:
         marker = jpeg[place + 1]
         if marker == 0xDA:
-            return jpeg[place + 4] == components
-        if marker in (0xC0, 0xC1):
-            components = jpeg[place + 9]
+            return frame, frame in _ONE_SCAN_POSSIBLE and jpeg[place + 4] == components, tagged
+        if marker == 0xE1:
+            tagged = True
+        elif marker in _FRAMES and not frame:
+            frame, components = marker, jpeg[place + 9]
         elif marker not in _TABLES_AND_COMMENTS:
-            return False
+            break
         place += 2 + (jpeg[place + 2] << 8) + jpeg[place + 3]
-    return False
+    return frame, False, True
 
 
 def _orientation(jpeg: bytes) -> int:
-    if jpeg.find(b"Exif\0\0", 0, 4096) < 0:
-        return 1
     try:
         with warnings.catch_warnings(action="ignore"):  # Pillow's, of odd metadata, would break up the progress line
             return Image.open(io.BytesIO(jpeg)).getexif().get(_ORIENTATION_TAG, 1)
-    except (OSError, ValueError, SyntaxError):
-        return 1  # damaged metadata around a sound picture
+    except Exception:  # as above; damaged metadata around a sound picture
+        return 1
 
 
 def _upright(photo: np.ndarray, orientation: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """From a photo's bytes to a small JPEG: what is converted, what is refused, and how good it looks."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from PIL import Image
 from preprocessing.resize import BadPhoto, Resizer
 
 RESIZER = Resizer(size=64, quality=95)
+KINDS = Path(__file__).parent / "golden" / "jpeg"
+"""`picture(64, 7)` as JPEGs that neither Pillow nor simplejpeg writes: by cjpeg -arithmetic [-progressive], -sample 4x2
+and -rgb, and by imagecodecs' jpeg8_encode (lossless; 12 bits)."""
 
 
 def saved(image: Image.Image, **options) -> bytes:
@@ -61,6 +65,62 @@ def test_odd_metadata_is_passed_over_in_silence(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("kind", ["arithmetic", "arithmetic-progressive", "chroma-4x2", "lossless", "rgb"])
+def test_uncommon_kinds_of_jpeg_give_the_same_picture(kind):
+    data = (KINDS / f"{kind}.jpg").read_bytes()
+    resizer = Resizer(32, 95)
+    made = resizer.resize(resizer.decode(data))[:, :, :3].astype(float)
+    assert np.abs(made - np.asarray(Image.fromarray(picture(64, 7)).resize((32, 32)))).mean() < 8
+    with pytest.raises(BadPhoto, match="truncated"):
+        resizer(data[:-400])
+
+
+def test_a_jpeg_of_12_bits_is_refused_and_the_reason_says_so():
+    with pytest.raises(BadPhoto, match=r"unreadable: .*precision 12"):
+        Resizer(16, 95)((KINDS / "12-bits.jpg").read_bytes())
+
+
+def test_of_several_pictures_in_a_file_the_first_is_taken():
+    photo, other = (Image.fromarray(picture(128, seed)) for seed in (1, 2))
+    plain = saved(photo, format="JPEG", quality=97)
+
+    def both(**options) -> bytes:
+        return saved(photo.copy(), save_all=True, append_images=[other.copy()], **options)
+
+    for data in (
+        both(format="MPO", quality=97),  # as phones write it
+        plain + saved(other, format="JPEG"),
+        plain + b"\0\0\0\x18ftypmp42" + jpeg(64, 3)[300:],  # with a film behind it
+        both(format="PNG"),
+        both(format="WEBP", lossless=True),
+        both(format="TIFF"),
+    ):
+        assert np.abs(small(data) - expected(np.asarray(photo))).mean() < 3
+
+
+def test_a_palette_with_transparency_is_converted():
+    photo = Image.fromarray(picture(128, 3)).quantize(256)
+    data = saved(photo, format="PNG", transparency=5)
+    assert np.abs(small(data) - expected(np.asarray(photo.convert("RGB")))).mean() < 6
+
+
+def test_grey_of_32_bits_is_refused_and_not_made_black_or_white():
+    with pytest.raises(BadPhoto, match="pixels of 32 bits"):
+        RESIZER(saved(Image.fromarray(np.full((128, 128), 0.5, np.float32)), format="TIFF"))
+
+
+@pytest.mark.parametrize("size", [(1, 512), (512, 1), (31, 9000)])
+def test_a_sliver_of_a_photo_is_too_small(size):
+    with pytest.raises(BadPhoto, match="too small"):
+        RESIZER(saved(Image.new("RGB", size), format="JPEG"))
+
+
+def test_a_very_tall_photo_is_stretched_to_the_square():
+    photo = Image.fromarray(picture(64, 4))
+    data = saved(photo.resize((64, 20_000), Image.Resampling.BICUBIC), format="JPEG", quality=97)
+    assert np.abs(small(data) - expected(np.asarray(photo))).mean() < 4
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_a_photo_is_turned_upright_as_exif_says(orientation):
     undo = {
@@ -80,6 +140,29 @@ def test_a_photo_is_turned_upright_as_exif_says(orientation):
     for kind in ("JPEG", "PNG"):
         data = saved(Image.fromarray(stored), format=kind, exif=tags, quality=97)
         assert np.abs(small(data) - expected(photo)).mean() < 3
+
+
+def test_an_orientation_is_found_behind_a_colour_profile_in_xmp_and_in_a_tiff():
+    photo = picture(128, 4)
+    stored = Image.fromarray(np.rot90(photo, 1).copy())
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    turned, plain = (saved(stored, format="JPEG", quality=97, **o) for o in ({"exif": tags}, {}))
+    xmp = b'http://ns.adobe.com/xap/1.0/\0<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="6"/></x:xmpmeta>'
+    for data in (
+        turned[:2] + b"\xff\xe2" + (6002).to_bytes(2, "big") + bytes(6000) + turned[2:],
+        plain[:2] + b"\xff\xe1" + (2 + len(xmp)).to_bytes(2, "big") + xmp + plain[2:],
+        saved(stored, format="TIFF", exif=tags),
+    ):
+        assert np.abs(small(data) - expected(photo)).mean() < 3
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
+def test_an_orientation_that_is_none_is_taken_as_upright(orientation):
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    data = saved(Image.fromarray(picture(128, 4)), format="JPEG", exif=tags, quality=97)
+    assert np.abs(small(data) - expected(picture(128, 4))).mean() < 3
 
 
 def test_progressive_photos_come_out_as_baseline():
@@ -105,6 +188,35 @@ def test_a_bad_photo_is_refused_with_its_reason(data, reason):
     with pytest.raises(BadPhoto) as refused:
         RESIZER(data)
     assert refused.value.reason == reason
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_photo_cut_off_anywhere_is_truncated(progressive):
+    data = saved(Image.fromarray(picture(256, 9)), format="JPEG", quality=97, progressive=progressive)
+    for end in np.random.default_rng(0).integers(4, len(data) - 1, 50):
+        with pytest.raises(BadPhoto, match="truncated"):
+            RESIZER(data[:end])
+
+
+def test_a_cmyk_photo_with_a_hole_is_refused():
+    noise = np.random.default_rng(0).integers(0, 256, (128, 128, 4), np.uint8)
+    data = bytearray(saved(Image.fromarray(noise, "CMYK"), format="JPEG", quality=97))
+    data[20_000:24_000] = bytes(4000)
+    with pytest.raises(BadPhoto, match="unreadable"):
+        RESIZER(bytes(data))
+
+
+def test_lost_and_wrong_restart_markers_are_refused():
+    data = bytearray(saved(Image.fromarray(picture(256, 9)), format="JPEG", quality=97, restart_marker_blocks=4))
+    at = [i for i in range(700, len(data) - 1) if data[i] == 0xFF and 0xD0 <= data[i + 1] <= 0xD7]
+    assert len(at) > 20
+    RESIZER(bytes(data))
+    lost = data[: at[5]] + data[at[9] :]
+    wrong = bytearray(data)
+    wrong[at[5] + 1] = 0xD0 + (wrong[at[5] + 1] - 0xD0 + 3) % 8
+    for damaged in (lost, wrong):
+        with pytest.raises(BadPhoto, match="unreadable"):
+            RESIZER(bytes(damaged))
 
 
 def test_a_picture_of_a_thousand_megapixels_is_refused_before_it_is_decoded():
