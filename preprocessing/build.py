@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from preprocessing.claim import check_output, claim, one_at_a_time, unlock
+from preprocessing.claim import TaskLock, check_output, claim, unlock
 from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
 from preprocessing.output import Output
@@ -55,8 +55,8 @@ def build_share(
     time on several machines; returns how many those are. `assemble` finishes the data set. Raises `JobError`."""
     out = Output.of(out)
     _prepare(source, out.folder, settings)
-    with at_work(out.folder, beside_others=True):
-        with one_at_a_time(out.folder):
+    with at_work(out.folder, beside_others=True), TaskLock.of(out.folder, index, count) as lock:
+        with lock.one_at_a_time():
             _, plan = _begin(source, out, settings, rescan)
         shards = plan.shards()[index::count]
         for group, number, _ in shards:

@@ -4,10 +4,10 @@ import errno
 import fcntl
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from preprocessing.plan import Plan, Settings
 from preprocessing.sources import Source
@@ -75,21 +75,46 @@ def _read(out: Path) -> dict[str, Any] | None:
         raise JobError(f"{out / PLAN}: damaged ({error}); run shards/verify.py --repair") from None
 
 
-@contextmanager
-def one_at_a_time(out: Path) -> Iterator[None]:
-    """Of several machines at work on `out`, let one after the other into the block.
+@dataclass(frozen=True)
+class TaskLock:
+    """The lock of one of several tasks that are at work on a folder, maybe on several machines. Its bytes are locked
+    one by one: the first by the task that lists the photos, the others by number.
 
-    The kernel frees the lock when its holder dies. On a file system without locks all enter at once: they then list
-    the same photos and write the same files, which costs time and does no harm.
+    The kernel, or the server of a network file system, frees a lock when its holder dies. On a file system without
+    locks nobody waits and nobody is kept out.
     """
-    with open(out / _LOCK, "a") as file:
+
+    file: TextIO
+
+    @staticmethod
+    @contextmanager
+    def of(out: Path, index: int, count: int) -> Iterator["TaskLock"]:
+        """Hold the lock of task `index` of `count`; raises `JobError` where another process has it."""
+        with open(out / _LOCK, "a") as file:
+            if not _lock_byte(file, 1 + index):
+                raise JobError(f"{out}: task {index} of {count} is at work already; wait for that process, or stop it")
+            yield TaskLock(file)
+
+    @contextmanager
+    def one_at_a_time(self) -> Iterator[None]:
+        """Let one task after the other into the block."""
+        if not _lock_byte(self.file, 0):
+            print("waiting for another task that lists the photos", flush=True)
+            fcntl.lockf(self.file, fcntl.LOCK_EX, 1, 0)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                print("waiting for another task that lists the photos", flush=True)
-                fcntl.lockf(file, fcntl.LOCK_EX)
-        yield
+            yield
+        finally:
+            with suppress(OSError):  # there was no lock
+                fcntl.lockf(self.file, fcntl.LOCK_UN, 1, 0)
+
+
+def _lock_byte(file: TextIO, number: int) -> bool:
+    """Lock a byte of a file without waiting; False where another process has it."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others: ENOLCK, a file system without locks
+    return True
 
 
 def unlock(out: Path) -> None:

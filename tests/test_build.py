@@ -249,9 +249,9 @@ def test_a_plan_depends_on_names_alone_and_the_seed_shuffles_within_classes(tmp_
 COMMAND = [sys.executable, str(ROOT / "preprocessing" / "build_shards.py"), "--image-size", "64", "--workers", "2"]
 
 
-def start(source: Path, out: Path) -> subprocess.Popen[str]:
+def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*COMMAND, "--source", str(source), "--out", str(out)],
+        [*COMMAND, "--source", str(source), "--out", str(out), *more],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
 
@@ -312,6 +312,28 @@ def test_a_second_command_beside_a_build_is_refused_and_the_build_ends_as_if_alo
     process.send_signal(signal.SIGCONT)
     process.communicate()
     assert process.returncode == 0
+    assert contents(out) == expected
+
+
+@pytest.mark.slow
+def test_a_task_that_runs_is_not_started_twice_and_a_killed_one_is_done_by_its_second_run(big, tmp_path):
+    place, expected = big
+    source, out = Source.of(place), tmp_path / "out"
+    process = start(place, out, "--task-index", "0", "--task-count", "2")
+    while not list(out.glob("group-*/.*.partial")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGSTOP)
+    with pytest.raises(JobError, match="task 0 of 2 is at work already"):
+        build_share(source, out, SETTINGS, HERE, index=0, count=2)
+    assert list(out.glob("group-*/.*.partial"))  # the shard that the stopped one is at
+    assert build_share(source, out, SETTINGS, HERE, index=1, count=2) == 1
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    with pytest.raises(JobError, match=r"1 of 2 shards are missing .* run task 0 of 2 again"):
+        assemble(source, out, SETTINGS, HERE, count=2)
+    build_share(source, out, SETTINGS, HERE, index=0, count=2)
+    assemble(source, out, SETTINGS, HERE, count=2)
     assert contents(out) == expected
 
 
