@@ -30,13 +30,16 @@ def seal(dataset: Path, manifest: "Manifest | None" = None) -> None:
     """Write `checksums.txt`; with `manifest`, of the data set whose `dataset.json` is about to be saved as that.
 
     A file that is older than the last seal keeps the checksum it had then, so that sealing anew neither reads a large
-    data set again nor takes in what rotted since. Raises `OSError`.
+    data set again nor takes in what rotted since; where the clock was set back, no file does. Raises `OSError`.
     """
     try:
         before = read_checksums(dataset) or {}
         sealed_at = (dataset / CHECKSUMS).stat().st_mtime_ns
     except (DamagedChecksums, FileNotFoundError):
         before, sealed_at = {}, 0
+    with tempfile.TemporaryFile(dir=dataset) as now:
+        if os.fstat(now.fileno()).st_mtime_ns < sealed_at:
+            before = {}
     sums = {}
     for name in sorted(files_below(dataset)):
         path = dataset / name

@@ -40,7 +40,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success flush every file and rename it to `path`.
 
-    `path` must not exist when the block ends; the folder is removed on an error.
+    `path` must not exist when the block ends. On an error the folder is removed; an `OSError` that names no file gets
+    the name of `path`.
     """
     path = Path(path)
     partial = _partial(path)
@@ -51,8 +52,10 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             _flush(file)
         _flush(partial)
         os.rename(partial, path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
         raise
     _flush(path.parent)
 

@@ -1,5 +1,6 @@
 """Changes of a finished data set: labels stay, samples become those of a clean build, interruptions do no harm."""
 
+import os
 import shutil
 import subprocess
 from collections import Counter
@@ -22,7 +23,7 @@ from shards.console import JobError
 from shards.dataset import Dataset
 from shards.files import at_work
 from shards.index import open_index
-from shards.layout import shard_tables
+from shards.layout import CHECKSUMS, shard_tables
 from shards.reader import ShardReader
 from shards.verification import verify
 
@@ -112,6 +113,14 @@ def test_after_an_addition_the_samples_are_those_of_a_clean_build_of_both(begun,
     build(both, tmp_path / "clean", SETTINGS, HERE)
     assert samples(begun) == samples(tmp_path / "clean")
     assert labels(begun) == labels(tmp_path / "clean")
+
+
+def test_an_addition_after_the_clock_was_set_back_is_sound(begun, tmp_path):
+    hour_ahead = (begun / CHECKSUMS).stat().st_mtime + 3600
+    os.utime(begun / CHECKSUMS, (hour_ahead, hour_ahead))
+    write_cell(tmp_path / "more", 0, 3, first=100)
+    add(Source.of(tmp_path / "more"), begun, HERE)
+    sound(begun)
 
 
 def test_adding_again_changes_nothing_and_what_the_folder_gained_since_is_added(begun, tmp_path):
