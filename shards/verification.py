@@ -260,14 +260,17 @@ def _check_order(shards: list[ShardReport]) -> list[Problem]:
     """Shards of a group are numbered from 0, and their keys go on from one to the next."""
     problems = []
     last: dict[int, ShardReport] = {}
+    filled: dict[int, ShardReport] = {}  # the last that holds photos: all of a shard's may have been bad
     for shard in shards:
         group, number = _group_of(shard.stem), _number_of(shard.stem)
         before = last.get(group)
         for absent in range(_number_of(before.stem) + 1 if before else 0, number):
             problems.append(Problem(f"{shard_stem(group, absent)}.parquet", "missing", kind="missing"))
-        if before and shard.complete and shard.first_key <= before.last_key:
-            what = f"its keys begin at {shard.first_key}, before the last of {before.stem}"
-            problems.append(Problem(f"{shard.stem}.parquet", what))
+        if shard.images:
+            if group in filled and shard.first_key <= filled[group].last_key:
+                what = f"its keys begin at {shard.first_key}, before the last of {filled[group].stem}"
+                problems.append(Problem(f"{shard.stem}.parquet", what))
+            filled[group] = shard
         last[group] = shard
     return problems
 

@@ -78,7 +78,7 @@ def _verify_at_url(store: Store, workers: int) -> int:
 
 def print_problem(problem: Problem) -> None:
     """One line for a problem, above the progress bar."""
-    with tqdm.external_write_mode():
+    with tqdm.external_write_mode(nolock=True):  # on Ctrl-C its lock, if not yet made, hides that
         print(problem, flush=True)
 
 

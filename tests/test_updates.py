@@ -17,6 +17,7 @@ from test_build import COMMAND, contents, quarantine
 
 from preprocessing.build import build
 from preprocessing.engine import run_tasks
+from preprocessing.revisions import Revision
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
 from shards.console import JobError
@@ -238,6 +239,24 @@ def test_photos_fetched_anew_are_appended_under_their_labels_and_leave_quarantin
     before = contents(out)
     build(tmp_path / "photos", out, SETTINGS, HERE)
     assert contents(out) == before
+
+
+def test_photos_that_turn_bad_again_after_they_were_tried_leave_an_empty_shard_that_is_sound(tmp_path, monkeypatch):
+    photos = write_photos(tmp_path / "photos")
+    good = photos[0].read_bytes()
+    photos[0].write_bytes(good[:300])
+    out = tmp_path / "out"
+    build(tmp_path / "photos", out, SETTINGS, HERE)
+    photos[0].write_bytes(good)
+    save = Revision.save
+    monkeypatch.setattr(Revision, "save", lambda *a: (save(*a), photos[0].write_bytes(b"")))
+    summary, _, _ = retry_quarantined(out, HERE)
+    assert (summary.manifest.images, quarantine(out)) == (47, {photos[0].name: "empty file"})
+    sound(out)
+    monkeypatch.undo()
+    photos[0].write_bytes(good)
+    assert retry_quarantined(out, HERE)[0].manifest.images == 48
+    sound(out)
 
 
 @pytest.mark.slow
