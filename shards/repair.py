@@ -5,9 +5,12 @@ it is done first, and runs the program that made the data set. That makes only w
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 from shards.checksums import seal
 from shards.console import JobError, format_count
 from shards.dataset import GPU_CODEC, Manifest
-from shards.files import at_work, atomic_write_bytes, atomic_write_json, remove_partials
+from shards.files import TEMPORARY_SUFFIX, at_work, atomic_write_bytes, atomic_write_json, remove_partials
 from shards.index import build_index
 from shards.layout import (
     CHECKSUMS,
@@ -43,7 +46,8 @@ def repair(dataset: Path, report: Report, source: Path | None, workers: int) -> 
 
     `source` are the photos that the data set was made from. Nothing is deleted that could not be made again: files
     that do not belong to the data set move to a folder beside it. Raises `JobError` where photos are needed and not
-    given, where plan and manifest are both lost, or where the build fails; then the same command goes on from there.
+    given or are others than those, where plan and manifest are both lost, or where the build fails; then the same
+    command goes on from there.
     """
     broken = {problem.file for problem in report.problems if problem.kind != "extra"}
     stems = {name.rpartition(".")[0] for name in broken if name.endswith((".tar", ".parquet")) and "/" in name}
@@ -97,12 +101,8 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | Non
     plan, before = _settings(dataset, broken, source)
     if PLAN in broken:
         atomic_write_json(dataset / PLAN, plan)
-    (dataset / MANIFEST).unlink(missing_ok=True)
     if LISTING in broken:
         (dataset / LISTING).unlink(missing_ok=True)
-    for stem in stems:
-        for kind in ("parquet", "idx", "tar"):
-            (dataset / f"{stem}.{kind}").unlink(missing_ok=True)
     command = [sys.executable, str(BUILD), "--source", str(source), "--out", str(dataset), "--workers", str(workers)]
     if plan["codec"].startswith(GPU_CODEC):
         command += ["--codec", "gpu"]
@@ -113,7 +113,10 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | Non
         photos = before.images + before.skipped + before.quarantined
         command += ["--max-bad-share", str(min(1.0, max(0.01, (before.quarantined + 1) / photos)))]
     print(f"rebuilding {len(stems)} shards from {source}", flush=True)
-    code = subprocess.run(command, check=False).returncode
+    with _out_of_the_way(
+        dataset, [MANIFEST, *(f"{stem}.{kind}" for stem in stems for kind in ("parquet", "idx", "tar"))]
+    ):
+        code = subprocess.run(command, check=False).returncode
     if code == 130:
         raise KeyboardInterrupt
     if code:
@@ -123,6 +126,22 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | Non
     after = Manifest.load(dataset / MANIFEST)
     if before is not None and after.images != before.images:
         print(f"the data set had {format_count(before.images)} images and now has {format_count(after.images)}")
+
+
+@contextmanager
+def _out_of_the_way(dataset: Path, names: list[str]) -> Iterator[None]:
+    """Give files the names of leftovers, in that order: the build removes those when it has found that the photos are
+    the right ones. What is still there afterwards gets its name back."""
+    places = {dataset / name: dataset / f"{name}{TEMPORARY_SUFFIX}" for name in names}
+    places = {path: place.with_name(f".{place.name}") for path, place in places.items() if path.exists()}
+    for path, place in places.items():
+        os.rename(path, place)
+    try:
+        yield
+    finally:
+        for path, place in reversed(places.items()):
+            if place.exists():
+                os.rename(place, path)
 
 
 def _settings(dataset: Path, broken: set[str], source: Path) -> tuple[dict[str, Any], Manifest | None]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from preprocessing.engine import Counts, Job
 from preprocessing.plan import Settings, ShardTask
 from preprocessing.shard_run import Machinery
 from preprocessing.shard_task import ShardResult
+from shards.checksums import seal
 from shards.dataset import Dataset
 
 SETTINGS = Settings(M=20, N=2, min_images=10, image_size=64, quality=90, resize_filter="fast", seed=0)
@@ -66,3 +68,12 @@ def dataset(city: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return Dataset.open(
         made_once(shared_folder(tmp_path_factory) / "city-shards", lambda out: build(photos, out, SETTINGS, HERE))
     )
+
+
+@pytest.fixture
+def copy(dataset: Dataset, tmp_path: Path) -> Path:
+    """A data set with checksums that a test may damage."""
+    folder = tmp_path / "city"
+    shutil.copytree(dataset.path, folder)
+    seal(folder)
+    return folder

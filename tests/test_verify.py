@@ -1,4 +1,4 @@
-"""Verification finds any damage, and repair gives back the bytes of a clean build."""
+"""Verification finds any damage."""
 
 import json
 import os
@@ -6,42 +6,22 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import HERE, SETTINGS
-from photos import jpeg, write_photos
 from present import present
 
-from preprocessing.build import build
 from shards import verification
 from shards.checksums import DamagedChecksums, read_checksums, seal
-from shards.console import JobError, entry
-from shards.dataset import Dataset
-from shards.layout import CHECKSUMS, shard_tables
-from shards.repair import repair
+from shards.console import entry
+from shards.layout import CHECKSUMS
 from shards.verification import verify
 from shards.verify import main
 
 SCRIPT = Path(__file__).resolve().parent.parent / "shards" / "verify.py"
 TAR, IDX, TABLE = (f"group-00/group-00-000000.{kind}" for kind in ("tar", "idx", "parquet"))
-
-
-@pytest.fixture
-def copy(dataset: Dataset, tmp_path: Path) -> Path:
-    """A data set with checksums that a test may damage."""
-    folder = tmp_path / "city"
-    shutil.copytree(dataset.path, folder)
-    seal(folder)
-    return folder
-
-
-@pytest.fixture
-def photos(city: Path) -> Path:
-    return city / "train" / "database"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -205,102 +185,6 @@ def test_without_checksums_a_shard_of_another_number_and_wrong_counts_are_found(
     assert "group-00/group-00-000001.parquet: missing" in text
     assert any("classes.parquet: group 0, label 0 has" in t for t in text)
     assert any("dataset.json: says shards 4, but it is 5" in t for t in text)
-
-
-def test_a_flat_index_that_disagrees_with_the_tables_is_found_and_rebuilt_without_photos(copy, dataset):
-    flip(copy / "index" / "group-01.offset.npy", 500)
-    assert only_problem(copy) == "index/group-01.offset.npy: does not agree with the sample tables"
-    repair(copy, verify(copy), None, 1)
-    shutil.rmtree(copy / "index")
-    assert only_problem(copy).startswith("index/state: missing")
-    repair(copy, verify(copy), None, 1)
-    assert verify(copy).problems == []
-    assert {k: v for k, v in contents(copy).items() if k != CHECKSUMS} == {
-        k: v for k, v in contents(dataset.path).items() if k != CHECKSUMS
-    }
-
-
-def test_a_dali_index_is_rebuilt_from_its_table_and_no_shard_is_touched(copy):
-    before = contents(copy)
-    times = {p: p.stat().st_mtime_ns for p in copy.rglob("*.tar")}
-    flip(copy / IDX, 40)
-    (copy / "group-01" / "group-01-000000.idx").unlink()
-    repair(copy, verify(copy), None, 1)
-    assert contents(copy) == before
-    assert {p: p.stat().st_mtime_ns for p in times} == times
-
-
-def test_repair_moves_extra_files_beside_the_data_set_and_deletes_none(copy):
-    (copy / "group-00" / "notes.txt").write_text("mine")
-    (copy / "a\nb").write_text("odd")
-    (copy / ".x.1.partial").write_text("left over")
-    repair(copy, verify(copy), None, 1)
-    assert verify(copy).problems == []
-    aside = copy.with_name("city-set-aside")
-    assert (aside / "group-00" / "notes.txt").read_text() == "mine"
-    assert {p.name for p in aside.iterdir()} == {"group-00", "a\nb"}
-
-
-def test_rebuilding_a_shard_without_the_photos_is_refused_and_takes_nothing_away(copy):
-    flip(copy / TAR, 1000)
-    before = contents(copy)
-    with pytest.raises(JobError, match="--source PHOTOS"):
-        repair(copy, verify(copy), None, 1)
-    with pytest.raises(JobError, match="no such photos"):
-        repair(copy, verify(copy), copy / "nowhere", 1)
-    assert contents(copy) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lost", ["dataset.json", "plan.json"])
-def test_repair_gives_back_the_bytes_of_a_clean_build_and_leaves_sound_shards_alone(copy, photos, lost):
-    before = contents(copy)
-    tables = [str(t.relative_to(copy)) for t in shard_tables(copy)]
-    flip(copy / tables[0], 300)
-    flip(copy / tables[1].replace("parquet", "tar"), 5000)
-    (copy / tables[2].replace("parquet", "idx")).unlink()
-    flip(copy / "classes.parquet", 50)
-    flip(copy / "listing.parquet", 50)
-    (copy / "skipped.parquet").unlink()
-    (copy / "index" / "state").unlink()
-    flip(copy / lost, 30)
-    untouched = copy / tables[3]
-    time = untouched.stat().st_mtime_ns
-    repair(copy, verify(copy), photos, 1)
-    assert verify(copy).problems == []
-    assert contents(copy) == before
-    assert untouched.stat().st_mtime_ns == time
-
-
-@pytest.mark.slow
-def test_repair_ends_as_a_failed_job_where_the_photos_are_others_and_goes_on_with_the_right_ones(
-    copy, photos, tmp_path
-):
-    before = contents(copy)
-    write_photos(tmp_path / "others")
-    flip(copy / TAR, 1000)
-    done = run(copy, "--repair", "--source", tmp_path / "others")
-    assert done.returncode == 1
-    assert "holds another data set" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (copy / "dataset.json").exists()  # no reader takes it for complete
-    done = run(copy, "--repair", "--source", photos)
-    assert done.returncode == 0, done.stderr
-    assert contents(copy) == before
-
-
-@pytest.mark.slow
-def test_repair_keeps_to_the_share_of_bad_photos_that_the_data_set_had(tmp_path):
-    source, out = tmp_path / "photos", tmp_path / "out"
-    for photo in write_photos(source)[:20]:
-        photo.write_bytes(jpeg(96, 1)[:300])
-    build(source, out, SETTINGS, replace(HERE, max_bad_share=0.5))
-    seal(out)
-    before = contents(out)
-    tar = next(out.glob("*/*.tar"))
-    tar.unlink()
-    repair(out, verify(out), source, 1)
-    assert contents(out) == before
 
 
 def test_a_seal_keeps_the_checksum_of_what_rotted_and_takes_that_of_what_was_written(copy):
