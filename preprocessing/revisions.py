@@ -25,8 +25,10 @@ from preprocessing.photos import Bad
 from preprocessing.plan import ShardTask
 from preprocessing.sources import Source
 from shards.classes import ClassTable
+from shards.console import JobError
 from shards.files import atomic_path, atomic_write_text
 from shards.layout import REVISIONS, SHARD_SAMPLES, shard_stem
+from shards.soundness import READ_ERRORS, one_line
 
 _STAGE = ".revision"
 
@@ -70,19 +72,24 @@ class Revision:
 
     @staticmethod
     def load(out: Path, number: int) -> "Revision":
-        """Read a revision that `save` wrote."""
+        """Read a revision that `save` wrote; raises `JobError` where a file of it is lost or damaged."""
         stem = _stem(out, number)
-        samples = pq.read_table(f"{stem}.parquet")
-        facts = json.loads(samples.schema.metadata[b"revision"])
-        return Revision(
-            number,
-            Source(**facts["source"]) if facts["source"] else None,
-            samples,
-            ClassTable.load(f"{stem}-classes.parquet"),
-            pq.read_table(f"{stem}-skipped.parquet"),
-            read_bad(Path(f"{stem}-bad.jsonl")),
-            facts["photos"],
-        )
+        try:
+            samples = pq.read_table(f"{stem}.parquet")
+            facts = json.loads(samples.schema.metadata[b"revision"])
+            return Revision(
+                number,
+                Source(**facts["source"]) if facts["source"] else None,
+                samples,
+                ClassTable.load(f"{stem}-classes.parquet"),
+                pq.read_table(f"{stem}-skipped.parquet"),
+                read_bad(Path(f"{stem}-bad.jsonl")),
+                facts["photos"],
+            )
+        except READ_ERRORS as error:
+            raise JobError(
+                f"{stem}.parquet: damaged, or a file beside it ({one_line(error)}); run shards/verify.py"
+            ) from None
 
     def shards(self) -> list[tuple[int, int]]:
         """Group and number of every new shard, in order."""

@@ -83,6 +83,8 @@ def _begin(out: Output, machinery: Machinery) -> tuple[State, list[Source]]:
     manifest = Manifest.load(out.folder / MANIFEST)
     first = claimed(out.folder)[0]
     state = State.of_dataset(out.folder)
+    if manifest.revision > 1 + len(state.revisions):
+        raise JobError(f"{out.place}: what revision {manifest.revision} planned is lost; run shards/verify.py")
     remove_partials(out.folder)
     if manifest.revision < 1 + len(state.revisions):
         print(f"finishing revision {1 + len(state.revisions)}, which was interrupted")

@@ -27,6 +27,9 @@ QUARANTINE = "quarantine.jsonl"
 PROVENANCE = "provenance.json"
 INDEX = "index"
 REVISIONS = "revisions"
+REVISION_FILES = ("-classes.parquet", "-skipped.parquet", "-bad.jsonl", ".parquet")
+"""What follows a revision's number in the names of its files, in the order of writing."""
+
 LISTING = "listing.parquet"
 CHECKSUMS = "checksums.txt"
 

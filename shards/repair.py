@@ -29,6 +29,7 @@ from shards.layout import (
     PLAN,
     PROVENANCE,
     QUARANTINE,
+    REVISIONS,
     SKIPPED,
     shard_tables,
 )
@@ -46,10 +47,16 @@ def repair(dataset: Path, report: Report, source: Path | None, workers: int) -> 
 
     `source` are the photos that the data set was made from. Nothing is deleted that could not be made again: files
     that do not belong to the data set move to a folder beside it. Raises `JobError` where photos are needed and not
-    given or are others than those, where plan and manifest are both lost, or where the build fails; then the same
-    command goes on from there.
+    given or are others than those, where plan and manifest or a revision are lost, or where the build fails; then the
+    same command goes on from there.
     """
     broken = {problem.file for problem in report.problems if problem.kind != "extra"}
+    plans = sorted(name for name in broken if name.startswith(f"{REVISIONS}/"))
+    if plans:
+        raise JobError(
+            f"{dataset / plans[0]}: says what an addition or a retry planned, and nothing else does; bring {len(plans)}"
+            " such files back from a copy, or build the data set anew from all photos. Its shards serve as they are"
+        )
     stems = {name.rpartition(".")[0] for name in broken if name.endswith((".tar", ".parquet")) and "/" in name}
     with at_work(dataset):
         _set_aside(dataset, [p.file for p in report.problems if p.kind == "extra"])

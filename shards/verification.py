@@ -33,6 +33,7 @@ from shards.layout import (
     PLAN,
     PROVENANCE,
     QUARANTINE,
+    REVISION_FILES,
     REVISIONS,
     SKIPPED,
     TOP_FILES,
@@ -93,6 +94,7 @@ def verify(dataset: Path, workers: int = 1, show: Show = lambda problem: None, s
         note([Problem(CHECKSUMS, f"damaged ({one_line(error)})")])
     top = _check_top(dataset, found, sums)
     note(top.problems)
+    note(_check_revisions(dataset, found, sums, top.manifest))
     stems = sorted({m[1] for name in (found if sums is None else sums) if (m := _STEM.fullmatch(name))})
     note(_extra_files(dataset, found, set(stems), sums, top.classes, tars_here=store is None))
     tars = [f"{stem}.tar" for stem in stems if f"{stem}.tar" in found]
@@ -181,6 +183,25 @@ def _read_quarantine(path: Path) -> list[dict[str, str]]:
         if not photo["reason"] or not photo["source"]:
             raise ValueError("a photo without a name or reason")
     return photos
+
+
+def _check_revisions(
+    dataset: Path, found: set[str], sums: dict[str, str] | None, manifest: Manifest | None
+) -> list[Problem]:
+    """Check what additions and retries planned: nothing else tells it."""
+    begun = range(2, 1 + manifest.revision) if manifest else ()
+    names = {f"{REVISIONS}/{number:06d}{end}" for number in begun for end in REVISION_FILES}
+    problems = [Problem(name, "missing", kind="missing") for name in sorted(names - found)]
+    for name in sorted(n for n in found if n.startswith(f"{REVISIONS}/") and not n.endswith(TEMPORARY_SUFFIX)):
+        problem = check_sum(dataset, name, sums)
+        if problem is None and name.endswith(".parquet"):
+            try:
+                pq.read_table(dataset / name)
+            except READ_ERRORS as error:
+                problem = Problem(name, f"damaged ({one_line(error)})")
+        if problem is not None:
+            problems.append(problem)
+    return problems
 
 
 def _extra_files(

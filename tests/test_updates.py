@@ -24,8 +24,9 @@ from shards.console import JobError
 from shards.dataset import Dataset
 from shards.files import at_work
 from shards.index import open_index
-from shards.layout import CHECKSUMS, shard_tables
+from shards.layout import CHECKSUMS, REVISION_FILES, shard_tables
 from shards.reader import ShardReader
+from shards.repair import repair
 from shards.verification import verify
 
 
@@ -61,7 +62,7 @@ def write_cell(folder: Path, cell: int, count: int, first: int = 0, size: int = 
 
 def sound(out: Path) -> None:
     """Verification finds nothing wrong, and every photo can be read through the index."""
-    problems = [str(p) for p in verify(out).problems if not p.file.startswith("revisions")]
+    problems = [str(p) for p in verify(out).problems]
     assert not problems
     index = open_index(out, Dataset.open(out).classes.groups)
     reader = ShardReader(index)
@@ -315,6 +316,23 @@ def test_changes_beside_another_command_are_refused(begun, tmp_path):
             retry_quarantined(begun, HERE)
     with at_work(begun, beside_others=True), at_work(begun, beside_others=True):
         pass
+
+
+@pytest.mark.parametrize("name", [f"000002{end}" for end in REVISION_FILES])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1 and nothing")])
+def test_damage_to_what_an_addition_planned_is_found_and_neither_repaired_nor_built_upon(begun, tmp_path, name, damage):
+    write_cell(tmp_path / "more", 0, 3, first=100)
+    add(Source.of(tmp_path / "more"), begun, HERE)
+    damage(begun / "revisions" / name)
+    before = contents(begun)
+    report = verify(begun)
+    assert [p.file for p in report.problems] == [f"revisions/{name}"]
+    with pytest.raises(JobError, match="back from a copy, or build the data set anew"):
+        repair(begun, report, tmp_path / "photos", 1)
+    write_cell(tmp_path / "more", 1, 3, first=100)
+    with pytest.raises(JobError, match=r"000002|revision 2"):
+        add(Source.of(tmp_path / "more"), begun, HERE)
+    assert contents(begun) == before
 
 
 def test_what_cannot_be_added_is_refused_and_changes_nothing(begun, tmp_path):
