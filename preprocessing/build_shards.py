@@ -22,6 +22,7 @@ from preprocessing.sources import Source
 from preprocessing.summaries import print_forecast, print_gain, print_recovery, print_summary
 from preprocessing.updates import add, retry_quarantined
 from shards.console import WrongArguments, entry
+from shards.soundness import damaged_tables_named
 
 ENGINES = {"process": engine.run_tasks, "ray": ray_engine.run_tasks}
 
@@ -111,7 +112,7 @@ def main() -> None:
     settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
     machinery = Machinery(arguments.workers, arguments.max_bad_share, ENGINES[arguments.engine])
     source = Source.of(arguments.add or arguments.source or ".", arguments.root, arguments.crops)
-    with Output.open(arguments.out) as out:
+    with Output.open(arguments.out) as out, damaged_tables_named(out.place):
         _run(arguments, source, out, settings, machinery)
 
 

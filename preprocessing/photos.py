@@ -200,20 +200,23 @@ def _absolute(root: Path | str) -> str:
 
 
 def load_listing(root: Path | str, cache: Path, as_recorded: bool) -> Listing | None:
-    """The cached listing, or None where there is none for this root or a folder's time has changed."""
+    """The cached listing, or None where there is none for this root, it is damaged, or a folder's time has changed."""
     try:
         file = pq.ParquetFile(cache)
         facts = file.schema_arrow.metadata or {}
         photos, others = int(facts[b"photos"]), int(facts[b"others"])
         if facts[b"root"].decode() != _absolute(root):
             return None
-    except (FileNotFoundError, KeyError, pa.ArrowInvalid):
+    except (OSError, KeyError, pa.ArrowInvalid):
         return None
     paths, rest = PathColumn(), []
-    for batch in file.iter_batches(_BATCH):
-        own = min(photos - len(paths), len(batch))
-        paths.add(batch["path"].slice(0, own))
-        rest += batch.slice(own).to_pylist()
+    try:
+        for batch in file.iter_batches(_BATCH):
+            own = min(photos - len(paths), len(batch))
+            paths.add(batch["path"].slice(0, own))
+            rest += batch.slice(own).to_pylist()
+    except (OSError, pa.ArrowInvalid):
+        return None
     folders = {row["path"]: row["time"] for row in rest if row["time"] is not None}
     for folder, time in () if as_recorded else folders.items():
         try:

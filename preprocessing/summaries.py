@@ -58,7 +58,7 @@ def print_recovery(done: tuple[Summary, int, int] | None, out: str) -> None:
 def print_gain(done: tuple[Summary, Gain] | None, out: str) -> None:
     """What an addition brought, and which cells became classes."""
     if done is None:
-        print(f"{out}: has all of these photos already")
+        print(f"{out}: has all of these photos already, or keeps them in quarantine.jsonl (--retry-quarantined)")
         return
     summary, gain = done
     print_summary(summary, out)

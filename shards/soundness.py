@@ -7,6 +7,8 @@ same tar, the same DALI index and the same offsets, sizes and checksums once mor
 import io
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +20,7 @@ import pyarrow.parquet as pq
 
 from shards.checksums import checksum
 from shards.classes import ClassTable
-from shards.console import describe_os_error, format_count, printable
+from shards.console import JobError, describe_os_error, format_count, printable
 from shards.index import gather
 from shards.layout import INDEX, SAMPLE_COLUMNS, group_name
 from shards.writer import TAR_BLOCK, ShardWriter
@@ -164,6 +166,17 @@ def check_group_index(dataset: Path, group: int, tables: list[Path]) -> list[Pro
         except OSError as error:
             problems.append(Problem(file, one_line(error)))
     return problems
+
+
+@contextmanager
+def damaged_tables_named(place: str) -> Iterator[None]:
+    """Turn what reading a damaged Parquet file raises into a `JobError` that names the data set and the way out."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: a full disk, permissions
+            raise
+        raise JobError(f"{place}: a table is damaged ({one_line(error)}); run shards/verify.py {place}") from None
 
 
 def one_line(error: BaseException) -> str:

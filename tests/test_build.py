@@ -228,6 +228,11 @@ def test_a_listing_is_read_from_its_cache_until_a_folder_changes(tmp_path):
     store_listing(first, cache)
     again = list_photos(source, cache, lambda n: None)
     assert (again.paths, first.fresh, again.fresh) == (first.paths, True, False)
+    whole = cache.read_bytes()
+    for damaged in (b"", whole[:100], whole[:4] + bytes(60) + whole[64:]):
+        cache.write_bytes(damaged)
+        assert list_photos(source, cache, lambda n: None).fresh
+    cache.write_bytes(whole)
     (source / "a" / name_at(500001, 4180003, 5)).write_bytes(b"x")
     assert len(list_photos(source, cache, lambda n: None)) == 13
 

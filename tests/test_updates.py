@@ -16,11 +16,12 @@ from present import present
 from test_build import COMMAND, contents, quarantine
 
 from preprocessing.build import build
+from preprocessing.build_shards import main
 from preprocessing.engine import run_tasks
 from preprocessing.revisions import Revision
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
-from shards.console import JobError
+from shards.console import JobError, entry
 from shards.dataset import Dataset
 from shards.files import at_work
 from shards.index import open_index
@@ -333,6 +334,20 @@ def test_damage_to_what_an_addition_planned_is_found_and_neither_repaired_nor_bu
     with pytest.raises(JobError, match=r"000002|revision 2"):
         add(Source.of(tmp_path / "more"), begun, HERE)
     assert contents(begun) == before
+
+
+@pytest.mark.parametrize("name", ["skipped.parquet", "group-00/group-00-000000.parquet"])
+def test_a_damaged_table_under_a_change_is_one_line_that_names_the_data_set(begun, tmp_path, monkeypatch, capsys, name):
+    (begun / name).write_bytes(b"PAR1 and nothing")
+    write_cell(tmp_path / "more", 0, 3, first=100)
+    words = ["--out", str(begun), "--add", str(tmp_path / "more")]
+    monkeypatch.setattr("sys.argv", ["build_shards.py", *words])
+    with pytest.raises(SystemExit) as exit:
+        entry(main)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert exit.value.code == 1
+    assert len(errors) == 1
+    assert f"{begun}: a table is damaged" in errors[0]
 
 
 def test_what_cannot_be_added_is_refused_and_changes_nothing(begun, tmp_path):
