@@ -252,12 +252,12 @@ def test_photos_that_turn_bad_again_after_they_were_tried_leave_an_empty_shard_t
     photos[0].write_bytes(good)
     save = Revision.save
     monkeypatch.setattr(Revision, "save", lambda *a: (save(*a), photos[0].write_bytes(b"")))
-    summary, _, _ = retry_quarantined(out, HERE)
+    summary, _, _ = present(retry_quarantined(out, HERE))
     assert (summary.manifest.images, quarantine(out)) == (47, {photos[0].name: "empty file"})
     sound(out)
     monkeypatch.undo()
     photos[0].write_bytes(good)
-    assert retry_quarantined(out, HERE)[0].manifest.images == 48
+    assert present(retry_quarantined(out, HERE))[0].manifest.images == 48
     sound(out)
 
 
