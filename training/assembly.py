@@ -85,6 +85,7 @@ def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerat
     if config.sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(world.device)
+    check_batch_norms(config, model, world)
     if world.device.type == "cpu":
         keep_freed_memory()
     if config.channels_last:
@@ -94,6 +95,22 @@ def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerat
         wrapped = accelerator.prepare(torch.compile(model) if config.compile else model)
     bank = HeadBank(classes, config, model.descriptor_dim, world)
     return Engine(config, model, wrapped, bank, world)
+
+
+@torch.inference_mode()
+def check_batch_norms(config: TrainConfig, model: GeoModel, world: World) -> None:
+    """JobError where a part of a batch is one image and its feature map one pixel: one number has no variance."""
+    share = config.batch_size // world.size
+    if share // min(config.accumulate, share) > 1:
+        return
+    model.eval()
+    features = model.backbone(torch.zeros(1, 3, config.image_size, config.image_size, device=world.device))
+    model.train()
+    if features.shape[2:].numel() == 1:
+        raise JobError(
+            f"--batch-size {config.batch_size}: leaves parts of one image, and --image-size {config.image_size} one "
+            "pixel of it, too little for batch norms; use more images, a larger image, or a smaller --accumulate"
+        )
 
 
 def make_loader(

@@ -33,7 +33,7 @@ from shards.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write_json
 
 FORMAT = 1
 WEIGHT_FILES = ("model.safetensors", "heads.safetensors", "config.json", "classes.parquet")
-TRAINING_FILES = ("optimizer.safetensors", "optimizer.json", "state.json")
+TRAINING_FILES = ("optimizer.safetensors", "optimizer.json", "state.json", "provenance.json")
 
 
 class CheckpointError(JobError):
@@ -165,10 +165,10 @@ def check_files(path: Path, names: Iterable[str]) -> None:
     """Compare files of a checkpoint with what was written; CheckpointError names the first that differs."""
     try:
         listing = json.loads((path / "files.json").read_text())
-        written = listing["files"]
-        version = listing["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"files.json: {error}"
+        version = int(listing["format"])
+        written = {name: (facts["bytes"], facts["crc32"]) for name, facts in listing["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"files.json: {type(error).__name__} {error}"
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             reason = "it has no files.json" if path.is_dir() else "a file" if path.exists() else "no such folder"
         message = f"{path}: no checkpoint of this project ({reason}); name a run or a checkpoint's folder"
@@ -178,13 +178,13 @@ def check_files(path: Path, names: Iterable[str]) -> None:
     for name in names:
         file = path / name
         if name not in written or not file.is_file():
-            raise CheckpointError(f"{file}: missing from the checkpoint")
-        size = file.stat().st_size
-        if size != written[name]["bytes"]:
-            facts = f"{size} bytes, {written[name]['bytes']} written"
-            raise CheckpointError(f"{file}: truncated or changed: {facts}; copy the checkpoint again or name another")
-        if _describe(file)["crc32"] != written[name]["crc32"]:
-            raise CheckpointError(f"{file}: changed since it was written (its checksum differs)")
+            raise CheckpointError(f"{file}: missing from the checkpoint; copy it again or name another")
+        size, checksum = written[name]
+        found, way_out = file.stat().st_size, "copy the checkpoint again or name another"
+        if found != size:
+            raise CheckpointError(f"{file}: truncated or changed: {found} bytes, {size} written; {way_out}")
+        if _describe(file)["crc32"] != checksum:
+            raise CheckpointError(f"{file}: changed since it was written (its checksum differs); {way_out}")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -239,7 +239,7 @@ def _read_weights(path: Path) -> EvaluationWeights:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The checkpoint folders of a run, latest step first; half-written ones do not bear such a name."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    found = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=checkpoint_step, reverse=True)
 
 

@@ -72,6 +72,11 @@ class Engine:
         """The parameters of the model that are trained, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    def has_finite_weights(self) -> bool:
+        """Whether all weights of the model and of this rank's heads are finite."""
+        parts = [self.model, *self.bank.heads.values()]
+        return all(bool(p.isfinite().all()) for part in parts for p in part.parameters())
+
     def step(
         self,
         step: int,

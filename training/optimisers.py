@@ -68,6 +68,17 @@ class Rates:
         for optimizer in head_optimizers:
             _set_rate(optimizer, self.config.head_lr * factor)
 
+    def ends_after(self, mean_loss: float) -> bool:
+        """Whether an epoch of this mean loss would exhaust the rate; changes nothing."""
+        if self.plateau is None:
+            return False
+        state, rate = self.plateau.state_dict(), self.model_rate
+        self.plateau.step(mean_loss)
+        ends = self.exhausted
+        self.plateau.load_state_dict(state)
+        _set_rate(self.model_optimizer, rate)
+        return ends
+
     def end_epoch(self, mean_loss: float) -> None:
         """Tell the plateau schedule the epoch's mean loss over all ranks."""
         if self.plateau is not None:

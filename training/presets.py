@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -159,6 +160,10 @@ class TrainConfig:
 
 
 def _check(config: TrainConfig) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise JobError(f"--{field.name.replace('_', '-')} {value}: must be a finite number")
     positive: tuple[str, ...] = ("iterations_per_epoch", "epochs", "batch_size", "accumulate", "image_size", "keep")
     positive += ("val_every", "val_batch_size", "nan_patience", "log_every", "patience", "save_every_epochs")
     positive += ("lr", "head_lr", "s", "stream_run", "stream_window")
@@ -174,9 +179,16 @@ def _check(config: TrainConfig) -> None:
         "save_every",
         "descriptor_dim",
         "m",
+        "seed",
     ):
         if getattr(config, name) < 0:
             raise JobError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more")
+    if config.seed >= 1 << 64:
+        raise JobError(f"--seed {config.seed}: must be under 2^64")
+    if config.m >= math.pi / 2:
+        raise JobError(f"--m {config.m}: must be under pi/2, a right angle")
+    if not 0 < config.plateau_factor < 1:
+        raise JobError(f"--plateau-factor {config.plateau_factor}: lies between 0 and 1, for example 0.1")
     if not 0 <= config.ema < 1:
         raise JobError(f"--ema {config.ema}: a decay is at least 0 and under 1, for example 0.999")
     if not 0 < config.head_sample_rate <= 1:
@@ -246,7 +258,7 @@ def changes(before: TrainConfig, now: TrainConfig) -> list[str]:
     ]
 
 
-FIXED_BY_WEIGHTS = ("backbone", "head", "descriptor_dim")
+FIXED_BY_CHECKPOINT = ("backbone", "head", "descriptor_dim", "freeze_until")
 
 
 def fields_that_differ(before: TrainConfig, now: TrainConfig, names: Sequence[str]) -> list[str]:

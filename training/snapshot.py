@@ -26,7 +26,7 @@ from training.checkpoint import (
 )
 from training.distributed import World, average_batch_norm
 from training.engine import Engine
-from training.presets import FIXED_BY_WEIGHTS, TrainConfig, changes, fields_that_differ
+from training.presets import FIXED_BY_CHECKPOINT, TrainConfig, changes, fields_that_differ
 from training.progress import Progress
 from training.run_folder import LossFile
 
@@ -60,6 +60,8 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
     _check_fits(path, saved, before, run)
     _restore(saved, before, run)
     progress = Progress.from_json(saved.state["progress"])
+    if (before.val_queries is None) != (config.val_queries is None):  # LR@1 and loss are no two values of one measure
+        progress.best = None
     say(f"goes on from {path} after step {progress.step:,}")
     for change in changes(before, replace(config, resume=before.resume)):
         say(f"changed since then: {change}")
@@ -74,7 +76,7 @@ def _check_fits(path: Path, saved: Checkpoint, before: TrainConfig, run: RunStat
             f"{path}: a checkpoint of another class map than {run.config.shards}; "
             f"start a new run with --init-from {run.config.out} to carry its weights over"
         )
-    for name in fields_that_differ(before, run.config, FIXED_BY_WEIGHTS):
+    for name in fields_that_differ(before, run.config, FIXED_BY_CHECKPOINT):
         raise JobError(
             f"{path}: was trained with --{name.replace('_', '-')} {getattr(before, name)}, not "
             f"{getattr(run.config, name)}; give that, or another --out"
@@ -90,8 +92,10 @@ def _restore(saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     engine.rates.load_state_dict(values["rates"])
-    if before.lr != run.config.lr:
-        for group in engine.optimizer.param_groups:
+    for group in engine.optimizer.param_groups:
+        if before.lr_schedule != run.config.lr_schedule:
+            group["lr"] = run.config.lr
+        elif before.lr != run.config.lr:
             group["lr"] *= run.config.lr / before.lr
     if values["scaler"] and engine.scaler.is_enabled():
         engine.scaler.load_state_dict(values["scaler"])

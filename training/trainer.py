@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
@@ -193,12 +193,12 @@ class Trainer:
     def _note_skipped(self, step: int, in_row: int) -> None:
         self.say(f"step {step:,}: the loss or its gradient is not finite; skipped")
         if in_row >= self.config.nan_patience:
-            found = list_checkpoints(self.config.out)
-            good = f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved before"
-            raise JobError(
-                f"{in_row} steps in a row had a loss that is not finite; {good}; "
-                "lower --lr or --head-lr, or use --grad-clip or --precision fp32"
-            )
+            self._give_up(f"{in_row} steps in a row had a loss that is not finite")
+
+    def _give_up(self, reason: str) -> NoReturn:
+        found = list_checkpoints(self.config.out)
+        good = f"the last good checkpoint is {found[0]}" if found else "no checkpoint was saved before"
+        raise JobError(f"{reason}; {good}; lower --lr or --head-lr, or use --grad-clip or --precision fp32")
 
     def _end_epoch(self, seconds_left: float) -> bool:
         """Validate, save and tell; True where a signal cut the validation short, and nothing was done."""
@@ -210,21 +210,18 @@ class Trainer:
         values = {f"epoch/loss/group-{g:02d}": progress.losses[g] / n for g, n in progress.counts.items()}
         values |= {f"epoch/accuracy/group-{g:02d}": 100 * progress.hits[g] / n for g, n in progress.counts.items()}
         values |= {"epoch/loss/all": loss, "epoch/accuracy/all": accuracy, "epoch/skipped_steps": progress.skipped}
-        recall, due = None, (epoch + 1) % config.val_every == 0
-        if self.validator is not None and (due or progress.step >= self.total_steps):
+        recall, last = None, progress.step >= self.total_steps or self.engine.rates.ends_after(loss)
+        if self.validator is not None and (last or (epoch + 1) % config.val_every == 0):
             recall, stopped = self._validate(values)
             if stopped:
                 return True
         self.engine.rates.end_epoch(loss)
         progress.end_epoch()
-        if self.validator is not None and self.engine.rates.exhausted and not due:  # known only now to be the last
-            recall, _ = self._validate(values)
-        last = progress.step >= self.total_steps or self.engine.rates.exhausted
         self.tracker.scalars(values, progress.step)
         self.metrics |= {"loss": loss, "accuracy": accuracy}
-        better = self._is_better(recall)
-        due = (epoch + 1) % config.save_every_epochs == 0 and not self.skipped_in_row  # else it may hold spoilt weights
-        if better or last or due:
+        sound = not self.skipped_in_row  # else the weights may be spoilt
+        better = sound and self._is_better(recall)
+        if better or last or (sound and (epoch + 1) % config.save_every_epochs == 0):
             self._save(better)
         self.say(
             epoch_line(
@@ -281,6 +278,8 @@ class Trainer:
         return True
 
     def _save(self, best: bool = False) -> None:
+        if self.skipped_in_row and not all(self.world.gather(self.engine.has_finite_weights())):
+            self._give_up(f"the weights after step {self.progress.step:,} are not finite and were not saved")
         metric = "LR@1 on the validation queries" if self.validator else "minus the groups' mean loss"
         save_run(self.run_state, self.progress, self.loss_file, best_by=metric if best else None)
 
