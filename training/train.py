@@ -6,11 +6,12 @@ accelerate launch training/train.py --shards DIR --out RUN ...
 
 from shards.console import entry
 from training.interruption import Interruption
+from training.one_voice import one_voice
 
 
 def main() -> None:
     """Read the configuration and train."""
-    with Interruption() as interruption:
+    with one_voice(), Interruption() as interruption:
         from training.presets import read_config  # these imports take seconds, in which signals come too
         from training.trainer import Trainer
 
