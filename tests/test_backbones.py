@@ -125,6 +125,8 @@ class Payload:
         ({"x": Payload()}, "not readable as weights"),
         ([1, 2], "holds a list"),
         ({"0.0.weight": torch.zeros(3)}, r"0.0.weight has shape \[3\], small_cnn needs \[32, 3, 3, 3\]"),
+        ({"0.0.weight": torch.zeros(32, 3, 3, 3).log()}, "0.0.weight holds numbers that are no weights"),
+        ({"0.0.weight": torch.zeros(32, 3, 3, 3, dtype=torch.int64)}, "0.0.weight holds numbers that are no weights"),
         ({"fc.weight": torch.zeros(3)}, "holds no tensor for 0.0.weight of small_cnn"),
     ],
 )

@@ -31,6 +31,8 @@ FILES = [
     "state.json",
     "config.json",
     "classes.parquet",
+    "optimizer.json",
+    "provenance.json",
 ]
 
 
@@ -105,7 +107,18 @@ def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
         load_checkpoint(path.parent)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"format": 1}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        '{"format": 1}',
+        '{"format": "x", "files": {}}',
+        '{"format": 1, "files": []}',
+        '{"format": 1, "files": {"state.json": 3}}',
+        '{"format": 1, "files": {"state.json": {"bytes": 3, "crc31": 4}}}',
+    ],
+)
 def test_a_foreign_folder_is_no_checkpoint(tmp_path: Path, content: str) -> None:
     foreign = tmp_path / "checkpoints" / "step-00000009"
     foreign.mkdir(parents=True)
@@ -114,6 +127,13 @@ def test_a_foreign_folder_is_no_checkpoint(tmp_path: Path, content: str) -> None
         load_checkpoint(foreign)
     with pytest.raises(CheckpointError, match="none of its checkpoints is whole"):
         load_latest(tmp_path)
+
+
+def test_folders_whose_names_hold_no_step_are_no_checkpoints(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, make_checkpoint(1))
+    for name in ("step-", "step-x", "step-\u00b2", "other"):
+        (tmp_path / "checkpoints" / name).mkdir()
+    assert list_checkpoints(tmp_path) == [path]
 
 
 def test_a_run_without_checkpoints_has_no_latest(tmp_path: Path) -> None:

@@ -34,6 +34,33 @@ def test_a_lower_loss_resets_the_patience() -> None:
     assert math.isclose(schedule.model_rate, 1e-5)
 
 
+def test_the_plateau_follows_the_rule_of_torchs_defaults_on_losses_that_fall_stall_and_rise() -> None:
+    # Better is under 0.9999 of the best; after more epochs than the patience without one the rate is cut.
+    generator = torch.Generator().manual_seed(0)
+    schedule = rates(patience=3, plateau_factor=0.5, lr=1.0)
+    best, bad, rate, cuts = math.inf, 0, 1.0, 0
+    loss = 5.0
+    while not schedule.exhausted:
+        loss *= 1 + 2e-4 * (float(torch.rand(1, generator=generator)) - 0.6)
+        best, bad = (loss, 0) if loss < best * (1 - 1e-4) else (best, bad + 1)
+        if bad > 3:
+            rate, bad, cuts = rate * 0.5, 0, cuts + 1
+        assert schedule.ends_after(loss) == (rate < 1e-6)
+        schedule.end_epoch(loss)
+        assert math.isclose(schedule.model_rate, rate)
+    assert cuts == 20  # 2^-20 is the first under 1e-6
+
+
+def test_asking_whether_an_epoch_would_end_the_run_changes_nothing() -> None:
+    schedule = rates(patience=1, lr=2e-6)
+    for loss in (1.0, 2.0):
+        schedule.end_epoch(loss)
+    before = schedule.state_dict()
+    assert [schedule.ends_after(3.0), schedule.ends_after(0.5), schedule.ends_after(3.0)] == [True, False, True]
+    assert schedule.state_dict() == before
+    assert not schedule.exhausted
+
+
 def test_a_restored_plateau_goes_on_counting() -> None:
     first, second = rates(patience=2), rates(patience=2)
     for loss in (1.0, 1.0):

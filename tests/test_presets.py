@@ -50,6 +50,11 @@ def test_every_preset_bears_its_own_name_and_survives_json(name: str) -> None:
         [*PLACES, "--warmup-steps", "5"],
         [*PLACES, "--offload-heads", "--schedule", "joint"],
         [*PLACES, "--head-sample-rate", "0.5"],
+        [*PLACES, "--m", "3"],
+        [*PLACES, "--seed", "-1"],
+        [*PLACES, "--seed", str(1 << 64)],
+        [*PLACES, "--plateau-factor", "2"],
+        [*PLACES, "--plateau-factor", "0"],
     ],
 )
 def test_wrong_arguments_exit_with_2_and_say_why(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +68,13 @@ def test_wrong_arguments_exit_with_2_and_say_why(words: list[str], capsys: pytes
 def test_a_value_out_of_range_names_its_flag() -> None:
     with pytest.raises(JobError, match="--batch-size 0: must be more than 0"):
         TrainConfig(batch_size=0)
+
+
+@pytest.mark.parametrize("name", ["lr", "head_lr", "s", "m", "grad_clip", "ema", "colour_jitter"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(JobError, match=f"--{name.replace('_', '-')} {value}: must be a finite number"):
+        TrainConfig(**{name: value})  # type: ignore[arg-type]
 
 
 def test_changes_name_the_flag_and_both_values() -> None:

@@ -142,6 +142,23 @@ def test_a_long_epoch_says_that_it_goes_on(
     assert re.match(r"step 2/\d+  loss +\d+\.\d{4}  [\d,]+ images/s  data wait \d+%  left ", lines[1])
 
 
+def test_a_run_that_goes_on_with_other_queries_or_none_chooses_its_best_anew(
+    shards: Path, queries: Path, tmp_path: Path
+) -> None:
+    train_here(configure(shards, tmp_path / "r", epochs=1, val_queries=queries, schedule="joint"))
+    resumed = train_here(configure(shards, tmp_path / "r", schedule="joint", resume=True))
+    assert resumed.progress.best == -resumed.progress.mean_of_groups()
+    assert json.loads((tmp_path / "r" / "best.json").read_text())["metric"] == "minus the groups' mean loss"
+
+
+def test_a_cosine_run_that_goes_on_with_the_plateau_schedule_starts_from_the_rate_asked_for(
+    shards: Path, tmp_path: Path
+) -> None:
+    train_here(configure(shards, tmp_path / "r", epochs=1, lr_schedule="cosine"))
+    resumed = train_here(configure(shards, tmp_path / "r", resume=True, lr=5e-4))
+    assert resumed.engine.rates.model_rate == 5e-4
+
+
 def test_a_resumed_run_says_what_changed(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_here(configure(shards, tmp_path / "r", epochs=1))
     train_here(configure(shards, tmp_path / "r", epochs=2, head_lr=0.5, resume=True))
@@ -195,6 +212,35 @@ def test_such_steps_in_a_row_are_counted_over_epochs_and_no_checkpoint_is_saved_
     failing(lambda step: step >= 10)
     with pytest.raises(JobError, match=r"12 steps in a row.*last good checkpoint is .*step-00000008"):
         train_here(configure(shards, tmp_path / "r", nan_patience=12, epochs=4))
+
+
+def test_weights_that_are_not_finite_are_never_saved_nor_called_the_best(
+    shards: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = engine_module.Engine.step
+
+    def spoil(self, step, *batch, **options):  # type: ignore[no-untyped-def]
+        if step == 12:
+            with torch.no_grad():
+                self.model.projection.bias.fill_(float("nan"))
+        return original(self, step, *batch, **options)
+
+    monkeypatch.setattr(engine_module.Engine, "step", spoil)
+    config = configure(shards, tmp_path / "r", nan_patience=99, val_queries=queries)
+    with pytest.raises(
+        JobError, match=r"weights after step 16 are not finite .*last good checkpoint is .*step-00000008"
+    ):
+        train_here(config)
+    assert [path.name for path in list_checkpoints(config.out)] == ["step-00000008"]
+    assert best_checkpoint(config.out) == list_checkpoints(config.out)[0]
+
+
+def test_a_last_step_that_is_skipped_costs_no_sound_weights(
+    shards: Path, tmp_path: Path, failing: Callable[[Failing], None]
+) -> None:
+    failing(lambda step: step == 15)
+    train_here(configure(shards, tmp_path / "r"))
+    assert list_checkpoints(tmp_path / "r")[0].name == "step-00000016"
 
 
 @contextmanager
@@ -307,6 +353,8 @@ def test_settings_that_the_data_set_or_the_machine_cannot_serve_are_one_clear_li
         ({"schedule": "joint", "batch_size": 3}, "--batch-size 3: less than one image for each of 4 groups"),
         ({"sync_bn": True}, "--sync-bn needs GPUs"),
         ({"shard_head": True, "head_sample_rate": 0.5}, "--head-sample-rate needs several processes"),
+        ({"image_size": 7, "batch_size": 1}, "--batch-size 1: leaves parts of one image"),
+        ({"image_size": 16, "batch_size": 5, "accumulate": 4}, "a larger image, or a smaller --accumulate"),
     ):
         with pytest.raises(JobError, match=message) as error:
             train_here(configure(shards, tmp_path / "r", **settings))
@@ -320,7 +368,9 @@ def test_a_data_set_of_one_class_a_group_trains_to_no_loss(tmp_path: Path) -> No
     assert read_losses(tmp_path / "r") == [0.0] * 8
 
 
-@pytest.mark.parametrize("flag", [{"backbone": "resnet18"}, {"head": "LMCC"}, {"descriptor_dim": 64}])
+@pytest.mark.parametrize(
+    "flag", [{"backbone": "resnet18"}, {"head": "LMCC"}, {"descriptor_dim": 64}, {"freeze_until": 2}]
+)
 def test_a_checkpoint_of_another_model_is_refused(shards: Path, tmp_path: Path, flag: dict[str, object]) -> None:
     train_here(configure(shards, tmp_path / "r", epochs=1, iterations_per_epoch=1))
     with pytest.raises(JobError, match=f"was trained with --{next(iter(flag)).replace('_', '-')}"):

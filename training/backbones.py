@@ -156,7 +156,9 @@ def _fitting(state: Mapping[str, Any], name: str, backbone: Backbone, origin: st
         if not isinstance(value, Tensor):
             raise JobError(f"{origin}: holds no tensor for {key} of {name}; {way_out}")
         if value.is_floating_point() != tensor.is_floating_point() or not value.isfinite().all():
-            raise JobError(f"{origin}: {key} holds numbers that are no weights ({value.dtype}, or not finite); {way_out}")
+            raise JobError(
+                f"{origin}: {key} holds numbers that are no weights ({value.dtype}, or not finite); {way_out}"
+            )
         if value.shape != tensor.shape:
             raise JobError(
                 f"{origin}: {key} has shape {list(value.shape)}, {name} needs {list(tensor.shape)}; {way_out}"

@@ -47,6 +47,10 @@ class Progress:
         total = sum(self.counts.values())
         return 100 * sum(self.hits.values()) / total if total else math.nan
 
+    def mean_of_groups(self) -> float:
+        """Mean over the groups of each one's loss in its latest epoch."""
+        return sum(self.latest.values()) / len(self.latest)
+
     def end_epoch(self) -> None:
         """Remember the groups' mean losses and start new sums."""
         self.latest |= {group: self.losses[group] / count for group, count in self.counts.items()}

@@ -271,7 +271,7 @@ class Trainer:
         elif len(progress.latest) < len(self.groups):
             value = None
         else:
-            value = -sum(progress.latest.values()) / len(progress.latest)
+            value = -progress.mean_of_groups()
         if value is None or math.isnan(value) or (progress.best is not None and value <= progress.best):
             return False
         progress.best = value
