@@ -67,11 +67,13 @@ def catches(process: int, number: signal.Signals) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", ["last step of an epoch", "validation", "saving"])
+@pytest.mark.parametrize("moment", ["last step of an epoch", "validation", "last validation", "saving"])
 def test_an_epoch_that_a_signal_cut_at_its_end_ends_in_the_resumed_run_as_if_nothing_happened(
     shards: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    settings = {"epochs": 3, "val_queries": queries, "val_batch_size": 4, "keep": 9, "patience": 1}
+    settings: dict[str, object] = {"epochs": 3, "val_queries": queries, "val_batch_size": 4, "keep": 9, "patience": 1}
+    if moment == "last validation":  # of a run that its rate ends before the last epoch
+        settings |= {"epochs": 30, "val_every": 30, "lr": 1.1e-6, "head_lr": 1e-9}
     whole = train_here(configure(shards, tmp_path / "whole", **settings))
     step, read, save = engine_module.Engine.step, validation_module.read_queries, trainer_module.save_run
 
@@ -87,7 +89,7 @@ def test_an_epoch_that_a_signal_cut_at_its_end_ends_in_the_resumed_run_as_if_not
 
     def read_and_ask(*of, **options):
         for count, batch in enumerate(read(*of, **options)):
-            if count == 1 and moment == "validation":
+            if count == 1 and moment.endswith("validation"):
                 ask()
             yield batch
 
@@ -102,7 +104,10 @@ def test_an_epoch_that_a_signal_cut_at_its_end_ends_in_the_resumed_run_as_if_not
         patch.setattr(trainer_module, "save_run", save_and_ask)
         stopped = train_here(configure(shards, tmp_path / "r", **settings), interruption)
         assert interruption.received == "SIGTERM"
-    assert stopped.progress.step == (9 if moment == "saving" else 8)
+    if moment == "last validation":
+        assert stopped.progress.step == whole.progress.step < 30 * 8
+    else:
+        assert stopped.progress.step == (9 if moment == "saving" else 8)
     resumed = train_here(configure(shards, tmp_path / "r", resume=True, **settings))
     assert read_losses(tmp_path / "r") == read_losses(tmp_path / "whole")
     assert resumed.progress == whole.progress

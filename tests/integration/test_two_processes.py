@@ -100,3 +100,10 @@ def test_nothing_hangs_where_samples_and_classes_do_not_divide_among_the_process
     losses = read_losses(tmp_path / "r")
     assert len(losses) == 16
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
+    shards = write_dataset(tmp_path / "shards", class_table(side=2)).path
+    code, _, told = train(arguments(shards, tmp_path / "r", shard_head=True), processes=2)
+    assert code == 1
+    assert told.count("error: --shard-head: group 0 has 1 classes for 2 processes\n") == 1
