@@ -219,7 +219,7 @@ def test_weights_that_are_not_finite_are_never_saved_nor_called_the_best(
 ) -> None:
     original = engine_module.Engine.step
 
-    def spoil(self, step, *batch, **options):  # type: ignore[no-untyped-def]
+    def spoil(self, step, *batch, **options):
         if step == 12:
             with torch.no_grad():
                 self.model.projection.bias.fill_(float("nan"))
