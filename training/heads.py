@@ -214,7 +214,6 @@ class Head(nn.Module):
     unknown kind, no classes, or a scale or margin that is out of range.
     """
 
-    own_scores: ScoreForm = "raw"  # what the reference ranks by, for every kind
     bias: Tensor | None
 
     def __init__(
@@ -280,9 +279,8 @@ class Head(nn.Module):
     def scores(self, descriptors: Tensor, form: ScoreForm = "raw", classes: slice = slice(None)) -> Tensor:
         """Scores [B, classes] to rank cells by, in the weight's dtype; `descriptors` [B, dim]. `classes`: only these.
 
-        "raw": dot product with the weight as it is (for FC_CE the logits, bias included); "cosine": cosine of
-        the descriptor and the weight. `own_scores` is the form that the reference ranks by. ValueError for
-        another form.
+        "raw": dot product with the weight as it is (for FC_CE the logits, bias included), which the reference ranks by;
+        "cosine": cosine of the descriptor and the weight. ValueError for another form.
         """
         if form not in ("raw", "cosine"):
             raise ValueError(f"scores {form!r} are neither raw nor cosine")

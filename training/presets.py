@@ -49,7 +49,7 @@ class TrainConfig:
     m: float = 0.2
     """Margin of AAMC (radians) and LMCC (cosine)."""
     score_form: ScoreForm = "raw"
-    """Scores that rank the classes: raw weights as the reference, or normalised ones. FC_CE uses its logits."""
+    """Scores that rank the classes: products with the weights as they are (of FC_CE its logits), or cosines."""
 
     schedule: ScheduleName = "sequential"
     """Train one group an epoch in turn, or all groups in every step."""
