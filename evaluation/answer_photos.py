@@ -70,7 +70,8 @@ def answer_photos(
     if not readable:
         return [], list(described.failures)
     photos = [paths[i] for i in readable]
-    known = [known_position(path, localiser.classes.zone, southern=request.southern) for path in photos]
+    southern = request.southern or localiser.classes.southern
+    known = [known_position(path, localiser.classes.zone, southern=southern) for path in photos]
     return name_places(localiser, described.vectors[readable], photos, known, request), list(described.failures)
 
 

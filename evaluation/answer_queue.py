@@ -76,7 +76,8 @@ class AnswerQueue:
             image = decode_query(io.BytesIO(content), self.localiser.shorter_side)
         except UNREADABLE as error:
             raise unreadable(error) from error
-        zone, southern = self.localiser.classes.zone, self.request.southern
+        classes = self.localiser.classes
+        zone, southern = classes.zone, self.request.southern or classes.southern
         return Upload(name, image, known_position(Path(name), zone, southern=southern, content=io.BytesIO(content)))
 
     def answer(self, upload: Upload) -> Future[Located]:

@@ -139,6 +139,7 @@ def _write_facts(localiser: Localiser, out: Path) -> None:
         "outputs": ["descriptors [batch, dim], unit length", "scores [batch, classes], columns as in classes.csv"],
         "score_form": localiser.trained_form,
         "utm_zone": classes.zone,
+        "southern": classes.southern,
         "cell_metres": classes.M,
         "provenance": provenance(),
     }

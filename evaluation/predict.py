@@ -40,7 +40,7 @@ class Arguments:
     geojson: bool = False
     """Print GeoJSON instead of a table."""
     southern: bool = False
-    """The city lies south of the equator (names of photos say so themselves)."""
+    """The city lies south of the equator (class maps of older data sets do not say so themselves)."""
     batch_size: int = 16
     """Photos of one shape described at once."""
     cpu: bool = False

@@ -144,7 +144,9 @@ def to_latlon(
     if not classes.zone or len(east) == 0:
         nowhere = np.full(len(east), np.nan)
         return nowhere, nowhere
-    latitude, longitude = utm.to_latlon(east, north, classes.zone, northern=not southern, strict=False)
+    latitude, longitude = utm.to_latlon(
+        east, north, classes.zone, northern=not (southern or classes.southern), strict=False
+    )
     return np.asarray(latitude), np.asarray(longitude)
 
 

@@ -58,7 +58,7 @@ class Arguments:
     apart: float = THRESHOLD_METRES
     """Metres between the places of a photo; the confidence is the probability within this distance."""
     southern: bool = False
-    """The city lies south of the equator (names of photos say so themselves)."""
+    """The city lies south of the equator (class maps of older data sets do not say so themselves)."""
     max_megabytes: float = 20.0
     """Largest file accepted, in millions of bytes."""
     max_megapixels: float = 50.0

@@ -107,7 +107,9 @@ def _classify(candidates: pa.Table, crops: np.ndarray, state: State) -> tuple[np
     names = ("group", "label", "cell_east", "cell_north", "images")
     columns = {name: np.concatenate([getattr(old, name), getattr(added, name)]) for name in names}
     order = np.lexsort((columns["label"], columns["group"]))
-    classes = ClassTable(M, N, old.zone, **{name: values[order] for name, values in columns.items()})
+    classes = ClassTable(
+        M, N, old.zone, **{name: values[order] for name, values in columns.items()}, southern=old.southern
+    )
     class_codes = _cell_code(classes.cell_east // M, classes.cell_north // M)
     sorted_rows = np.argsort(class_codes)
     at = sorted_rows[np.minimum(np.searchsorted(class_codes[sorted_rows], codes), len(classes) - 1)]

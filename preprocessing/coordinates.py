@@ -11,6 +11,8 @@ from preprocessing.photos import Bad, Listing, Places
 from shards.console import printable
 from shards.names import BadName, hash_names, parse_name, parse_utm
 
+_BANDS_SOUGHT = 1000
+
 
 def locate(listing: Listing, zone: int) -> tuple[Places, int, np.ndarray, list[Bad]]:
     """Where the photos of a listing are: places in the plane of one zone, that zone, `hash_identities`, and the photos
@@ -34,6 +36,15 @@ def locate(listing: Listing, zone: int) -> tuple[Places, int, np.ndarray, list[B
 def hash_identities(listing: Listing) -> np.ndarray:
     """A hash of what makes a photo one and the same, uint64 [n]: its base name, or its path where a list names it."""
     return hash_names(listing.paths if listing.places is None else pc.replace_substring(listing.paths, "/", "\\"))
+
+
+def is_southern(paths: pa.Array, places: Places) -> bool:
+    """Whether the plane lies south of the equator, as most photos of a list say, or the first name with a band."""
+    usable = np.flatnonzero(np.isfinite(places.east))
+    if places.southern is not None:
+        return bool(np.count_nonzero(places.southern[usable]) * 2 > len(usable))
+    bands = (parse_name(paths[row].as_py()).band for row in usable[:_BANDS_SOUGHT])
+    return next((band < "N" for band in bands if band), False)
 
 
 def zone_of(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:

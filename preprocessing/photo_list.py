@@ -1,7 +1,8 @@
 """Photos named by a list, CSV or Parquet: a path and a place in each row.
 
 Columns: `path`, and either `east`, `north` (UTM metres; `zone` as 10 or 10S where it is known) or `latitude`,
-`longitude` (degrees, WGS84); `heading` (degrees clockwise from north) and `timestamp` where there are any.
+`longitude` (degrees, WGS84); `heading` (degrees clockwise from north) and `timestamp` where there are any. Fields of a
+CSV are separated by commas, or by semicolons or tabs as spreadsheets write them; then 47,37 is a number too.
 """
 
 from collections import Counter
@@ -20,9 +21,11 @@ from shards.console import JobError, describe_os_error, printable
 
 LIST_EXTENSIONS = (".csv", ".parquet")
 _COLUMNS = ("path", "east", "north", "zone", "latitude", "longitude", "heading", "timestamp")
+_NUMBERS = ("east", "north", "latitude", "longitude", "heading")
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
 _ZONE = r"^\s*(?P<number>[1-9]|0[1-9]|[1-5]\d|60)\s*(?P<band>[C-HJ-NP-Xc-hj-np-x]?)\s*$"
 _LARGEST_METRES = 1e8
+_LONGEST_HEAD = 1 << 16
 
 
 def read_list(file: Path, root: Path | str, zone: int) -> Listing:
@@ -59,7 +62,8 @@ def read_list(file: Path, root: Path | str, zone: int) -> Listing:
 def _read(file: Path) -> pa.Table:
     is_parquet = file.suffix.lower() == ".parquet"
     try:
-        names = pq.read_schema(file).names if is_parquet else _csv_columns(file)
+        separator = "," if is_parquet else _separator(file)
+        names = pq.read_schema(file).names if is_parquet else _csv_columns(file, separator)
         wanted = {n: n.strip().lower() for n in names if n.strip().lower() in _COLUMNS}
         _check_columns(file, names)
         if is_parquet:
@@ -67,7 +71,7 @@ def _read(file: Path) -> pa.Table:
         else:
             table = csv.read_csv(
                 file,
-                parse_options=csv.ParseOptions(newlines_in_values=True),
+                parse_options=csv.ParseOptions(delimiter=separator, newlines_in_values=True),
                 convert_options=csv.ConvertOptions(
                     include_columns=list(wanted),
                     column_types=dict.fromkeys(wanted, pa.string()),
@@ -78,12 +82,28 @@ def _read(file: Path) -> pa.Table:
         raise JobError(f"cannot read the list: {describe_os_error(error)}") from None
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise JobError(f"{file}: not a list of photos ({printable(' '.join(str(error).split()))})") from None
-    return table.rename_columns(list(wanted.values()))
+    table = table.rename_columns(list(wanted.values()))
+    return table if separator == "," else _with_decimal_points(table)
 
 
-def _csv_columns(file: Path) -> list[str]:
-    with csv.open_csv(file) as reader:
+def _separator(file: Path) -> str:
+    """What separates the fields of a CSV file, by its first line."""
+    with file.open("rb") as opened:
+        head = opened.readline(_LONGEST_HEAD).decode("utf-8", "replace")
+    return max(",;\t", key=head.count)
+
+
+def _csv_columns(file: Path, separator: str) -> list[str]:
+    with csv.open_csv(file, parse_options=csv.ParseOptions(delimiter=separator, newlines_in_values=True)) as reader:
         return reader.schema.names
+
+
+def _with_decimal_points(table: pa.Table) -> pa.Table:
+    """The same table, its decimal commas as points."""
+    for i, name in enumerate(table.column_names):
+        if name in _NUMBERS:
+            table = table.set_column(i, name, pc.replace_substring_regex(table[name], r"^([^,]*),([^,]*)$", r"\1.\2"))
+    return table
 
 
 def _check_columns(file: Path, names: list[str]) -> None:
@@ -93,10 +113,9 @@ def _check_columns(file: Path, names: list[str]) -> None:
     if twice:
         raise JobError(f"{file}: has the column {twice[0]} twice; leave one of them")
     if "path" not in found or not ({"east", "north"} <= set(found) or {"latitude", "longitude"} <= set(found)):
-        semicolons = " (fields are separated by commas)" if any(";" in n or "\t" in n for n in names) else ""
         raise JobError(
             f"{file}: has the columns {', '.join(map(printable, names))}; it needs path and either east, north or "
-            f"latitude, longitude{semicolons}"
+            "latitude, longitude"
         )
 
 

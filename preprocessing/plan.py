@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from preprocessing.codec import Codec, codec_name, make_resizer
-from preprocessing.coordinates import locate
+from preprocessing.coordinates import is_southern, locate
 from preprocessing.partition import Partition, make_partition
 from preprocessing.photos import Bad, Listing, Places
 from preprocessing.resize import ResizeFilter, Resizer
@@ -197,7 +197,8 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
         row = np.full(len(listing), -2, np.int32)
         row[usable] = part.row
     label = np.where(row >= 0, part.classes.label[np.maximum(row, 0)], row)
-    classes = replace(part.classes, images=part.classes.images * crops)
+    southern = is_southern(listing.paths, places)
+    classes = replace(part.classes, images=part.classes.images * crops, southern=southern)
     sizes = np.bincount(classes.group, weights=classes.images, minlength=settings.N**2).astype(np.int64)
     starts = np.cumsum(sizes) - sizes
     return Plan(

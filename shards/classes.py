@@ -1,7 +1,7 @@
 """The class table: which cell of the map each label of each group stands for."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -27,7 +27,8 @@ class ClassTable:
 
     A class is a square cell of `M` metres in UTM `zone`, named by its lower-left corner (`cell_east`, `cell_north`,
     metres); its group is `east_index * N + north_index` of the cell's position within a block of N x N cells.
-    All columns have shape [C]. `images` counts the photos planned for a class (0 is never drawn).
+    All columns have shape [C]. `images` counts the photos planned for a class (0 is never drawn). `southern`: northings
+    are those of the southern hemisphere (False too where nothing tells).
     """
 
     M: int
@@ -38,6 +39,7 @@ class ClassTable:
     cell_east: np.ndarray
     cell_north: np.ndarray
     images: np.ndarray
+    southern: bool = False
 
     def __len__(self) -> int:
         return len(self.group)
@@ -72,7 +74,7 @@ class ClassTable:
 
     def take(self, rows: np.ndarray) -> "ClassTable":
         """The classes in `rows` (int [K]), in that order."""
-        return ClassTable(self.M, self.N, self.zone, *(getattr(self, name)[rows] for name in _COLUMNS))
+        return replace(self, **{name: getattr(self, name)[rows] for name in _COLUMNS})
 
     def find(self, east: np.ndarray, north: np.ndarray) -> np.ndarray:
         """The row of the class whose cell holds each point (metres, [Q]), int64 [Q]; -1 outside every class."""
@@ -93,16 +95,18 @@ class ClassTable:
         """Write the table as Parquet, whole or not at all."""
         columns = {name: getattr(self, name).astype(kind) for name, kind in _COLUMNS.items()}
         columns["center_east"], columns["center_north"] = self.center_east, self.center_north
-        table = pa.table(columns).replace_schema_metadata(
-            {"M": str(self.M), "N": str(self.N), "zone": str(self.zone), "crs": self.crs}
-        )
+        facts = {"M": str(self.M), "N": str(self.N), "zone": str(self.zone), "crs": self.crs}
+        if self.southern:
+            facts["southern"] = "1"
+        table = pa.table(columns).replace_schema_metadata(facts)
         with atomic_path(path) as partial:
             pq.write_table(table, partial)
 
     @property
     def crs(self) -> str:
         """The coordinate system in words."""
-        return f"UTM zone {self.zone}, metres" if self.zone else "metres in one plane (no UTM zone in the names)"
+        south = " south" if self.southern else ""
+        return f"UTM zone {self.zone}{south}, metres" if self.zone else "metres in one plane (no UTM zone in the names)"
 
     @staticmethod
     def load(path: Path | str) -> "ClassTable":
@@ -110,9 +114,10 @@ class ClassTable:
         try:
             table = pq.read_table(path)
             M, N, zone = (int(table.schema.metadata[name]) for name in (b"M", b"N", b"zone"))
+            southern = table.schema.metadata.get(b"southern") == b"1"
             columns = {name: table[name].to_numpy().astype(kind) for name, kind in _COLUMNS.items()}
         except FileNotFoundError:
             raise JobError(f"{path}: no such class table") from None
         except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
             raise JobError(f"{path}: not a class table ({error})") from None
-        return ClassTable(M, N, zone, **columns)
+        return ClassTable(M, N, zone, **columns, southern=southern)

@@ -131,6 +131,19 @@ def test_great_circles_are_those_of_a_sphere() -> None:
     assert great_circle(10, 179.9995, 10, -179.9995) == pytest.approx(109.5, abs=0.1)
 
 
+def test_a_class_map_of_the_south_answers_in_the_south(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    southern = write_run(tmp_path / "southern", replace(class_table(), southern=True))
+    Image.fromarray(photo(WEST, SOUTH, 64, 0)).save(tmp_path / "a.jpg")
+    answers = []
+    for of, words in ((run, ["--southern"]), (southern, []), (southern, ["--southern"])):
+        assert run_here(monkeypatch, "--checkpoint", of, "--json", tmp_path / "a.jpg", *words) == 0
+        answers.append(json.loads(capsys.readouterr().out)["photos"][0]["places"][0]["latitude"])
+    assert answers[0] < 0
+    assert answers == [answers[0]] * 3
+
+
 def test_a_class_map_without_a_zone_answers_in_metres_but_not_as_geojson(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ from preprocessing.resize import Resizer
 from preprocessing.samples import cut_crop
 from preprocessing.shard_task import write_shard
 from preprocessing.sources import Source
+from preprocessing.updates import add
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.index import open_index
@@ -70,6 +71,43 @@ def test_a_list_gives_place_heading_and_time_of_photos_whose_names_say_nothing(t
     assert np.isnan(rows["IMG_0023.jpg"]["heading"])
     assert {row["timestamp"] for row in rows.values()} == {"201311"}
     assert rows["IMG_0013.jpg"]["east"] == 500024
+
+
+@pytest.mark.parametrize(("separator", "decimal"), [(";", ","), ("\t", ","), (";", "."), (",", ".")])
+def test_a_list_as_a_spreadsheet_of_any_language_writes_it_gives_the_same_places(tmp_path, separator, decimal):
+    rows = [["Längengrad", "Longitude", "PATH", "Latitude", "Heading"]]
+    rows += [["x", f"-48{decimal}00226", f"Foto ({i}).jpg", f"-22{decimal}5", f"1{decimal}5"] for i in range(3)]
+    text = "\r\n".join(separator.join(row) for row in rows)
+    (tmp_path / "liste.csv").write_text(text, encoding="utf-8-sig", newline="")
+    listing = read_list(tmp_path / "liste.csv", tmp_path, 0)
+    east, north, _, _ = utm.from_latlon(-22.5, -48.00226)
+    assert listing.paths.to_pylist() == [f"Foto ({i}).jpg" for i in range(3)]
+    assert listing.places is not None
+    assert listing.places.east.tolist() == pytest.approx([east] * 3, abs=1e-6)
+    assert listing.places.north.tolist() == pytest.approx([north] * 3, abs=1e-6)
+    assert np.array_equal(present(listing.places.heading), [1.5] * 3)
+
+
+def test_a_list_south_of_the_equator_makes_a_class_map_that_says_so(tmp_path):
+    names = write_listed(tmp_path / "photos", 30)
+    more = write_listed(tmp_path / "more", 30)
+    at = {"latitude": [-33.9] * 30, "longitude": [151.2] * 30}
+    place = write_csv(tmp_path / "list.csv", path=names, **at)
+    build(Source.of(place, tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
+    assert Dataset.open(tmp_path / "out").classes.southern
+    at = {"latitude": [-33.91] * 30, "longitude": [151.2] * 30}
+    add(Source.of(write_csv(tmp_path / "more.csv", path=more, **at), tmp_path / "more"), tmp_path / "out", HERE)
+    classes = Dataset.open(tmp_path / "out").classes
+    assert (len(classes), classes.southern, classes.crs) == (2, True, "UTM zone 56 south, metres")
+
+
+@pytest.mark.parametrize(("band", "southern"), [("H", True), ("N", False), ("", False)])
+def test_names_say_by_their_band_whether_a_city_lies_south_of_the_equator(tmp_path, band, southern):
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        (tmp_path / "photos" / f"@334000.5@6249000.5@56@{band}@{i}@.jpg").write_bytes(jpeg(96, i))
+    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
+    assert Dataset.open(tmp_path / "out").classes.southern == southern
 
 
 def test_latitude_and_longitude_become_metres_of_the_zone_most_photos_are_in(tmp_path):
@@ -139,7 +177,7 @@ def test_several_zones_in_metres_are_carried_into_one_plane_south_of_the_equator
         ("\x00\xff\n", "list"),
         ("", "not a list of photos"),
         ("path,east,East,north\na,1,2,3\n", "has the column east twice"),
-        ("path;east;north\na;1;2\n", "it needs path and either .* separated by commas"),
+        ("path|east|north\na|1|2\n", "it needs path and either"),
         ("path,east,north\n", "none of its 0 rows names a photo"),
         ("path,east,north\na,nan,1\n,2,1\n", r"none of its 2 rows .*\(1 no path, 1 no coordinates\)"),
     ],
