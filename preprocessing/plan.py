@@ -180,7 +180,10 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
     usable = slice(None) if finite.all() else np.flatnonzero(finite)
     if not finite.any():
         example = f"; e.g. {bad[0].source}: {bad[0].detail or bad[0].reason}" if bad else ""
-        raise JobError(f"{listing.root}: none of {len(listing)} photos has usable coordinates in its name{example}")
+        raise JobError(
+            f"{listing.root}: none of {len(listing)} photos has usable coordinates in its name{example}; where "
+            "names say nothing, give a list with path, latitude, longitude as the source (docs/own-data.md)"
+        )
     crops = max(settings.crops, 1)
     part = make_partition(
         places.east[usable], places.north[usable],

@@ -1,8 +1,13 @@
 """What a person reads at the end of a build, of a trial run or of a change."""
 
+from collections import Counter
+
+import numpy as np
+
 from preprocessing.addition import Gain
 from preprocessing.finishing import Summary
 from preprocessing.photos import list_reasons
+from preprocessing.plan import Plan
 from preprocessing.trial import Forecast
 from shards.console import format_bytes, format_count, format_duration
 
@@ -29,8 +34,9 @@ def print_forecast(made: Forecast, out: str) -> None:
     plan, trial = made.plan, made.trial
     of_group = {g: plan.classes.of_group(g) for g in plan.classes.groups}
     _print_groups({g: len(c) for g, c in of_group.items()}, {g: int(c.images.sum()) for g, c in of_group.items()})
-    print(f"skipped     {format_count(len(plan.skipped))} photos in cells with fewer than {plan.settings.min_images}")
-    print(f"set aside   {format_count(len(plan.bad))} photos by their names")
+    print(f"skipped     {_describe_small_cells(plan)}")
+    unusable = list_reasons(Counter(b.reason for b in plan.bad))
+    print(f"set aside   {format_count(len(plan.bad))} photos by names or list{f' ({unusable})' if unusable else ''}")
     reasons = list_reasons(trial.bad) or "none bad"
     print(f"trial       {trial.tried} images ({reasons}), {trial.images_per_second:,.0f} a second with one worker")
     print(f"reads       about {format_bytes(trial.source_bytes_per_image * len(plan.order))} of photos")
@@ -74,6 +80,19 @@ def print_gain(done: tuple[Summary, Gain] | None, out: str) -> None:
         print(f"            group {group}, label {label}: the cell at {east} east, {north} north")
     if len(gain.classes) > _LISTED_CLASSES:
         print(f"            and {len(gain.classes) - _LISTED_CLASSES} more, the last labels in classes.parquet")
+
+
+def _describe_small_cells(plan: Plan) -> str:
+    """How many photos lie in cells with too few, and how many of them half of the least number would take in."""
+    least = plan.settings.min_images
+    corner = np.stack([plan.places.east[plan.skipped], plan.places.north[plan.skipped]], axis=1) // plan.settings.M
+    _, cells = np.unique(corner, axis=0, return_counts=True)
+    cells = cells * max(plan.settings.crops, 1)
+    said = f"{format_count(len(plan.skipped))} photos in {format_count(len(cells))} cells with fewer than {least}"
+    taken = cells[cells >= least // 2]
+    if least < 2 or not len(taken):
+        return said
+    return f"{said}; --min-images {least // 2} makes classes of {format_count(len(taken))} of these cells"
 
 
 def _print_groups(classes: dict[int, int], images: dict[int, int]) -> None:

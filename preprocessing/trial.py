@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from preprocessing.photos import list_reasons
 from preprocessing.plan import Plan
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.samples import SampleMaker
@@ -46,8 +47,16 @@ class Forecast:
 
 
 def forecast(plan: Plan, source: Source, out: Path | None, resizer: Resizer, workers: int) -> Forecast:
-    """Try a few hundred photos of a plan, in memory, and tell what building all of it takes. `out`: None at a URL."""
+    """Try a few hundred photos of a plan, in memory, and tell what building all of it takes. `out`: None at a URL.
+
+    Raises `JobError` where none of those photos can be used.
+    """
     trial = try_photos(plan, source, resizer, 400)
+    if trial.bad.total() == trial.tried:
+        root = "; --root is the folder that a list's paths are relative to" if source.is_list else ""
+        raise JobError(
+            f"{source.root}: none of {trial.tried} photos that were tried can be used ({list_reasons(trial.bad)}){root}"
+        )
     seconds = len(plan.order) / (trial.images_per_second * workers) if trial.images_per_second else 0.0
     return Forecast(
         plan, trial, trial.bytes_per_image * len(plan.order), None if out is None else free_bytes(out), seconds, workers

@@ -16,7 +16,7 @@ from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, picture, write_photos
 from present import present
 
-from preprocessing.build import build
+from preprocessing.build import build, dry_run
 from preprocessing.coordinates import zone_of
 from preprocessing.engine import Job
 from preprocessing.photo_list import read_list
@@ -25,6 +25,7 @@ from preprocessing.resize import Resizer
 from preprocessing.samples import cut_crop
 from preprocessing.shard_task import write_shard
 from preprocessing.sources import Source
+from preprocessing.summaries import print_forecast
 from preprocessing.updates import add
 from shards.console import JobError
 from shards.dataset import Dataset
@@ -187,6 +188,29 @@ def test_a_file_that_is_no_list_is_named_in_one_line(tmp_path, text, message):
     with pytest.raises(JobError, match=message) as error:
         build(Source.of(tmp_path / "list.csv"), tmp_path / "out", SETTINGS, HERE)
     assert "\n" not in str(error.value)
+
+
+def test_a_dry_run_tells_of_small_cells_and_of_rows_without_a_place(tmp_path, capsys):
+    names = write_listed(tmp_path, 30)
+    east = [500003.0] * 20 + [500023.0] * 6 + [500043.0] * 2 + [None] * 2
+    place = write_csv(tmp_path / "list.csv", path=names, east=east, north=[4180003.0] * 30)
+    print_forecast(dry_run(Source.of(place), tmp_path / "out", SETTINGS, workers=1), "out")
+    said = capsys.readouterr().out
+    assert "8 photos in 2 cells with fewer than 10; --min-images 5 makes classes of 1 of these cells" in said
+    assert "set aside   2 photos by names or list (2 no coordinates)" in said
+
+
+def test_a_dry_run_over_a_list_whose_photos_lie_elsewhere_names_root(tmp_path):
+    names = write_listed(tmp_path / "photos", 20)
+    place = write_csv(tmp_path / "list.csv", path=names, east=[500003.0] * 20, north=[4180003.0] * 20)
+    with pytest.raises(JobError, match=r"none of 20 photos that were tried can be used \(20 missing\); --root is"):
+        dry_run(Source.of(place), tmp_path / "out", SETTINGS, workers=1)
+
+
+def test_photos_whose_names_say_nothing_are_told_of_lists(tmp_path):
+    write_listed(tmp_path / "photos")
+    with pytest.raises(JobError, match=r"no coordinates in the name .* give a list with path, latitude, longitude"):
+        build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
 
 
 def test_the_share_of_bad_photos_counts_rows_without_coordinates_among_all(tmp_path):
