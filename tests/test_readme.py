@@ -9,6 +9,7 @@ import csv
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ import pytest
 import simplejpeg
 import utm
 from photos import name_at, picture
+from PIL import Image
+from present import present
 from tiny import ROOT
 from tiny_run import write_run
 
@@ -90,10 +93,11 @@ def workspace(city: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def own_photos(workspace: Path, city: Path) -> Path:
-    """`photos`, `list.csv`, `panoramas`, `more_photos` and an earlier run, for docs/own-data.md."""
+    """`photos`, `list.csv`, `queries`, `panoramas`, `more_photos` and an earlier run, for docs/own-data.md."""
     photos = sorted((city / "train" / "database").rglob("*.jpg"))
     (workspace / "photos").symlink_to(city / "train" / "database")
     (workspace / "more_photos").symlink_to(city / "test" / "queries")
+    (workspace / "queries").symlink_to(city / "test" / "queries")
     with (workspace / "list.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["path", "latitude", "longitude"])
@@ -142,6 +146,23 @@ def test_every_command_of_the_page_on_contributing_is_known(workspace: Path) -> 
 def test_every_command_of_the_page_on_own_data_runs(own_photos: Path) -> None:
     for command in commands("docs/own-data.md"):
         run(command, own_photos)
+
+
+def test_the_scripts_of_the_page_on_own_data_list_photos_by_gps_and_name_queries(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    exif = Image.Exif()
+    exif.get_ifd(0x8825).update({1: "S", 2: (22.0, 30.0, 0.0), 3: "W", 4: (48.0, 0.0, 36.0)})
+    Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "Foto (3).jpeg", exif=exif)
+    Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "none.png")
+    scripts = ["\n".join(lines) for language, lines in blocks("docs/own-data.md") if language == "python"]
+    for script in scripts:
+        subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+        shutil.copy(tmp_path / "list.csv", tmp_path / "queries.csv")
+    assert (tmp_path / "list.csv").read_text().splitlines()[1:] == ["photos/Foto (3).jpeg,-22.5,-48.01"]
+    (query,) = (tmp_path / "queries").iterdir()
+    name = parse_name(query.name)
+    place = utm.to_latlon(name.east, name.north, present(name.zone), name.band)
+    assert [float(x) for x in place] == pytest.approx([-22.5, -48.01], abs=1e-6)
 
 
 @pytest.mark.parametrize("page", PAGES)
