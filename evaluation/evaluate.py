@@ -1,6 +1,7 @@
 """LR@N of checkpoints on query sets, with a report.
 
 python evaluation/evaluate.py --checkpoints RUN [RUN ...] --queries DIR [DIR ...] --out DIR
+
 accelerate launch evaluation/evaluate.py --checkpoints RUN --queries DIR --out DIR
 """
 
