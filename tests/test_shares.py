@@ -102,9 +102,8 @@ def test_a_dry_run_tells_counts_disk_and_time_and_leaves_only_the_list(photos, t
 
 
 def test_the_command_prints_a_forecast(photos, tmp_path):
-    done = subprocess.run(
-        [*COMMAND[:2], "--source", photos, "--out", tmp_path / "out", "--dry-run"], capture_output=True, text=True
-    )
+    words = ["--source", photos, "--out", tmp_path / "out", "--image-size", "64", "--dry-run"]
+    done = subprocess.run([*COMMAND[:2], *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "free: enough" in done.stdout
     assert "48" in done.stdout
