@@ -19,11 +19,10 @@ from training.queries import SetAside, find_photos
 
 @dataclass(frozen=True)
 class Request:
-    """How many places at least how many metres apart, the hemisphere of the class map, and how photos are read."""
+    """How many places at least how many metres apart, and how photos are read."""
 
     top: int = 5
     apart: float = 25.0
-    southern: bool = False
     batch_size: int = 16
     threads: int = 1
 
@@ -70,8 +69,8 @@ def answer_photos(
     if not readable:
         return [], list(described.failures)
     photos = [paths[i] for i in readable]
-    southern = request.southern or localiser.classes.southern
-    known = [known_position(path, localiser.classes.zone, southern=southern) for path in photos]
+    classes = localiser.classes
+    known = [known_position(path, classes.zone, southern=classes.southern) for path in photos]
     return name_places(localiser, described.vectors[readable], photos, known, request), list(described.failures)
 
 
@@ -96,7 +95,6 @@ def name_places(
                 localiser.classes,
                 count=request.top,
                 apart=request.apart,
-                southern=request.southern,
                 known=position,
             ),
         )

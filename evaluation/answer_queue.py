@@ -77,8 +77,8 @@ class AnswerQueue:
         except UNREADABLE as error:
             raise unreadable(error) from error
         classes = self.localiser.classes
-        zone, southern = classes.zone, self.request.southern or classes.southern
-        return Upload(name, image, known_position(Path(name), zone, southern=southern, content=io.BytesIO(content)))
+        known = known_position(Path(name), classes.zone, southern=classes.southern, content=io.BytesIO(content))
+        return Upload(name, image, known)
 
     def answer(self, upload: Upload) -> Future[Located]:
         """The places of a photo, found together with those of the photos that wait beside it."""

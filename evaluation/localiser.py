@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -116,9 +117,14 @@ class Localiser:
         )
 
 
-def load_localiser(path: Path, device: torch.device) -> Localiser:
-    """`Localiser.load` with a line on stderr for every better checkpoint that could not be read."""
+def load_localiser(path: Path, device: torch.device, *, southern: bool = False) -> Localiser:
+    """`Localiser.load` with a line on stderr for every better checkpoint that could not be read.
+
+    `southern`: its classes lie south of the equator, whether or not their table says so.
+    """
     localiser = Localiser.load(path, device)
+    if southern:
+        localiser.classes = replace(localiser.classes, southern=True)
     for line in localiser.passed_over:
         print(f"warning: {printable(line)}", file=sys.stderr)
     return localiser

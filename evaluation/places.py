@@ -55,7 +55,6 @@ def top_places(
     *,
     count: int,
     apart: float,
-    southern: bool = False,
     known: KnownPosition | None = None,
 ) -> list[Place]:
     """The best `count` places of photo `i`: ranked cells without those within `apart` metres of a better one."""
@@ -67,7 +66,7 @@ def top_places(
             break
         if all(math.dist(center, centers[better]) > apart for better in kept):
             kept.append(rank)
-    latitude, longitude = to_latlon(classes, centers[kept, 0], centers[kept, 1], southern=southern)
+    latitude, longitude = to_latlon(classes, centers[kept, 0], centers[kept, 1])
     places = []
     for rank, lat, lon in zip(kept, latitude.tolist(), longitude.tolist(), strict=True):
         located = not math.isnan(lat)

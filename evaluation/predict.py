@@ -52,11 +52,11 @@ def main() -> int:
     arguments = read_arguments()
     paths, failures = find_all(arguments.photos)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    localiser = load_localiser(arguments.checkpoint, device)
+    localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
     if arguments.geojson and not localiser.classes.zone:
         raise JobError(f"{arguments.checkpoint}: its classes have no UTM zone, so no degrees; use --json")
     threads = len(os.sched_getaffinity(0))
-    request = Request(arguments.top, arguments.apart, arguments.southern, arguments.batch_size, threads)
+    request = Request(arguments.top, arguments.apart, arguments.batch_size, threads)
     answered, unreadable = answer_photos(localiser, paths, request)
     failures += unreadable
     for failure in failures:

@@ -75,10 +75,10 @@ def main() -> None:
     web = load_web()
     listener = listen(arguments.host, arguments.port)
     device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
-    localiser = load_localiser(arguments.checkpoint, device)
+    localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
     known = KnownPhotos(SamplePhotos.open(arguments.shards), localiser.classes)
     threads = min(len(os.sched_getaffinity(0)), _DECODERS)
-    request = Request(arguments.top, arguments.apart, arguments.southern, threads=threads)
+    request = Request(arguments.top, arguments.apart, threads=threads)
     limits = Limits(round(arguments.max_megabytes * 1e6), round(arguments.max_megapixels * 1e6))
     queue = AnswerQueue(localiser, request, limits, arguments.at_once)
     private = ipaddress.ip_address(listener.getsockname()[0]).is_loopback

@@ -1,6 +1,7 @@
 """Brings the photos of a source into one plane: UTM metres of one zone, from names or from a list."""
 
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -40,10 +41,11 @@ def hash_identities(listing: Listing) -> np.ndarray:
 
 def is_southern(paths: pa.Array, places: Places) -> bool:
     """Whether the plane lies south of the equator, as most photos of a list say, or the first name with a band."""
-    usable = np.flatnonzero(np.isfinite(places.east))
+    usable = np.isfinite(places.east)
     if places.southern is not None:
-        return bool(np.count_nonzero(places.southern[usable]) * 2 > len(usable))
-    bands = (parse_name(paths[row].as_py()).band for row in usable[:_BANDS_SOUGHT])
+        return bool(np.count_nonzero(places.southern & usable) * 2 > np.count_nonzero(usable))
+    rows = islice((row for row in range(len(usable)) if usable[row]), _BANDS_SOUGHT)  # all rows would take 8 bytes each
+    bands = (parse_name(paths[row].as_py()).band for row in rows)
     return next((band < "N" for band in bands if band), False)
 
 
