@@ -77,3 +77,19 @@ def copy(dataset: Dataset, tmp_path: Path) -> Path:
     shutil.copytree(dataset.path, folder)
     seal(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny data set for tests of training. Tests must not change it."""
+    from tiny import write_dataset  # seconds, which tests of other rooms do without
+
+    return write_dataset(tmp_path_factory.mktemp("tiny") / "shards").path
+
+
+@pytest.fixture(scope="module")
+def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Query photos in the cells of that data set. Tests must not change them."""
+    from tiny import write_queries
+
+    return write_queries(tmp_path_factory.mktemp("tiny") / "queries")

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import arguments, configure, start_training, train_here, write_dataset, write_queries
+from tiny import arguments, configure, start_training, train_here
 
 import training.engine as engine_module
 import training.trainer as trainer_module
@@ -15,16 +15,6 @@ import training.validation as validation_module
 from training.checkpoint import list_checkpoints, load_checkpoint
 from training.interruption import Interruption
 from training.run_folder import read_losses
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("tiny") / "shards").path
-
-
-@pytest.fixture(scope="module")
-def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_queries(tmp_path_factory.mktemp("tiny") / "queries")
 
 
 @pytest.mark.slow

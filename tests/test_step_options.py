@@ -7,16 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import configure, train_here, write_dataset
+from tiny import configure, train_here
 from torch import nn
 
 from training.optimisers import make_adam
 from training.run_folder import read_losses
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("tiny") / "shards").path
 
 
 def losses(shards: Path, out: Path, **settings: object) -> list[float]:

@@ -22,7 +22,6 @@ from tiny import (
     train,
     train_here,
     write_dataset,
-    write_queries,
 )
 
 import training.engine as engine_module
@@ -38,16 +37,6 @@ from training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "small_cnn_joint.txt"
 Failing = Callable[[int], bool]
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("tiny") / "shards").path
-
-
-@pytest.fixture(scope="module")
-def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_queries(tmp_path_factory.mktemp("tiny") / "queries")
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tiny import configure, train_here, write_dataset
+from tiny import configure, train_here
 
 from training.run_folder import read_losses
 
@@ -20,11 +20,6 @@ KILLS = 20
 
 def run(shards: Path, out: Path) -> None:
     train_here(configure(shards, out, epochs=6, iterations_per_epoch=20, save_every=2, resume=True, batch_size=8))
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_dataset(tmp_path_factory.mktemp("tiny") / "shards").path
 
 
 def test_twenty_kills_at_random_moments_leave_the_losses_bit_for_bit(shards: Path, tmp_path: Path) -> None:
