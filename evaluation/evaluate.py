@@ -8,17 +8,15 @@ accelerate launch evaluation/evaluate.py --checkpoints RUN --queries DIR --out D
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-
-import tyro
 
 from evaluation.comparison import Job, evaluate_all, open_world, write_results
 from evaluation.query_set import Settings
 from evaluation.ranking import OWN_FORMS, RankingForm
 from evaluation.sample_photos import SamplePhotos
-from shards.console import entry
+from shards.console import WrongArguments, entry
+from training.one_voice import one_voice, parse_arguments
 from training.scoring import RECALL_NS, THRESHOLD_METRES
 
 
@@ -59,6 +57,7 @@ class Arguments:
     """Compute on the CPU even where there is a GPU."""
 
 
+@one_voice()
 def main() -> int:
     """Evaluate and write the results; 1 where something asked for could not be made."""
     arguments = read_arguments()
@@ -87,7 +86,7 @@ def main() -> int:
 
 def read_arguments() -> Arguments:
     """The command line; wrong arguments exit with 2."""
-    arguments = tyro.cli(Arguments, description=__doc__)
+    arguments = parse_arguments(Arguments, description=__doc__)
     wrong = {
         "--checkpoints: name at least one run": not arguments.checkpoints,
         "--queries: name at least one folder": not arguments.queries,
@@ -99,8 +98,7 @@ def read_arguments() -> Arguments:
     }
     for message, is_wrong in wrong.items():
         if is_wrong:
-            print(f"error: {message}", file=sys.stderr)
-            raise SystemExit(2)
+            raise WrongArguments(message)
     return arguments
 
 

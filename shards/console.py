@@ -15,10 +15,14 @@ class WrongArguments(JobError):
     """The command line asks for something that cannot be; the exit code is 2."""
 
 
-def entry(main: Callable[[], int | None]) -> NoReturn:
-    """Run an entry point and exit: 0 on success, 1 on a failed job, 130 on Ctrl-C.
+def exit_code(error: JobError) -> int:
+    """What a program that `error` stops exits with."""
+    return 2 if isinstance(error, WrongArguments) else 1
 
-    Wrong arguments exit with 2 before this is reached (the argument parser does that).
+
+def entry(main: Callable[[], int | None]) -> NoReturn:
+    """Run an entry point and exit: 0 on success, 1 on a failed job, 2 on wrong arguments, 130 on Ctrl-C.
+
     Errors of the operating system that no caller turned into a `JobError` (a full disk, a folder
     without permission) are printed as one line that names the file.
     """
@@ -27,7 +31,7 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except JobError as error:
-        code = _fail(str(error), 2 if isinstance(error, WrongArguments) else 1)
+        code = _fail(str(error), exit_code(error))
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130

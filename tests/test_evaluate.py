@@ -16,7 +16,7 @@ from tiny_run import write_run
 
 from evaluation import evaluate
 from evaluation.ranking import RANKING_FORMS
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from shards.names import PhotoName, format_name
 
 
@@ -291,11 +291,11 @@ def test_an_output_folder_that_holds_a_data_set_or_is_a_file_is_refused(
 
 
 @pytest.mark.parametrize("words", [["--ns", "0"], ["--threshold", "-1"], ["--batch-size", "0"], ["--forms", "best"]])
-def test_wrong_arguments_exit_with_2(
+def test_wrong_arguments_are_named(
     run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     run, queries = run_and_queries
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises((SystemExit, WrongArguments), match=f"^2$|^{words[0]}: "):
         run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, *words)
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from shards.console import JobError
+from shards.console import JobError, entry
 from training.presets import PRESETS, TrainConfig, changes, read_config
 
 PLACES = ["--shards", "d", "--out", "r"]
@@ -59,7 +59,7 @@ def test_every_preset_bears_its_own_name_and_survives_json(name: str) -> None:
 )
 def test_wrong_arguments_exit_with_2_and_say_why(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        read_config(words)
+        entry(lambda: bool(read_config(words)))
     assert stopped.value.code == 2
     printed = capsys.readouterr()
     assert printed.err or printed.out

@@ -1,21 +1,26 @@
-"""One line for an error that stops several processes of a launch."""
+"""What a person sees of several processes of a launch: one line for an error that stops them all."""
 
 from __future__ import annotations
 
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
-from shards.console import JobError
+import tyro
+
+from shards.console import JobError, exit_code
+
+T = TypeVar("T")
 
 _LAUNCHER_SECONDS = 3.0  # in which the launcher ends the others once one process has failed
 
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Let the first process that a `JobError` stops tell it; others of the launch exit with 1 without a word.
+    """Let the first process that a `JobError` stops tell it; others of the launch exit without a word.
 
     They are told apart in the launcher's store; where that cannot be reached, every process tells it.
     """
@@ -24,7 +29,18 @@ def one_voice() -> Iterator[None]:
     except JobError as error:
         if not _is_first(str(error)):
             time.sleep(_LAUNCHER_SECONDS)  # the launcher ends all at the first exit, which must not be this one
-            raise SystemExit(1) from error
+            raise SystemExit(exit_code(error)) from error
+        raise
+
+
+def parse_arguments(kind: type[T], words: Sequence[str] | None = None, **options: Any) -> T:
+    """The command line as a `kind`, by `tyro.cli`; help and wrong arguments are told by the first process alone."""
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        return tyro.cli(kind, args=words, console_outputs=first, **options)
+    except SystemExit:
+        if not first:
+            time.sleep(_LAUNCHER_SECONDS)  # as above
         raise
 
 

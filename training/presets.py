@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,10 +15,11 @@ from typing import Any, Literal
 
 import tyro
 
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from shards.stream import StreamSettings
 from training.backbones import BackboneName
 from training.heads import HeadKind, ScoreForm
+from training.one_voice import parse_arguments
 from training.schedules import ScheduleName
 
 
@@ -237,15 +237,16 @@ PRESETS: dict[str, TrainConfig] = {
 
 
 def read_config(arguments: Sequence[str] | None = None) -> TrainConfig:
-    """The configuration that the command line asks for; wrong arguments exit with 2, as argparse does."""
+    """The configuration that the command line asks for; `WrongArguments`, or an exit with 2, where it asks amiss."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--preset", choices=sorted(PRESETS), default="paper-b0")
+    finder.add_argument("--preset", nargs="?", default="paper-b0")
     preset = finder.parse_known_args(arguments)[0].preset
+    if preset is not None and preset not in PRESETS:
+        raise WrongArguments(f"--preset {preset}: is none of {', '.join(sorted(PRESETS))}")
     try:
-        return tyro.cli(TrainConfig, default=PRESETS[preset], args=arguments)
+        return parse_arguments(TrainConfig, arguments, default=PRESETS[preset or "paper-b0"])
     except JobError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise WrongArguments(str(error)) from error
 
 
 def changes(before: TrainConfig, now: TrainConfig) -> list[str]:

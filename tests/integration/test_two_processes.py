@@ -107,3 +107,12 @@ def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
     code, _, told = train(arguments(shards, tmp_path / "r", shard_head=True), processes=2)
     assert code == 1
     assert told.count("error: --shard-head: group 0 has 1 classes for 2 processes\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"), [("--s=0", "--s 0.0: must be"), ("--no-such-flag", "Unrecognized options: --no")]
+)
+def test_wrong_arguments_are_told_once(tmp_path: Path, wrong: str, words: str) -> None:
+    code, out, told = train([*arguments(tmp_path, tmp_path / "r"), wrong], processes=2)
+    assert code == 1
+    assert (out + told).count(words) == 1
