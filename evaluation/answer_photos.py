@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evaluation.localiser import Localiser
 from evaluation.places import KnownPosition, Place, known_position, top_places
-from shards.console import JobError, printable
+from shards.console import JobError, format_count, printable
 from training.queries import SetAside, find_photos
 
 
@@ -166,7 +166,7 @@ def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], lo
                 f"  {rank:2}  {position}  {100 * place.confidence:8.1f} %  {place.uncertainty_m:9,.0f} m{distance}"
             )
         lines.append("")
-    count = "1 photo" if len(answered) == 1 else f"{len(answered):,} photos"
+    count = format_count(len(answered), "photo")
     summary = f"{count} answered" + (f", {len(failures):,} failed" if failures else "")
     found = localiser.calibration
     trust = (

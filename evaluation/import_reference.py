@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evaluation.reference_classes import PythonHashing, reference_table
 from shards.classes import ClassTable
-from shards.console import JobError, entry
+from shards.console import JobError, entry, format_count
 from shards.provenance import provenance
 from training.backbones import BackboneName
 from training.checkpoint import Checkpoint, TrainingState, save_checkpoint
@@ -66,7 +66,10 @@ def main() -> None:
     order, classes = reference_table(paths, arguments.M, arguments.N, arguments.min_images, arguments.hashing)
     model, heads = read_reference(arguments.checkpoint)
     path = save_checkpoint(arguments.out, convert(arguments, model, heads, order, classes))
-    print(f"{len(classes):,} classes in {len(order)} groups from {len(paths):,} training paths; written to {path}")
+    print(
+        f"{format_count(len(classes), 'class')} in {format_count(len(order), 'group')} "
+        f"from {format_count(len(paths), 'training path')}; written to {path}"
+    )
 
 
 def read_train_list(path: Path) -> list[str]:

@@ -30,7 +30,7 @@ from evaluation.known_photos import KnownPhotos
 from evaluation.localiser import Localiser, load_localiser
 from evaluation.sample_photos import SamplePhotos
 from evaluation.uploads import Limits
-from shards.console import JobError, entry, printable
+from shards.console import JobError, entry, format_count, printable
 from training.scoring import THRESHOLD_METRES
 
 _DECODERS = 4
@@ -115,7 +115,7 @@ def announce(arguments: Arguments, listener: socket.socket, localiser: Localiser
     shown = f"[{address}]" if ":" in address else address
     if not private:
         print(f"warning: --host {arguments.host}: whoever reaches this computer can use the page", file=sys.stderr)
-    cells = f"{len(localiser.classes):,} cells"
+    cells = format_count(len(localiser.classes), "cell")
     print(f"http://{shown}:{port}/  answers with {arguments.checkpoint} ({cells}); Ctrl-C ends it", flush=True)
 
 

@@ -17,7 +17,7 @@ from preprocessing.shard_task import ShardResult
 from preprocessing.sources import Source
 from preprocessing.trial import Forecast, check_space, forecast
 from preprocessing.updates import complete_revisions
-from shards.console import JobError
+from shards.console import JobError, format_count
 from shards.files import TEMPORARY_SUFFIX, at_work, remove_partials
 from shards.layout import LISTING, PLAN, REVISIONS, SHARD_SAMPLES, shard_stem
 
@@ -88,7 +88,9 @@ def _check_all_there(plan: Plan, out: Output, count: int | None) -> None:
         names = ", ".join(shard_stem(*shards[i][:2]) for i in missing[:5]) + (", ..." if len(missing) > 5 else "")
         again = ",".join(str(index) for index in sorted({i % count for i in missing})) if count else ""
         advice = f"run task {again} of {count} again" if again else "run the tasks that write them again"
-        raise JobError(f"{out.place}: {len(missing)} of {len(shards)} shards are missing ({names}); {advice}")
+        raise JobError(
+            f"{out.place}: {len(missing)} of {format_count(len(shards), 'shard')} missing ({names}); {advice}"
+        )
 
 
 def dry_run(source: Source, out: Output | Path, settings: Settings, *, workers: int, rescan: bool = False) -> Forecast:

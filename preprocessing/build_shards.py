@@ -21,7 +21,7 @@ from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from preprocessing.summaries import print_forecast, print_gain, print_recovery, print_summary
 from preprocessing.updates import add, retry_quarantined
-from shards.console import WrongArguments, entry
+from shards.console import WrongArguments, entry, format_count
 from shards.soundness import damaged_tables_named
 
 ENGINES = {"process": engine.run_tasks, "ray": ray_engine.run_tasks}
@@ -126,7 +126,7 @@ def _run(arguments: Arguments, source: Source, out: Output, settings: Settings, 
         print_recovery(retry_quarantined(out, machinery), out.place)
     elif index is not None and count:
         shards = build_share(source, out, settings, machinery, index=index, count=count, rescan=rescan)
-        print(f"task {index} of {count}: its {shards} shards are done; after all tasks, --finish")
+        print(f"task {index} of {count}: {format_count(shards, 'shard')} done; after all tasks, --finish")
     elif arguments.finish:
         print_summary(assemble(source, out, settings, machinery, count=count), out.place)
     else:

@@ -50,7 +50,7 @@ def write_shards(
     if len(done) == shards:
         return results
     if done:
-        print(f"going on: {len(done)} of {shards} shards were done before")
+        print(f"going on: {len(done)} of {format_count(shards, 'shard')} done before")
     left = images - sum(r.images + len(r.bad) for r in results)
     bad_before = len(bad_names) + sum(len(r.bad) for r in results)
     with tqdm(desc="starting workers", total=left, unit=" images", unit_scale=True, smoothing=0.05) as bar:
@@ -70,8 +70,9 @@ def write_shards(
             raise AssertionError("stopped without a reason") from stopped
         except KeyboardInterrupt:
             bar.close()
+            made = format_count(sum(r.images for r in results), "image")
             print(
-                f"stopped: {len(results)} of {shards} shards ({format_count(sum(r.images for r in results))} images) "
+                f"stopped: {len(results)} of {format_count(shards, 'shard')} ({made}) "
                 f"are done in {job.place}; the same command goes on from there"
             )
             raise

@@ -18,15 +18,17 @@ def print_summary(summary: Summary, out: str) -> None:
     """What was built."""
     made = summary.manifest
     _print_groups(summary.classes_per_group, summary.images_per_group)
-    print(f"skipped     {format_count(made.skipped)} photos in cells with fewer than {made.min_images} photos")
+    print(f"skipped     {format_count(made.skipped, 'photo')} in cells with fewer than {made.min_images} photos")
     reasons = list_reasons(summary.reasons)
-    print(f"set aside   {format_count(made.quarantined)} bad photos{f' ({reasons})' if reasons else ''}")
+    print(f"set aside   {format_count(made.quarantined, 'bad photo')}{f' ({reasons})' if reasons else ''}")
     if summary.other_files:
-        print(f"ignored     {format_count(summary.other_files)} files that are no photos")
-    print(f"bytes       {format_bytes(summary.source_bytes)} of photos -> {format_bytes(made.bytes)} in {made.shards} "
-          f"shards ({summary.jpeg_bytes / max(made.images, 1):,.0f} bytes of JPEG a photo)")  # fmt: skip
-    fresh = "" if summary.shards_before == 0 else f" ({summary.shards_before} shards were done before)"
-    print(f"finished    {out} in {format_duration(summary.seconds)}{fresh}")
+        print(f"ignored     {format_count(summary.other_files, 'file')} of other kinds")
+    print(
+        f"bytes       {format_bytes(summary.source_bytes)} of photos -> {format_bytes(made.bytes)} in "
+        f"{format_count(made.shards, 'shard')} ({summary.jpeg_bytes / max(made.images, 1):,.0f} bytes of JPEG a photo)"
+    )
+    before = f" ({format_count(summary.shards_before, 'shard')} done before)" if summary.shards_before else ""
+    print(f"finished    {out} in {format_duration(summary.seconds)}{before}")
 
 
 def print_forecast(made: Forecast, out: str) -> None:
@@ -36,9 +38,12 @@ def print_forecast(made: Forecast, out: str) -> None:
     _print_groups({g: len(c) for g, c in of_group.items()}, {g: int(c.images.sum()) for g, c in of_group.items()})
     print(f"skipped     {_describe_small_cells(plan)}")
     unusable = list_reasons(Counter(b.reason for b in plan.bad))
-    print(f"set aside   {format_count(len(plan.bad))} photos by names or list{f' ({unusable})' if unusable else ''}")
+    print(f"set aside   {format_count(len(plan.bad), 'photo')} by names or list{f' ({unusable})' if unusable else ''}")
     reasons = list_reasons(trial.bad) or "none bad"
-    print(f"trial       {trial.tried} images ({reasons}), {trial.images_per_second:,.0f} a second with one worker")
+    print(
+        f"trial       {format_count(trial.tried, 'image')} ({reasons}), "
+        f"{trial.images_per_second:,.0f} a second with one worker"
+    )
     print(f"reads       about {format_bytes(trial.source_bytes_per_image * len(plan.order))} of photos")
     free = ""
     if made.bytes_free is not None:
@@ -46,7 +51,8 @@ def print_forecast(made: Forecast, out: str) -> None:
         free = f", {format_bytes(made.bytes_free)} free: {verdict}"
     print(f"disk        about {format_bytes(made.bytes_needed)} needed{free}")
     print(
-        f"time        about {format_duration(made.seconds)} with {made.workers} workers, where disk and network keep up"
+        f"time        about {format_duration(made.seconds)} with {format_count(made.workers, 'worker')}, "
+        "where disk and network keep up"
     )
     print(f"dry run     nothing was written to {out} but the list of photos, which the build reuses")
 
@@ -69,7 +75,7 @@ def print_gain(done: tuple[Summary, Gain] | None, out: str) -> None:
     summary, gain = done
     print_summary(summary, out)
     print(
-        f"added       {format_count(gain.images)} images to classes; {format_count(gain.new)} photos were new, "
+        f"added       {format_count(gain.images, 'image')} to classes; {format_count(gain.new)} photos were new, "
         f"{format_count(gain.known)} known before"
     )
     print(f"new classes {len(gain.classes)}")
@@ -88,7 +94,7 @@ def _describe_small_cells(plan: Plan) -> str:
     corner = np.stack([plan.places.east[plan.skipped], plan.places.north[plan.skipped]], axis=1) // plan.settings.M
     _, cells = np.unique(corner, axis=0, return_counts=True)
     cells = cells * max(plan.settings.crops, 1)
-    said = f"{format_count(len(plan.skipped))} photos in {format_count(len(cells))} cells with fewer than {least}"
+    said = f"{format_count(len(plan.skipped), 'photo')} in {format_count(len(cells), 'cell')} with fewer than {least}"
     taken = cells[cells >= least // 2]
     if least < 2 or not len(taken):
         return said

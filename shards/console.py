@@ -90,6 +90,11 @@ def format_duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def format_count(count: int) -> str:
-    """An integer with thousands separators: `41,200,000`."""
-    return f"{count:,}"
+def format_count(count: int, noun: str = "") -> str:
+    """An integer with thousands separators, and of what: `41,200,000`, `1 class`, `3,400 classes`."""
+    if not noun:
+        return f"{count:,}"
+    if count == 1:
+        return f"1 {noun}"
+    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}es" if noun.endswith("ss") else f"{noun}s"
+    return f"{count:,} {many}"

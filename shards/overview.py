@@ -90,13 +90,14 @@ def _heading(dataset: Dataset) -> str:
     name = printable(dataset.place)
     return "\n".join(
         [
-            f"{name}: {format_count(made.images)} images of {format_count(made.classes)} classes",
-            f"  cells      {made.M} m, {made.groups} groups (N = {made.N}), at least {made.min_images} photos a class",
+            f"{name}: {format_count(made.images, 'image')} of {format_count(made.classes, 'class')}",
+            f"  cells      {made.M} m, {format_count(made.groups, 'group')} (N = {made.N}), "
+            f"at least {format_count(made.min_images, 'photo')} a class",
             f"  place      {classes.crs}; {extent[0]:.2f} km west to east, {extent[1]:.2f} km south to north",
             f"  photos     {made.image_size} x {made.image_size} pixels, JPEG quality {made.quality}, "
             f"{made.resize_filter} filter ({made.codec})",
-            f"  on disk    {made.shards} shards, format version {made.format_version}, revision {made.revision}, "
-            f"fingerprint {made.fingerprint[:12]}",
+            f"  on disk    {format_count(made.shards, 'shard')}, format version {made.format_version}, "
+            f"revision {made.revision}, fingerprint {made.fingerprint[:12]}",
         ]
     )
 
@@ -145,10 +146,12 @@ def _sizes_text(dataset: Dataset) -> str:
 
 def _left_out(dataset: Dataset) -> str:
     made, reasons = dataset.manifest, count_reasons(dataset)
-    lines = [f"left out  {format_count(made.skipped)} photos in cells with fewer than {made.min_images}"]
-    lines.append(f"          {format_count(made.quarantined)} bad photos{':' if reasons else ''}")
+    lines = [f"left out  {format_count(made.skipped, 'photo')} in cells with fewer than {made.min_images}"]
+    lines.append(f"          {format_count(made.quarantined, 'bad photo')}{':' if reasons else ''}")
     lines += [f"            {format_count(count):>9}  {printable(reason)}" for reason, count in reasons.most_common()]
     empty = int(np.count_nonzero(dataset.classes.images == 0))
     if empty:
-        lines.append(f"          {format_count(empty)} classes have no photo left (all were bad) and are never drawn")
+        lines.append(
+            f"          {format_count(empty, 'class')} without a photo left (all were bad), which are never drawn"
+        )
     return "\n".join(lines)

@@ -198,7 +198,7 @@ def _class_caption(pen: ImageDraw.ImageDraw, dataset: Dataset, group: int, label
     lines = (
         f"{of_group.cell_east[label]:,} E",
         f"{of_group.cell_north[label]:,} N",
-        f"{of_group.images[label]} photos",
+        f"{format_count(int(of_group.images[label]), 'photo')}",
     )
     for number, line in enumerate(lines):
         _write(pen, (_EDGE + 16, y + 62 + 20 * number), line, 14, _FAINT)
@@ -235,8 +235,8 @@ def _photo_caption(index: GroupIndex, row: int) -> str:
 def _title(dataset: Dataset) -> str:
     made = dataset.manifest
     name = printable((dataset.store.url if dataset.store else str(dataset.path.resolve())).rpartition("/")[2])
-    counts = f"{format_count(made.images)} images, {format_count(made.classes)} classes, {made.groups} groups"
-    return f"{name[:40]}: {counts}"
+    counts = ((made.images, "image"), (made.classes, "class"), (made.groups, "group"))
+    return f"{name[:40]}: {', '.join(format_count(count, noun) for count, noun in counts)}"
 
 
 def _write(

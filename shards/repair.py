@@ -99,7 +99,7 @@ def _rebuild_dali_index(path: Path) -> None:
 def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | None, workers: int) -> None:
     """Take away the broken shards and run the build, which makes them and finishes."""
     if source is None:
-        what = f"{len(stems)} shards" if stems else ", ".join(sorted(broken & set(_FINISHED_BY_BUILD)))
+        what = f"{format_count(len(stems), 'shard')}" if stems else ", ".join(sorted(broken & set(_FINISHED_BY_BUILD)))
         raise JobError(
             f"{dataset}: rebuilding {what} takes the photos it was made from; name them with --source PHOTOS"
         )
@@ -119,7 +119,7 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | Non
     if before is not None and before.quarantined:
         photos = before.images + before.skipped + before.quarantined
         command += ["--max-bad-share", str(min(1.0, max(0.01, (before.quarantined + 1) / photos)))]
-    print(f"rebuilding {len(stems)} shards from {source}", flush=True)
+    print(f"rebuilding {format_count(len(stems), 'shard')} from {source}", flush=True)
     with _out_of_the_way(
         dataset, [MANIFEST, *(f"{stem}.{kind}" for stem in stems for kind in ("parquet", "idx", "tar"))]
     ):
@@ -132,7 +132,7 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | Non
         )
     after = Manifest.load(dataset / MANIFEST)
     if before is not None and after.images != before.images:
-        print(f"the data set had {format_count(before.images)} images and now has {format_count(after.images)}")
+        print(f"the data set had {format_count(before.images, 'image')} and now has {format_count(after.images)}")
 
 
 @contextmanager

@@ -86,8 +86,8 @@ def print_summary(report: Report, dataset: str) -> None:
     """What was checked, and the verdict, for a person."""
     rate = f"{report.images / report.seconds:,.0f} images/s, {format_bytes(report.bytes / report.seconds)}/s"
     print(
-        f"checked {format_count(report.images)} images in {report.shards} shards ({format_bytes(report.bytes)}) "
-        f"in {format_duration(report.seconds)} ({rate})"
+        f"checked {format_count(report.images, 'image')} in {format_count(report.shards, 'shard')} "
+        f"({format_bytes(report.bytes)}) in {format_duration(report.seconds)} ({rate})"
     )
     if not report.problems:
         print(f"{dataset}: sound")
@@ -96,7 +96,7 @@ def print_summary(report: Report, dataset: str) -> None:
         return
     files = len({problem.file for problem in report.problems})
     way_out = "--repair tells how to mend them" if is_url(dataset) else "--repair --source PHOTOS rebuilds them"
-    print(f"{dataset}: {len(report.problems)} problems in {files} files; {way_out}")
+    print(f"{dataset}: {format_count(len(report.problems), 'problem')} in {format_count(files, 'file')}; {way_out}")
 
 
 if __name__ == "__main__":

@@ -335,7 +335,7 @@ def test_a_task_that_runs_is_not_started_twice_and_a_killed_one_is_done_by_its_s
     assert build_share(source, out, SETTINGS, HERE, index=1, count=2) == 1
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    with pytest.raises(JobError, match=r"1 of 2 shards are missing .* run task 0 of 2 again"):
+    with pytest.raises(JobError, match=r"1 of 2 shards missing .* run task 0 of 2 again"):
         assemble(source, out, SETTINGS, HERE, count=2)
     build_share(source, out, SETTINGS, HERE, index=0, count=2)
     assemble(source, out, SETTINGS, HERE, count=2)

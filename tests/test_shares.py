@@ -54,7 +54,7 @@ def test_tasks_in_any_order_and_a_finish_make_the_bytes_of_one_build(photos, who
 def test_a_finish_before_all_tasks_are_done_names_the_missing_shards_and_tasks(photos, tmp_path):
     out, source = tmp_path / "out", Source.of(photos)
     build_share(source, out, SMALL, HERE, index=1, count=3)
-    with pytest.raises(JobError, match=r"3 of 4 shards are missing \(group-00.*run task 0,2 of 3 again"):
+    with pytest.raises(JobError, match=r"3 of 4 shards missing \(group-00.*run task 0,2 of 3 again"):
         assemble(source, out, SMALL, HERE, count=3)
     with pytest.raises(JobError, match="run the tasks that write them again"):
         assemble(source, out, SMALL, HERE)

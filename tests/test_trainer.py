@@ -184,7 +184,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     trainer = train_here(configure(shards, tmp_path / "r"))
     assert trainer.progress.skipped == 1
     assert np.flatnonzero(np.isnan(read_losses(tmp_path / "r"))).tolist() == [3]
-    assert "1 steps were skipped" in capsys.readouterr().out
+    assert "skipped 1 step whose loss was not finite" in capsys.readouterr().out
 
 
 def test_many_such_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(

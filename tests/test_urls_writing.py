@@ -102,7 +102,7 @@ def test_killed_the_same_command_goes_on_from_another_machine_and_keeps_what_was
     other = os.environ | {"DIVIDE_AND_CLASSIFY_CACHE": str(tmp_path / "other")}
     last = subprocess.run(command, env=other, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
-    assert f"going on: {len(done)} of 9 shards were done before" in last.stdout
+    assert f"going on: {len(done)} of 9 shards done before" in last.stdout
     assert f"finished    {bucket}" in last.stdout
     assert done.items() <= tables().items()
     assert stored(bucket) == contents(tmp_path / "whole")

@@ -250,7 +250,7 @@ def test_exit_codes_are_0_for_sound_1_for_problems_and_2_for_wrong_arguments(cop
     done = run(copy, "--workers", "1")
     assert done.returncode == 1
     assert f"{TAR}: sample 000000000: the photo fails its checksum" in done.stdout
-    assert "1 problems in 1 files" in done.stdout
+    assert "1 problem in 1 file;" in done.stdout
     assert run(copy, "--nonsense").returncode == 2
     for folder in (tmp_path / "none", tmp_path):
         done = run(folder)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
-from shards.console import JobError, describe_os_error, format_duration
+from shards.console import JobError, describe_os_error, format_count, format_duration
 from shards.dataset import Dataset
 from shards.loader import Batch, default_threads
 from training.assembly import (
@@ -311,13 +311,12 @@ class Trainer:
     def _description(self) -> str:
         config, model = self.config, self.engine.model
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        plural = "es" if self.world.size > 1 else ""
         lines = [warning] if (warning := launch_warning(self.world)) else []
         lines += [
-            f"{config.backbone}, {config.head} heads of {len(self.groups)} groups with {len(self.classes):,} classes, "
-            f"{trained:,} trained numbers in the model",
-            f"{config.schedule} schedule, {self.world.size} process{plural} on {self.world.device.type}, "
-            f"{config.precision}, batch {config.batch_size}, {self.total_steps:,} steps",
+            f"{config.backbone}, {config.head} heads of {format_count(len(self.groups), 'group')} "
+            f"with {format_count(len(self.classes), 'class')}, {trained:,} trained numbers in the model",
+            f"{config.schedule} schedule, {format_count(self.world.size, 'process')} on {self.world.device.type}, "
+            f"{config.precision}, batch {config.batch_size}, {format_count(self.total_steps, 'step')}",
         ]
         if self.validator is None:
             lines.append(
@@ -338,9 +337,10 @@ class Trainer:
         which = f"best checkpoint {best}{value}" if best else "no checkpoint is marked as the best"
         self.say(f"trained to step {self.progress.step:,} in {format_duration(seconds)}; {which}")
         if self.progress.skipped:
-            self.say(f"{self.progress.skipped:,} steps were skipped: their loss was not finite")
+            self.say(f"skipped {format_count(self.progress.skipped, 'step')} whose loss was not finite")
         if self.loader.failures:
-            self.say(f"{self.loader.failures:,} samples could not be read and were replaced by other draws")
+            unreadable = format_count(self.loader.failures, "sample")
+            self.say(f"replaced {unreadable} that could not be read by other draws")
         if self._profiles() and not profile_folder(self.config.out).is_dir():
             self.say("--profile: no trace, since this start ended before its step 15")
 
