@@ -9,7 +9,7 @@ north. Only the base name is read, so an `@` in a folder's name does no harm.
 
 import os
 import re
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +23,7 @@ class BadName(ValueError):
     """A photo's name has no usable coordinates; the message says what is missing."""
 
 
-@dataclass(frozen=True)
-class PhotoName:
+class PhotoName(NamedTuple):
     """The fields of a photo's name; metres and degrees; None or "" where the name leaves a field out."""
 
     east: float
