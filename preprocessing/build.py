@@ -12,6 +12,7 @@ from preprocessing.finishing import State, Summary, finish
 from preprocessing.output import Output
 from preprocessing.photos import Listing, store_listing
 from preprocessing.plan import Plan, Settings, make_plan
+from preprocessing.revisions import count_bad
 from preprocessing.shard_run import Machinery, write_shards
 from preprocessing.shard_task import ShardResult
 from preprocessing.sources import Source
@@ -19,7 +20,7 @@ from preprocessing.trial import Forecast, check_space, forecast
 from preprocessing.updates import complete_revisions
 from shards.console import JobError, format_count
 from shards.files import TEMPORARY_SUFFIX, at_work, remove_partials
-from shards.layout import LISTING, PLAN, REVISIONS, SHARD_SAMPLES, shard_stem
+from shards.layout import LISTING, PLAN, QUARANTINE, REVISIONS, SHARD_SAMPLES, shard_stem
 
 
 def build(
@@ -160,6 +161,7 @@ def _write_planned(
         shards=len(shards),
         images=images,
         photos=plan.photos // count,
+        accepted=count_bad(out.folder / QUARANTINE),
     )
     out.gather(finished)
     return before

@@ -146,5 +146,13 @@ def read_bad(path: Path) -> list[Bad]:
     return [Bad(**facts) for facts in lines]
 
 
+def count_bad(path: Path) -> int:
+    """How many photos `write_bad` wrote; 0 where there is no such file, as before a data set is finished."""
+    try:
+        return path.read_bytes().count(b"\n")
+    except FileNotFoundError:
+        return 0
+
+
 def _stem(out: Path, number: int) -> Path:
     return out / REVISIONS / f"{number:06d}"

@@ -38,14 +38,16 @@ def write_shards(
     shards: int,
     images: int,
     photos: int,
+    accepted: int,
 ) -> list[ShardResult]:
     """Write `tasks`; returns their results after those that are `done`.
 
     `shards` and `images`: how many the plan has, done ones included; `photos`: how many were looked at for it, of
-    which `bad_names` were set aside before. Raises `JobError` where more photos are bad than `machinery` allows.
+    which `bad_names` were set aside before. Raises `JobError` where more photos are bad than `machinery` allows
+    besides those `accepted` when the data set was finished before.
     """
     results = list(done)
-    limit = bad_limit(machinery.max_bad_share, photos)
+    limit = accepted + bad_limit(machinery.max_bad_share, photos)
     check_bad(bad_names, results, limit, photos)
     if len(done) == shards:
         return results

@@ -13,7 +13,7 @@ from preprocessing.finishing import State, Summary, finish
 from preprocessing.output import Output
 from preprocessing.photos import Bad
 from preprocessing.resize import BadPhoto, Resizer
-from preprocessing.revisions import PLANNED, Revision, publish, read_bad, revisions, stage
+from preprocessing.revisions import PLANNED, Revision, count_bad, publish, read_bad, revisions, stage
 from preprocessing.samples import SampleMaker
 from preprocessing.shard_run import Machinery, bad_limit, check_bad, write_shards
 from preprocessing.shard_task import finished_shard
@@ -130,6 +130,7 @@ def _complete(out: Output, revision: Revision, state: State, sources: list[Sourc
         shards=len(shards),
         images=len(revision.samples),
         photos=revision.photos,
+        accepted=count_bad(out.folder / QUARANTINE),
     )
     publish(out.folder, shards)
     out.gather(shards)

@@ -116,9 +116,8 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | Non
     for name, value in plan.items():
         if name not in _NOT_SETTINGS:
             command += _option(name, value)
-    if before is not None and before.quarantined:
-        photos = before.images + before.skipped + before.quarantined
-        command += ["--max-bad-share", str(min(1.0, max(0.01, (before.quarantined + 1) / photos)))]
+    if QUARANTINE in broken:  # else the build counts there how many bad photos were accepted
+        command += ["--max-bad-share", "1"]
     print(f"rebuilding {format_count(len(stems), 'shard')} from {source}", flush=True)
     with _out_of_the_way(
         dataset, [MANIFEST, *(f"{stem}.{kind}" for stem in stems for kind in ("parquet", "idx", "tar"))]

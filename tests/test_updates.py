@@ -118,6 +118,22 @@ def test_after_an_addition_the_samples_are_those_of_a_clean_build_of_both(begun,
     assert labels(begun) == labels(tmp_path / "clean")
 
 
+def test_bad_photos_that_an_addition_accepted_stop_no_later_command(begun, tmp_path):
+    for photo in write_cell(tmp_path / "more", 0, 40, first=100)[:30]:
+        photo.write_bytes(b"no photo")
+    with pytest.raises(JobError, match="30 of 40 photos are bad"):
+        add(Source.of(tmp_path / "more"), begun, HERE)
+    add(Source.of(tmp_path / "more"), begun, replace(HERE, max_bad_share=0.75))
+    write_cell(tmp_path / "others", 0, 5, first=200)
+    add(Source.of(tmp_path / "others"), begun, HERE)
+    before = samples(begun)
+    for tar in begun.glob("*/*.tar"):
+        tar.unlink()
+    repair(begun, verify(begun), tmp_path / "photos", 1)
+    sound(begun)
+    assert samples(begun) == before
+
+
 def test_an_addition_after_the_clock_was_set_back_is_sound(begun, tmp_path):
     hour_ahead = (begun / CHECKSUMS).stat().st_mtime + 3600
     os.utime(begun / CHECKSUMS, (hour_ahead, hour_ahead))
