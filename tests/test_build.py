@@ -1,15 +1,11 @@
-"""Building a data set: what is kept, what is set aside, and that nothing is lost whatever happens."""
+"""Building a data set: what is kept, what is set aside, and clear words for what cannot be."""
 
 import json
 import os
-import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +15,10 @@ from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
 from present import present
 
-from preprocessing.build import Summary, assemble, build, build_share
+from preprocessing.build import Summary, build
 from preprocessing.photos import list_photos, store_listing
 from preprocessing.plan import make_plan
 from preprocessing.shard_run import Machinery
-from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.layout import shard_tables
@@ -252,131 +247,6 @@ def test_a_plan_depends_on_names_alone_and_the_seed_shuffles_within_classes(tmp_
 
 
 COMMAND = [sys.executable, str(ROOT / "preprocessing" / "build_shards.py"), "--image-size", "64", "--workers", "2"]
-
-
-def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [*COMMAND, "--source", str(source), "--out", str(out), *more],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def big(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
-    """Photos that take a second or so to build, and the bytes of an undisturbed build."""
-    source = tmp_path_factory.mktemp("big") / "photos"
-    write_photos(source, cells=64, per_cell=40, size=512)
-    done = start(source, source.parent / "out")
-    printed, _ = done.communicate()
-    assert done.returncode == 0, printed
-    return source, contents(source.parent / "out")
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment_the_same_command_ends_with_the_bytes_of_an_undisturbed_run(big, tmp_path):
-    source, expected = big
-    rng = np.random.default_rng(0)
-    kills = rounds = 0
-    finished: dict[Path, int] = {}
-    while kills < 20:
-        out = tmp_path / str(rounds)
-        process = start(source, out)
-        time.sleep(rng.uniform(0.2, 1.8))
-        if process.poll() is None:
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        process.communicate()
-        assert {t: t.stat().st_mtime_ns for t in finished} == finished
-        finished = {t: t.stat().st_mtime_ns for t in shard_tables(out)}
-        for table in finished:
-            pq.read_table(table)
-        if process.returncode == 0:
-            assert contents(out) == expected
-            rounds += 1
-            finished = {}
-    last = start(source, out)
-    printed, _ = last.communicate()
-    assert last.returncode == 0, printed
-    assert contents(out) == expected
-    assert {t: t.stat().st_mtime_ns for t in finished} == finished
-
-
-@pytest.mark.slow
-def test_a_second_command_beside_a_build_is_refused_and_the_build_ends_as_if_alone(big, tmp_path):
-    source, expected = big
-    out = tmp_path / "out"
-    process = start(source, out)
-    while not list(out.glob("group-*/.*.partial")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGSTOP)
-    commands = (build, assemble, partial(build_share, index=0, count=2))
-    for command in commands:
-        with pytest.raises(JobError, match="another command is at work"):
-            command(Source.of(source), out, SETTINGS, Machinery(1))
-    process.send_signal(signal.SIGCONT)
-    process.communicate()
-    assert process.returncode == 0
-    assert contents(out) == expected
-
-
-@pytest.mark.slow
-def test_a_task_that_runs_is_not_started_twice_and_a_killed_one_is_done_by_its_second_run(big, tmp_path):
-    place, expected = big
-    source, out = Source.of(place), tmp_path / "out"
-    process = start(place, out, "--task-index", "0", "--task-count", "2")
-    while not list(out.glob("group-*/.*.partial")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGSTOP)
-    with pytest.raises(JobError, match="task 0 of 2 is at work already"):
-        build_share(source, out, SETTINGS, HERE, index=0, count=2)
-    assert list(out.glob("group-*/.*.partial"))  # the shard that the stopped one is at
-    assert build_share(source, out, SETTINGS, HERE, index=1, count=2) == 1
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    with pytest.raises(JobError, match=r"1 of 2 shards missing .* run task 0 of 2 again"):
-        assemble(source, out, SETTINGS, HERE, count=2)
-    build_share(source, out, SETTINGS, HERE, index=0, count=2)
-    assemble(source, out, SETTINGS, HERE, count=2)
-    assert contents(out) == expected
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_the_build_with_a_summary_and_the_command_goes_on(big, tmp_path):
-    source, expected = big
-    process = start(source, tmp_path / "out")
-    while not list((tmp_path / "out").glob("group-*/.*.partial")):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "goes on from there" in printed
-    assert "Traceback" not in printed
-    assert not list((tmp_path / "out").glob("group-*/.*.partial"))
-    again = start(source, tmp_path / "out")
-    again.communicate()
-    assert contents(tmp_path / "out") == expected
-
-
-@pytest.mark.slow
-def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(big, tmp_path):
-    source, _ = big
-    limit = "import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000)); "
-    limit += (
-        f"sys.argv = {[str(c) for c in COMMAND[1:]]} + sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    script = tmp_path / "limited.py"
-    script.write_text(f"if __name__ == '__main__':\n    {limit}\n")
-    done = subprocess.run(
-        [sys.executable, script, "--source", source, "--out", tmp_path / "out"], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert re.search(r"/out/group-\d\d/group-\d\d-000000\.tar: File too large", done.stderr)
-    assert "Traceback" not in done.stderr
-    assert not shard_tables(tmp_path / "out")
-    assert not list((tmp_path / "out").rglob("*.tar"))
 
 
 @pytest.mark.slow

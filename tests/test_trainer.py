@@ -1,58 +1,24 @@
 """Whole runs on a tiny data set: what is written, going on, stopping, and clear words for what cannot be."""
 
 import json
-import os
 import re
-import resource
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import pytest
 import torch
-from tiny import (
-    ZONE,
-    arguments,
-    class_table,
-    configure,
-    small_disk,
-    train,
-    train_here,
-    write_dataset,
-)
+from tiny import ZONE, arguments, class_table, configure, train, train_here, write_dataset
 
-import training.engine as engine_module
 import training.trainer as trainer_module
 from shards.console import JobError
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
 from training.heads import make_head
 from training.model import GeoModel
 from training.queries import list_queries, query_size
-from training.run_folder import LOCK, lock_run, read_losses
+from training.run_folder import read_losses
 from training.scoring import class_blocks, describe_queries, score_queries
-from training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "small_cnn_joint.txt"
-Failing = Callable[[int], bool]
-
-
-@pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Failing], None]:
-    """Makes the losses of chosen steps NaN."""
-
-    def install(fails: Failing) -> None:
-        original = engine_module.Engine.step
-
-        def step(self, step, images, labels, groups, **options):
-            images = images.permute(0, 3, 1, 2).float() / 255
-            return original(self, step, images * float("nan") if fails(step) else images, labels, groups, **options)
-
-        monkeypatch.setattr(engine_module.Engine, "step", step)
-
-    return install
 
 
 @pytest.mark.parametrize("schedule", [pytest.param("sequential", marks=pytest.mark.slow), "joint"])
@@ -175,143 +141,6 @@ def test_without_queries_the_best_checkpoint_waits_until_every_group_was_trained
     assert trainer.progress.best is None
     trainer = train_here(configure(shards, tmp_path / "r", epochs=4, resume=True))
     assert trainer.progress.best == pytest.approx(-np.mean(list(trainer.progress.latest.values())))
-
-
-def test_a_step_that_is_not_finite_is_skipped_and_counted(
-    shards: Path, tmp_path: Path, failing: Callable[[Failing], None], capsys: pytest.CaptureFixture[str]
-) -> None:
-    failing(lambda step: step == 3)
-    trainer = train_here(configure(shards, tmp_path / "r"))
-    assert trainer.progress.skipped == 1
-    assert np.flatnonzero(np.isnan(read_losses(tmp_path / "r"))).tolist() == [3]
-    assert "skipped 1 step whose loss was not finite" in capsys.readouterr().out
-
-
-def test_many_such_steps_in_a_row_stop_the_run_and_name_the_last_good_checkpoint(
-    shards: Path, tmp_path: Path, failing: Callable[[Failing], None]
-) -> None:
-    failing(lambda step: step >= 10)
-    with pytest.raises(JobError, match=r"4 steps in a row.*last good checkpoint is .*step-00000008"):
-        train_here(configure(shards, tmp_path / "r", nan_patience=4))
-
-
-def test_such_steps_in_a_row_are_counted_over_epochs_and_no_checkpoint_is_saved_among_them(
-    shards: Path, tmp_path: Path, failing: Callable[[Failing], None]
-) -> None:
-    failing(lambda step: step >= 10)
-    with pytest.raises(JobError, match=r"12 steps in a row.*last good checkpoint is .*step-00000008"):
-        train_here(configure(shards, tmp_path / "r", nan_patience=12, epochs=4))
-
-
-def test_weights_that_are_not_finite_are_never_saved_nor_called_the_best(
-    shards: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original = engine_module.Engine.step
-
-    def spoil(self, step, *batch, **options):
-        if step == 12:
-            with torch.no_grad():
-                self.model.projection.bias.fill_(float("nan"))
-        return original(self, step, *batch, **options)
-
-    monkeypatch.setattr(engine_module.Engine, "step", spoil)
-    config = configure(shards, tmp_path / "r", nan_patience=99, val_queries=queries)
-    with pytest.raises(
-        JobError, match=r"weights after step 16 are not finite .*last good checkpoint is .*step-00000008"
-    ):
-        train_here(config)
-    assert [path.name for path in list_checkpoints(config.out)] == ["step-00000008"]
-    assert best_checkpoint(config.out) == list_checkpoints(config.out)[0]
-
-
-def test_a_last_step_that_is_skipped_costs_no_sound_weights(
-    shards: Path, tmp_path: Path, failing: Callable[[Failing], None]
-) -> None:
-    failing(lambda step: step == 15)
-    train_here(configure(shards, tmp_path / "r"))
-    assert list_checkpoints(tmp_path / "r")[0].name == "step-00000016"
-
-
-@contextmanager
-def small_files(folder: Path) -> Iterator[Path]:
-    """A folder; whatever limit this process then sets on the size of files is taken back."""
-    folder.mkdir()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        yield folder
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("place", [small_disk, small_files])
-def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint_whole(
-    shards: Path, tmp_path: Path, place: Callable[[Path], AbstractContextManager[Path]]
-) -> None:
-    with place(tmp_path / "disk") as folder:
-        out = folder / "r"
-        train_here(configure(shards, out, epochs=1, descriptor_dim=64))
-        whole = {path: path.read_bytes() for path in sorted(list_checkpoints(out)[0].iterdir())}
-        if place is small_files:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        else:
-            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-            (folder / "other").write_bytes(bytes(free - 200_000))
-        with pytest.raises(JobError, match=r"cannot be saved .*last whole one is .*step-00000008; free some space"):
-            train_here(configure(shards, out, resume=True, descriptor_dim=64))
-        assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000008"]
-        assert {path: path.read_bytes() for path in sorted(list_checkpoints(out)[0].iterdir())} == whole
-        if place is small_disk:
-            (folder / "other").unlink()
-            assert train_here(configure(shards, out, resume=True, descriptor_dim=64)).progress.step == 16
-
-
-def test_a_run_folder_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
-    config = configure(shards, tmp_path / "r", epochs=1)
-    train_here(config)
-    with pytest.raises(JobError, match=r"already holds a run \(up to step-00000008\)"):
-        Trainer(config)
-    foreign = tmp_path / "other"
-    foreign.mkdir()
-    (foreign / "thesis.tex").write_text("")
-    with pytest.raises(JobError, match="holds files that are no run"):
-        Trainer(configure(shards, foreign))
-    with pytest.raises(JobError, match="is a file"):
-        Trainer(configure(shards, foreign / "thesis.tex"))
-
-
-def test_a_second_training_is_kept_out_of_a_run_until_the_first_is_gone_however_it_ends(
-    shards: Path, tmp_path: Path
-) -> None:
-    reader, writer = os.pipe()
-    if (child := os.fork()) == 0:
-        lock = lock_run(tmp_path / "r")
-        os.write(writer, str(lock is not None).encode())
-        signal.pause()
-    try:
-        assert os.read(reader, 10) == b"True"
-        with pytest.raises(JobError, match=rf"process {child} on \S+ is training there now; wait .*another --out$"):
-            train_here(configure(shards, tmp_path / "r"))
-        assert [path.name for path in (tmp_path / "r").iterdir()] == [LOCK]
-    finally:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    train_here(configure(shards, tmp_path / "r", epochs=1))
-
-
-def test_a_run_that_came_and_went_while_another_started_is_not_overwritten(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    late = configure(shards, tmp_path / "r", epochs=1)
-    original = trainer_module.lock_run
-
-    def lock_after_another_run(out: Path) -> TextIO | None:
-        monkeypatch.setattr(trainer_module, "lock_run", original)
-        train_here(late)
-        return original(out)
-
-    monkeypatch.setattr(trainer_module, "lock_run", lock_after_another_run)
-    with pytest.raises(JobError, match=r"already holds a run \(up to step-00000008\)"):
-        train_here(late)
 
 
 def test_another_class_map_is_refused_and_init_from_matches_cells(

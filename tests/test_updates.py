@@ -279,7 +279,7 @@ def test_photos_that_turn_bad_again_after_they_were_tried_leave_an_empty_shard_t
 
 @pytest.mark.slow
 def test_panoramas_are_added_and_retried_crop_by_crop(tmp_path):
-    from test_sources import write_panoramas
+    from test_panoramas import write_panoramas
 
     names = write_panoramas(tmp_path / "panos", 3)
     settings = replace(SETTINGS, crops=12)

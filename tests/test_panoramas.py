@@ -1,0 +1,85 @@
+"""Panoramas, cut into crops by heading."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from conftest import HERE, SETTINGS
+from photos import jpeg, name_at, picture
+from test_sources import samples
+
+from preprocessing.build import build
+from preprocessing.plan import make_plan
+from preprocessing.samples import cut_crop
+from preprocessing.sources import Source
+from shards.dataset import Dataset
+from shards.index import open_index
+from shards.reader import ShardReader
+
+
+def write_panoramas(folder: Path, count: int = 4, width: int = 1248, height: int = 192) -> list[str]:
+    """Panoramas whose colour tells the direction: red grows from west to east of the strip."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = []
+    for i in range(count):
+        strip = np.zeros((height, width, 3), np.uint8)
+        strip[:, :, 0] = np.linspace(0, 255, width).astype(np.uint8)
+        strip[:, :, 1] = 128
+        names.append(name_at(500003 + i, 4180003, 90 * i))
+        (folder / names[-1]).write_bytes(simplejpeg.encode_jpeg(strip, quality=95, colorsubsampling="444"))
+    return names
+
+
+def test_panoramas_are_cut_into_crops_whose_headings_go_round(tmp_path):
+    write_panoramas(tmp_path / "panos")
+    settings = replace(SETTINGS, crops=12)
+    summary = build(Source.of(tmp_path / "panos", None, 12), tmp_path / "out", settings, HERE)
+    rows = samples(tmp_path / "out")
+    assert summary.manifest.images == 48
+    assert summary.source_bytes == sum(p.stat().st_size for p in (tmp_path / "panos").iterdir())  # each read once
+    reader = ShardReader(open_index(tmp_path / "out", [rows_group(tmp_path / "out")]))
+    for row_number, row in enumerate(rows):
+        path, _, turn = row["source"].rpartition("#")
+        heading = int(path.split("@")[9] or 0)
+        assert row["heading"] == (heading + float(turn)) % 360
+        crop = simplejpeg.decode_jpeg(reader.read(rows_group(tmp_path / "out"), row_number)).astype(float)
+        red = crop[:, 24:40, 0].mean()  # the crop's middle; the seam of the strip lies at 180 degrees
+        if turn != "180":
+            assert abs(red - 255 * ((float(turn) / 360 + 0.5) % 1)) < 4
+
+
+def rows_group(out: Path) -> int:
+    return Dataset.open(out).classes.groups[0]
+
+
+def test_a_crop_wraps_round_the_seam():
+    strip = np.arange(1000, dtype=np.uint16).astype(np.uint8)[None, :, None].repeat(200, 0)
+    assert cut_crop(strip, 0)[0, :, 0].tolist() == strip[0, 400:600, 0].tolist()
+    assert cut_crop(strip, 180)[0, :, 0].tolist() == np.roll(strip[0, :, 0], 100)[:200].tolist()
+
+
+def test_the_last_panorama_of_a_class_may_be_cut_by_the_end_of_a_shard(tmp_path, monkeypatch):
+    write_panoramas(tmp_path / "panos")
+    settings = replace(SETTINGS, crops=12)
+    source = Source.of(tmp_path / "panos", None, 12)
+    build(source, tmp_path / "whole", settings, HERE)
+    monkeypatch.setattr("preprocessing.plan.SHARD_SAMPLES", 7)
+
+    plan = make_plan(source.photos(None, 0, lambda n: None), settings)
+    pieces = [s for task in plan.tasks() for s in task.sources]
+    assert pieces == [row["source"] for row in samples(tmp_path / "whole")]
+
+
+def test_what_is_no_panorama_is_set_aside_crop_by_crop(tmp_path):
+    names = write_panoramas(tmp_path / "panos")
+    (tmp_path / "panos" / names[0]).write_bytes(jpeg(256, 1))
+    (tmp_path / "panos" / names[1]).write_bytes(simplejpeg.encode_jpeg(picture(256, 1))[:500])
+    summary = build(
+        Source.of(tmp_path / "panos", None, 12),
+        tmp_path / "out",
+        replace(SETTINGS, crops=12),
+        replace(HERE, max_bad_share=1),
+    )
+    assert summary.reasons == {"not a panorama": 12, "truncated": 12}
+    assert summary.manifest.images == 24
