@@ -1,6 +1,5 @@
 """Who an output folder belongs to: the plan that began it, and which of several machines is at work on the plan."""
 
-import errno
 import fcntl
 import json
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from preprocessing.plan import Plan, Settings
 from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import GPU_CODEC
-from shards.files import atomic_write_json
+from shards.files import atomic_write_json, try_lock
 from shards.layout import LISTING, MANIFEST, PLAN, PROVENANCE
 from shards.provenance import provenance
 
@@ -91,14 +90,14 @@ class TaskLock:
     def of(out: Path, index: int, count: int) -> Iterator["TaskLock"]:
         """Hold the lock of task `index` of `count`; raises `JobError` where another process has it."""
         with open(out / _LOCK, "a") as file:
-            if not _lock_byte(file, 1 + index):
+            if try_lock(file, 1 + index) is False:
                 raise JobError(f"{out}: task {index} of {count} is at work already; wait for that process, or stop it")
             yield TaskLock(file)
 
     @contextmanager
     def one_at_a_time(self) -> Iterator[None]:
         """Let one task after the other into the block."""
-        if not _lock_byte(self.file, 0):
+        if try_lock(self.file, 0) is False:
             print("waiting for another task that lists the photos", flush=True)
             fcntl.lockf(self.file, fcntl.LOCK_EX, 1, 0)
         try:
@@ -106,15 +105,6 @@ class TaskLock:
         finally:
             with suppress(OSError):  # there was no lock
                 fcntl.lockf(self.file, fcntl.LOCK_UN, 1, 0)
-
-
-def _lock_byte(file: TextIO, number: int) -> bool:
-    """Lock a byte of a file without waiting; False where another process has it."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
-    except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others: ENOLCK, a file system without locks
-    return True
 
 
 def unlock(out: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from shards.console import JobError
 
@@ -94,6 +94,23 @@ def at_work(out: Path, *, beside_others: bool = False) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def try_lock(file: TextIO, byte: int | None = None) -> bool | None:
+    """Lock a byte of a file that is open for writing, or all of it, without waiting: True where it is locked now, False
+    where another process has it, None on a file system without locks.
+
+    This form of lock crosses NFS; the kernel, or the server, drops it with the process, however that ends, and a
+    child that outlives the process does not keep it.
+    """
+    length, start = (0, 0) if byte is None else (1, byte)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP
+        return None
+    return True
 
 
 def remove_partials(folder: Path | str) -> int:

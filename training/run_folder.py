@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 
 from shards.classes import ClassTable
 from shards.console import JobError, format_count
-from shards.files import atomic_write_json, atomic_write_text, remove_partials
+from shards.files import atomic_write_json, atomic_write_text, remove_partials, try_lock
 from shards.provenance import provenance
 from training.checkpoint import EvaluationWeights, list_checkpoints, load_for_evaluation
 from training.head_bank import HeadBank
@@ -42,22 +41,19 @@ def check_run_folder(out: Path, resume: bool) -> None:
 def lock_run(out: Path) -> TextIO | None:
     """Keep other trainings out of `out`, which is created, until the returned file is closed or this process ends.
 
-    The kernel, or the server of a network file system, drops the lock with the process, however that ends. None on a
-    file system that has no locks. JobError where another process has the run; it is named.
+    None on a file system that has no locks. JobError where another process has the run; it is named.
     """
     out.mkdir(parents=True, exist_ok=True)
     file = (out / LOCK).open("a+")
-    try:
-        # Not flock: this form crosses NFS, and a child process that outlives this one does not keep it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
+    locked = try_lock(file)
+    if locked is False:
         file.seek(0)
         holder = file.read(200).strip() or "another process"
         file.close()
         raise JobError(
             f"--out {out}: {holder} is training there now; wait for its end or stop it, or give another --out"
-        ) from error
-    except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP
+        )
+    if locked is None:
         file.close()
         return None
     try:
