@@ -13,10 +13,9 @@ from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import GPU_CODEC
 from shards.files import atomic_write_json, try_lock
-from shards.layout import LISTING, MANIFEST, PLAN, PROVENANCE
+from shards.layout import LISTING, LOCK, MANIFEST, PLAN, PROVENANCE
 from shards.provenance import provenance
 
-_LOCK = ".lock"
 _PLACES = ("source", "root")
 
 
@@ -25,7 +24,7 @@ def check_output(source: Source, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise JobError(f"{out}: is a file; --out takes a folder")
     source.check(out)
-    ours = any((out / name).exists() for name in (MANIFEST, PLAN, LISTING, _LOCK))
+    ours = any((out / name).exists() for name in (MANIFEST, PLAN, LISTING, LOCK))
     if out.is_dir() and not ours and any(out.iterdir()):
         raise JobError(f"{out}: not empty and not a data set; choose an empty or new folder")
 
@@ -89,7 +88,7 @@ class TaskLock:
     @contextmanager
     def of(out: Path, index: int, count: int) -> Iterator["TaskLock"]:
         """Hold the lock of task `index` of `count`; raises `JobError` where another process has it."""
-        with open(out / _LOCK, "a") as file:
+        with open(out / LOCK, "a") as file:
             if try_lock(file, 1 + index) is False:
                 raise JobError(f"{out}: task {index} of {count} is at work already; wait for that process, or stop it")
             yield TaskLock(file)
@@ -109,4 +108,4 @@ class TaskLock:
 
 def unlock(out: Path) -> None:
     """Take the lock's file away, when no machine is at work on `out` any more."""
-    (out / _LOCK).unlink(missing_ok=True)
+    (out / LOCK).unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from shards.console import JobError
+from shards.layout import LOCK
 
 TEMPORARY_SUFFIX = ".partial"
 
@@ -80,17 +81,23 @@ def atomic_write_json(path: Path | str, value: Any) -> None:
 def at_work(out: Path, *, beside_others: bool = False) -> Iterator[None]:
     """Hold the folder `out` for one command, or for one of several tasks of a plan (`beside_others`).
 
-    Raises `JobError` where another command of this machine holds it. The kernel lets go when the holder dies. On a
-    file system that cannot lock folders nobody is kept out.
+    Raises `JobError` where another command holds it. The kernel lets go when the holder dies. NFS locks no folder:
+    there the lock is on a file in it, of which every task locks a byte. Without any locks nobody is kept out.
     """
     descriptor = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    held = JobError(f"{out}: another command is at work on it; wait for that one, or stop it")
     try:
         try:
             fcntl.flock(descriptor, (fcntl.LOCK_SH if beside_others else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise JobError(f"{out}: another command is at work on it; wait for that one, or stop it") from None
-        except OSError:  # ENOLCK, ENOSYS; EBADF of NFS, which locks no folder that is open for reading
-            pass
+            raise held from None
+        except OSError:  # EBADF of NFS; ENOLCK, ENOSYS
+            if not beside_others:
+                with open(out / LOCK, "a") as file:
+                    if try_lock(file) is False:
+                        raise held from None
+                    yield
+                return
         yield
     finally:
         os.close(descriptor)

@@ -30,13 +30,16 @@ REVISIONS = "revisions"
 REVISION_FILES = ("-classes.parquet", "-skipped.parquet", "-bad.jsonl", ".parquet")
 """What follows a revision's number in the names of its files, in the order of writing."""
 
+LOCK = ".lock"
+"""Locked by those who are at work on a data set, where folders cannot be locked, or who share the work."""
+
 LISTING = "listing.parquet"
 CHECKSUMS = "checksums.txt"
 
 TOP_FILES = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, PROVENANCE)
 """The files above the shards that every finished data set has."""
 
-OPTIONAL_TOP_FILES = (LISTING, CHECKSUMS)
+OPTIONAL_TOP_FILES = (LISTING, CHECKSUMS, LOCK)
 """Those that it may have."""
 
 SAMPLE_COLUMNS = pa.schema(
