@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from shards.sampler import philox
+from training.distributed import to_device
 from training.model import IMAGENET_MEAN, IMAGENET_STD
 
 _KEY = 0xFFFFFFFFFFFFFFFE  # keeps these random numbers apart from those of draws
@@ -35,7 +36,7 @@ def colour_changes(seed: int, step: int, slots: np.ndarray, strength: float) -> 
 
 def change_colours(images: Tensor, changes: tuple[Tensor, Tensor]) -> Tensor:
     """`images` [b, 3, H, W], normalised, with the colours of each mapped by `changes` (of `colour_changes`)."""
-    matrix, shift = (c.to(images.device, images.dtype, non_blocking=True) for c in changes)
+    matrix, shift = (to_device(change.to(images.dtype), images.device) for change in changes)
     batch, _, height, width = images.shape
     pixels = images.permute(0, 2, 3, 1).reshape(batch, height * width, 3)
     changed = torch.baddbmm(shift[:, None, :], pixels, matrix.transpose(1, 2))

@@ -42,7 +42,7 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def bring_to_main(self, tensors: dict[str, Tensor] | None, source: int) -> dict[str, Tensor]:
         """Send `tensors` from rank `source` to rank 0 one by one; rank 0 gets them on the CPU, others nothing.
@@ -143,20 +143,32 @@ class BufferGuard:
     """Keeps a copy of a model's buffers, so that a step that came to nothing leaves no trace in batch norms."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.buffers = list(model.buffers())
-        self.copies = [buffer.clone() for buffer in self.buffers]
+        by_type: dict[torch.dtype, list[Tensor]] = {}  # a GPU copies tensors of one type at once, of several one by one
+        for buffer in model.buffers():
+            by_type.setdefault(buffer.dtype, []).append(buffer)
+        self.pairs = [(buffers, [buffer.clone() for buffer in buffers]) for buffers in by_type.values()]
 
     @torch.no_grad()
     def remember(self) -> None:
         """Copy the buffers as they are now."""
-        if self.buffers:
-            torch._foreach_copy_(self.copies, self.buffers)
+        for buffers, copies in self.pairs:
+            torch._foreach_copy_(copies, buffers)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the remembered values back."""
-        if self.buffers:
-            torch._foreach_copy_(self.buffers, self.copies)
+        for buffers, copies in self.pairs:
+            torch._foreach_copy_(buffers, copies)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on a device, without waiting for the work that is queued there.
+
+    A copy to a GPU waits for it unless it begins in pinned memory, where torch keeps the values until it is done.
+    """
+    if device.type == "cuda" and not values.is_cuda:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 class HostCopy:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from training.colour import change_colours, colour_changes
-from training.distributed import BufferGuard, HostCopy, World, trained_bytes
+from training.distributed import BufferGuard, HostCopy, World, to_device, trained_bytes
 from training.head_bank import HeadBank
 from training.model import to_input
 from training.optimisers import Average, Rates, make_adam
@@ -111,8 +111,9 @@ class Engine:
     def _forward_backward(self, images: Tensor, labels: Tensor, groups: np.ndarray, asked_to_stop: bool) -> HostCopy:
         """Gradients of this rank; returns the sums of all ranks: losses by group, hits by group, calls to stop."""
         count = len(self.position)
+        places = to_device(torch.tensor([self.position[int(g)] for g in groups]), self.world.device)
         sums = torch.zeros(2 * count + 1, dtype=torch.float64, device=self.world.device)
-        sums[-1] = float(asked_to_stop)
+        sums[-1].fill_(asked_to_stop)  # an assignment would copy a number of the host, and wait for the device
         count_of_parts = min(self.config.accumulate, self.config.batch_size // self.world.size)
         parts = np.array_split(np.arange(len(groups)), count_of_parts)
         host: HostCopy | None = None
@@ -122,9 +123,8 @@ class Engine:
                 cut = slice(int(part[0]), int(part[-1]) + 1)
                 descriptors = self.wrapped(images[cut])
                 losses, hits = self.bank.losses(descriptors, labels[cut], groups[cut])
-                where = torch.tensor([self.position[int(g)] for g in groups[cut]], device=sums.device)
-                sums.index_add_(0, where, losses.detach().double())
-                sums.index_add_(0, where + count, hits.double())
+                sums.index_add_(0, places[cut], losses.detach().double())
+                sums.index_add_(0, places[cut] + count, hits.double())
                 if last:
                     host = HostCopy(self.world.sum(sums))
                 loss = losses.sum() * (self.world.size / self.config.batch_size)

@@ -18,7 +18,7 @@ from torch import Tensor
 from shards.classes import ClassTable
 from shards.console import JobError
 from training.checkpoint import TrainingState
-from training.distributed import RankGroups, World
+from training.distributed import RankGroups, World, to_device
 from training.heads import Head, ScoreForm, make_head
 from training.optimisers import Average, make_adam
 from training.presets import TrainConfig
@@ -87,15 +87,13 @@ class HeadBank:
         present = self.groups_of_step(groups)
         if len(present) == 1:
             return self.heads[present[0]].losses_and_hits(descriptors, labels)
-        order, losses, hits = [], [], []
-        for group in present:
-            where = torch.from_numpy(np.flatnonzero(groups == group)).to(descriptors.device)
-            group_losses, group_hits = self.heads[group].losses_and_hits(descriptors[where], labels[where])
-            order.append(where)
-            losses.append(group_losses)
-            hits.append(group_hits)
-        back = torch.argsort(torch.cat(order))
-        return torch.cat(losses)[back], torch.cat(hits)[back]
+        order = np.argsort(groups, kind="stable")
+        there, back = to_device(torch.from_numpy(np.stack([order, np.argsort(order)])), descriptors.device)
+        counts = [int(np.count_nonzero(groups == group)) for group in present]
+        parts = zip(descriptors[there].split(counts), labels[there].split(counts), strict=True)
+        found = [self.heads[group].losses_and_hits(*part) for group, part in zip(present, parts, strict=True)]
+        losses, hits = (torch.cat(column)[back] for column in zip(*found, strict=True))
+        return losses, hits
 
     def reduce_gradients(self, groups: Iterable[int]) -> int:
         """Sum the gradients of these groups' heads over the ranks that hold them; returns the bytes that travelled.

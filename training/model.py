@@ -1,5 +1,6 @@
 """The model: backbone, global average pool, linear layer, descriptor of unit length."""
 
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -68,9 +69,16 @@ def to_input(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be uint8 [B, H, W, 3], not {images.dtype} {list(images.shape)}")
     batch, height, width, _ = images.shape
-    deviation = torch.tensor(IMAGENET_STD, dtype=dtype)
-    scale = (1 / (255 * deviation)).to(images.device).repeat(width)
-    shift = (-torch.tensor(IMAGENET_MEAN, dtype=dtype) / deviation).to(images.device).repeat(width)
+    scale, shift = _scale_and_shift(width, dtype, images.device)
     # Whole rows of pixels at once: three channels alone are too short a last dimension to be fast on a CPU.
     rows = images.reshape(batch, height, width * 3).to(dtype).mul_(scale).add_(shift)
     return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is made in that mode, validation's, could not be used in training
+def _scale_and_shift(width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Factors and summands of a row of pixels, [width * 3]; kept, since bringing them to a GPU waits for its work."""
+    deviation = torch.tensor(IMAGENET_STD, dtype=dtype)
+    scale, shift = 1 / (255 * deviation), -torch.tensor(IMAGENET_MEAN, dtype=dtype) / deviation
+    return scale.to(device).repeat(width), shift.to(device).repeat(width)

@@ -25,7 +25,7 @@ from training.assembly import (
     profile_folder,
 )
 from training.checkpoint import best_checkpoint, list_checkpoints
-from training.distributed import average_batch_norm
+from training.distributed import average_batch_norm, to_device
 from training.engine import StepOutcome
 from training.interruption import Interruption
 from training.presets import TrainConfig
@@ -154,7 +154,7 @@ class Trainer:
             outcome = self.engine.step(
                 step,
                 batch.images.to(self.world.device, non_blocking=True),
-                batch.labels.to(self.world.device, non_blocking=True),
+                to_device(batch.labels, self.world.device),
                 batch.groups,
                 asked_to_stop=self.interruption.received is not None,
                 want_norm=log,
