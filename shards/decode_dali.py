@@ -57,9 +57,11 @@ class DaliDecoder:
 
     def take(self) -> torch.Tensor:
         """Images of the oldest submitted plan, uint8 [b, S, S, 3] on the decoder's device."""
+        begins = self._pipeline is None
+        if begins:
+            self._pipeline = self._build(len(self._waiting[0][0]))
         try:
-            if self._pipeline is None:
-                self._pipeline = self._build(len(self._waiting[0][0]))
+            if begins:
                 self._pipeline.schedule_run()
             (images,) = self._pipeline.share_outputs()
         except RuntimeError as error:
@@ -80,8 +82,7 @@ class DaliDecoder:
         DALI reuses its memory once no tensor refers to it, whatever is still queued; so `images` is held until its
         copy is done, at the latest when the next batch is taken.
         """
-        if self._copied is not None:
-            self._copied[1].synchronize()
+        self._finish_copy()
         with torch.cuda.device(self._device):
             copy = images.clone()
             done = torch.cuda.Event()
@@ -89,12 +90,18 @@ class DaliDecoder:
         self._copied = (images, done)
         return copy
 
+    def _finish_copy(self) -> None:
+        if self._copied is not None:
+            self._copied[1].synchronize()
+        self._copied = None
+
     def close(self) -> None:
         """Stop reading and free the pipeline."""
         self._readers.shutdown(wait=True, cancel_futures=True)
         self._waiting.clear()
         self._running.clear()
-        self._pipeline = self._copied = None
+        self._finish_copy()
+        self._pipeline = None
 
     def _read(self, plan: BatchPlan) -> list[np.ndarray]:
         photos = []
@@ -129,7 +136,7 @@ class DaliDecoder:
         images = cpu.take()
         cpu.close()
         if self._source.failed == failed:
-            raise JobError(f"step {plan.step}: DALI failed on photos that are sound: {error}") from error
+            raise JobError(f"step {plan.step}: DALI failed on photos that are sound: {_one_line(error)}") from error
         return images.to(self._device)
 
     def _build(self, batch_size: int):  # type: ignore[no-untyped-def]  # DALI has no type hints
@@ -167,5 +174,13 @@ class DaliDecoder:
             return fn.resize(photos, size=(self._size, self._size), interp_type=types.INTERP_LINEAR, antialias=True)
 
         pipeline = graph()
-        pipeline.build()
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            raise JobError(f"DALI cannot begin ({_one_line(error)}); --decoder cpu does without it") from error
         return pipeline
+
+
+def _one_line(error: RuntimeError) -> str:
+    """What DALI says, without its stack trace."""
+    return " ".join(str(error).split("Stack trace")[0].split())

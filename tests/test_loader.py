@@ -142,6 +142,13 @@ def test_too_many_bad_photos_stop_training_with_a_clear_error(dataset, tmp_path,
         take(make_loader(emptied, decoder=decoder), 0, 50)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_dali_without_a_gpu_to_begin_on_is_one_line_with_the_way_out(dataset):
+    with pytest.raises(JobError, match="DALI cannot begin .*--decoder cpu") as error:
+        take(make_loader(dataset, decoder="dali", device="cuda"), 0, 1)
+    assert "\n" not in str(error.value)
+
+
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(dataset):
     with pytest.raises(JobError, match="batch-size"):
         make_loader(dataset, batch_size=2, world_size=3)
