@@ -117,6 +117,11 @@ class Localiser:
         )
 
 
+def choose_device(*, cpu: bool) -> torch.device:
+    """The GPU where there is one and `cpu` does not rule it out."""
+    return torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+
+
 def load_localiser(path: Path, device: torch.device, *, southern: bool = False) -> Localiser:
     """`Localiser.load` with a line on stderr for every better checkpoint that could not be read.
 

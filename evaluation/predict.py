@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import tyro
 
 from evaluation.answer_photos import Request, answer_photos, find_all, to_geojson, to_json, to_table
-from evaluation.localiser import load_localiser
+from evaluation.localiser import choose_device, load_localiser
 from shards.console import JobError, entry, printable
 from training.scoring import THRESHOLD_METRES
 
@@ -51,7 +50,7 @@ def main() -> int:
     """Answer all photos and print; 1 where one failed."""
     arguments = read_arguments()
     paths, failures = find_all(arguments.photos)
-    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    device = choose_device(cpu=arguments.cpu)
     localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
     if arguments.geojson and not localiser.classes.zone:
         raise JobError(f"{arguments.checkpoint}: its classes have no UTM zone, so no degrees; use --json")

@@ -18,7 +18,7 @@ import torch
 import tyro
 
 from evaluation.gallery import Gallery, Images, database_images, describe_folder, read_descriptors
-from evaluation.localiser import Localiser, load_localiser
+from evaluation.localiser import Localiser, choose_device, load_localiser
 from evaluation.result_files import prepare_folder, write_json
 from evaluation.searchers import CellSearcher, FaissSearcher, Searcher, load_faiss
 from shards.console import JobError, entry, format_bytes, printable
@@ -54,6 +54,8 @@ class Arguments:
     """Metres within which an image is right."""
     batch_size: int = 32
     """Photos described at once."""
+    cpu: bool = False
+    """Describe photos on the CPU even where there is a GPU; the searches run on the CPU in any case."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def main() -> None:
         raise SystemExit(2)
     load_faiss()  # before the database is described, which takes hours where it is large
     prepare_folder(arguments.out)
-    localiser = load_localiser(arguments.checkpoint, torch.device("cpu"))
+    localiser = load_localiser(arguments.checkpoint, choose_device(cpu=arguments.cpu))
     reading = {"batch_size": arguments.batch_size, "threads": len(os.sched_getaffinity(0))}
     queries = describe_folder(localiser, arguments.queries, _warn, **reading)
     vectors = _other_descriptors(arguments.query_descriptors, queries) or queries
@@ -113,12 +115,12 @@ def compare(
 
 
 def class_weights(localiser: Localiser) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights [C, D] (and biases [C] of FC_CE): a product with a descriptor ranks all classes as trained for."""
+    """Weights [C, D] (and biases [C] of FC_CE) on the CPU: a product with a descriptor ranks all as trained for."""
     heads = localiser.heads.values()
-    weight = torch.cat([head.weight.detach() for head in heads])
+    weight = torch.cat([head.weight.detach().cpu() for head in heads])
     if localiser.trained_form == "cosine":
         return torch.nn.functional.normalize(weight, dim=1), None
-    biases = [head.bias.detach() for head in heads if head.bias is not None]
+    biases = [head.bias.detach().cpu() for head in heads if head.bias is not None]
     return weight, torch.cat(biases) if biases else None
 
 

@@ -20,14 +20,13 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-import torch
 import tyro
 from PIL import Image
 
 from evaluation.answer_photos import Request
 from evaluation.answer_queue import AnswerQueue
 from evaluation.known_photos import KnownPhotos
-from evaluation.localiser import Localiser, load_localiser
+from evaluation.localiser import Localiser, choose_device, load_localiser
 from evaluation.sample_photos import SamplePhotos
 from evaluation.uploads import Limits
 from shards.console import JobError, entry, format_count, printable
@@ -74,7 +73,7 @@ def main() -> None:
     arguments = read_arguments()
     web = load_web()
     listener = listen(arguments.host, arguments.port)
-    device = torch.device("cuda" if torch.cuda.is_available() and not arguments.cpu else "cpu")
+    device = choose_device(cpu=arguments.cpu)
     localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
     known = KnownPhotos(SamplePhotos.open(arguments.shards), localiser.classes)
     threads = min(len(os.sched_getaffinity(0)), _DECODERS)

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import simplejpeg
 
 from preprocessing.resize import BadPhoto, Resizer, is_whole
 from shards.console import JobError
 
+_REMEDY = "pip install 'divide-and-classify[gpu-codec]'"
 _MOST_PIXELS = 1 << 25  # of a photo on the GPU, and of all that are decoded there at a time: 0.1 GB, and 1 GB to reduce
 
 
@@ -30,8 +32,10 @@ class GpuResizer(Resizer):
     batch: ClassVar[int] = 64
 
     def check(self) -> None:
-        """Raise `JobError` where the libraries or the GPU are not there."""
-        _machines(self.device)
+        """Raise `JobError` where the libraries or the GPU are not there, or cannot make a JPEG."""
+        grey = simplejpeg.encode_jpeg(np.full((64, 64, 3), 128, np.uint8))
+        if _machines(self.device).small([grey], 32, self.quality) == [None]:
+            raise JobError(f"--codec gpu: nvImageCodec makes no JPEG here, as without nvJPEG: {_REMEDY}")
 
     def make(self, photos: Sequence[bytes]) -> list[bytes | BadPhoto]:
         """The small JPEG of each of `photos`, or why there is none."""
@@ -82,9 +86,13 @@ class _Machines:
         self._codec, self._torch = codec, torch
         self.out_of_memory = torch.OutOfMemoryError
         self._cuda = device != "cpu"
-        place = {"device_id": 0 if self._cuda else codec.NVIMGCODEC_DEVICE_CPU_ONLY, "max_num_cpu_threads": 1}
-        if not self._cuda:
-            place["backends"] = [codec.Backend(codec.CPU_ONLY)]
+        # On a GPU its own decoders only: nvImageCodec's for the CPU would take over in silence, and ours is at hand.
+        gpu = (codec.HW_GPU_ONLY, codec.HYBRID_CPU_GPU, codec.GPU_ONLY)
+        place = {
+            "device_id": 0 if self._cuda else codec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            "backends": [codec.Backend(kind) for kind in (gpu if self._cuda else (codec.CPU_ONLY,))],
+            "max_num_cpu_threads": 1,
+        }
         self._decoder, self._encoder = codec.Decoder(**place), codec.Encoder(**place)
 
     def small(self, photos: list[bytes], size: int, quality: int) -> list[bytes | None]:
@@ -127,9 +135,7 @@ def _libraries() -> tuple[Any, Any]:
     try:
         return importlib.import_module("nvidia.nvimgcodec"), importlib.import_module("torch")
     except ImportError as error:
-        raise JobError(
-            f"--codec gpu needs nvImageCodec ({error}): pip install 'divide-and-classify[gpu-codec]'"
-        ) from None
+        raise JobError(f"--codec gpu needs nvImageCodec ({error}): {_REMEDY}") from None
 
 
 @functools.cache

@@ -84,6 +84,13 @@ def test_small_jpegs_are_baseline_420_without_metadata(device):
     assert not any(marker in small[: small.index(b"\xff\xc0")] for marker in (b"\xff\xc2", b"Exif", b"\xff\xfe"))
 
 
+def test_a_codec_that_makes_no_jpeg_is_refused_before_anything_is_begun(monkeypatch):
+    GpuResizer(64, 95, device="cpu").check()
+    monkeypatch.setattr(gpu_resize._Machines, "small", lambda *_: [None])  # as without nvJPEG
+    with pytest.raises(JobError, match="makes no JPEG"):
+        GpuResizer(64, 95, device="cpu").check()
+
+
 def test_no_more_pixels_are_decoded_at_a_time_than_the_limit(monkeypatch):
     sizes = []
     small = gpu_resize._Machines.small

@@ -144,7 +144,7 @@ def test_too_many_bad_photos_stop_training_with_a_clear_error(dataset, tmp_path,
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_dali_without_a_gpu_to_begin_on_is_one_line_with_the_way_out(dataset):
-    with pytest.raises(JobError, match="DALI cannot begin .*--decoder cpu") as error:
+    with pytest.raises(JobError, match=r"DALI cannot begin .*--decoder cpu") as error:
         take(make_loader(dataset, decoder="dali", device="cuda"), 0, 1)
     assert "\n" not in str(error.value)
 

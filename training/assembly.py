@@ -92,7 +92,8 @@ def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerat
         model.to(memory_format=torch.channels_last)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-        wrapped = accelerator.prepare(torch.compile(model) if config.compile else model)
+        # Parts of a batch have two sizes at most: each gets code of its own, which beats one code for any size.
+        wrapped = accelerator.prepare(torch.compile(model, dynamic=False) if config.compile else model)
     bank = HeadBank(classes, config, model.descriptor_dim, world)
     return Engine(config, model, wrapped, bank, world)
 

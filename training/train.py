@@ -12,11 +12,13 @@ from training.one_voice import one_voice
 def main() -> None:
     """Read the configuration and train."""
     with one_voice(), Interruption() as interruption:
-        from training.presets import read_config  # these imports take seconds, in which signals come too
+        from training.memory import full_memory_told  # these imports take seconds, in which signals come too
+        from training.presets import read_config
         from training.trainer import Trainer
 
         config = read_config()
-        Trainer(config, interruption).run()
+        with full_memory_told():
+            Trainer(config, interruption).run()
 
 
 if __name__ == "__main__":
