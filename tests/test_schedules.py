@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from training.schedules import holders_of_groups, make_schedule, slots_of_rank
+from training.schedules import count_of_group, holders_of_groups, make_schedule, parts_of_share, slots_of_rank
 
 
 def test_sequential_trains_group_e_mod_g_in_every_slot_of_epoch_e() -> None:
@@ -45,3 +45,18 @@ def test_holders_are_exactly_the_ranks_that_have_a_slot_of_the_group(ranks: int)
     for rank in range(ranks):
         mine = set(schedule[slots_of_rank(20, rank, ranks)].tolist())
         assert mine == {group for group, held in holders.items() if rank in held}
+
+
+@pytest.mark.parametrize("name", ["sequential", "joint"])
+@pytest.mark.parametrize(("batch", "ranks", "accumulate"), [(64, 4, 1), (22, 3, 4), (7, 3, 5), (16, 8, 2)])
+def test_a_share_is_cut_into_parts_whose_groups_every_rank_knows(name, batch, ranks, accumulate):
+    groups = [0, 2, 3]
+    schedule = make_schedule(name, groups, batch_size=batch, iterations_per_epoch=10)
+    shares = [parts_of_share(batch, rank, ranks, accumulate) for rank in range(ranks)]
+    assert {len(parts) for parts in shares} == {min(accumulate, batch // ranks)}
+    for rank, parts in enumerate(shares):
+        np.testing.assert_array_equal(np.concatenate(parts), slots_of_rank(batch, rank, ranks))
+        for slots in parts:
+            assert len(slots)
+            for group in np.unique(schedule(11)).tolist():
+                assert count_of_group(name, groups, group, slots) == np.count_nonzero(schedule(11)[slots] == group)

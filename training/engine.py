@@ -21,6 +21,7 @@ from training.head_bank import HeadBank
 from training.model import to_input
 from training.optimisers import Average, Rates, make_adam
 from training.presets import TrainConfig
+from training.schedules import parts_of_share
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,16 @@ class Engine:
         places = to_device(torch.tensor([self.position[int(g)] for g in groups]), self.world.device)
         sums = torch.zeros(2 * count + 1, dtype=torch.float64, device=self.world.device)
         sums[-1].fill_(asked_to_stop)  # an assignment would copy a number of the host, and wait for the device
-        count_of_parts = min(self.config.accumulate, self.config.batch_size // self.world.size)
-        parts = np.array_split(np.arange(len(groups)), count_of_parts)
+        parts = parts_of_share(self.config.batch_size, self.world.rank, self.world.size, self.config.accumulate)
         host: HostCopy | None = None
-        for part in parts:
+        begin = 0
+        for number, part in enumerate(parts):
             last = part is parts[-1]
             with nullcontext() if last else self._without_reduction():
-                cut = slice(int(part[0]), int(part[-1]) + 1)
+                cut = slice(begin, begin + len(part))
+                begin = cut.stop
                 descriptors = self.wrapped(images[cut])
-                losses, hits = self.bank.losses(descriptors, labels[cut], groups[cut])
+                losses, hits = self.bank.losses(descriptors, labels[cut], groups[cut], number)
                 sums.index_add_(0, places[cut], losses.detach().double())
                 sums.index_add_(0, places[cut] + count, hits.double())
                 if last:

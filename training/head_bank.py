@@ -22,7 +22,7 @@ from training.distributed import RankGroups, World, to_device
 from training.heads import Head, ScoreForm, make_head
 from training.optimisers import Average, make_adam
 from training.presets import TrainConfig
-from training.schedules import holders_of_groups
+from training.schedules import count_of_group, holders_of_groups, parts_of_share
 from training.scoring import ClassBlock, class_blocks
 from training.sharded_head import ShardedHead
 
@@ -79,21 +79,32 @@ class HeadBank:
             return list(self.groups)  # a sharded head needs all ranks, also those without a sample of it
         return [int(group) for group in np.unique(groups)]
 
-    def losses(self, descriptors: Tensor, labels: Tensor, groups: np.ndarray) -> tuple[Tensor, Tensor]:
+    def losses(self, descriptors: Tensor, labels: Tensor, groups: np.ndarray, part: int = 0) -> tuple[Tensor, Tensor]:
         """Loss float [b] and hit bool [b] (the label scores highest, margin aside) of every sample of this rank.
 
-        `descriptors` [b, D], `labels` int64 [b], `groups` int64 [b] of group ids on the host.
+        `descriptors` [b, D], `labels` int64 [b], `groups` int64 [b] of group ids on the host; `part`: which part of the
+        rank's share they are (`--accumulate`).
         """
         present = self.groups_of_step(groups)
         if len(present) == 1:
-            return self.heads[present[0]].losses_and_hits(descriptors, labels)
+            return self._losses_of_group(present[0], descriptors, labels, part)
         order = np.argsort(groups, kind="stable")
         there, back = to_device(torch.from_numpy(np.stack([order, np.argsort(order)])), descriptors.device)
         counts = [int(np.count_nonzero(groups == group)) for group in present]
-        parts = zip(descriptors[there].split(counts), labels[there].split(counts), strict=True)
-        found = [self.heads[group].losses_and_hits(*part) for group, part in zip(present, parts, strict=True)]
+        of_groups = zip(present, descriptors[there].split(counts), labels[there].split(counts), strict=True)
+        found = [self._losses_of_group(*of_group, part) for of_group in of_groups]
         losses, hits = (torch.cat(column)[back] for column in zip(*found, strict=True))
         return losses, hits
+
+    def _losses_of_group(self, group: int, descriptors: Tensor, labels: Tensor, part: int) -> tuple[Tensor, Tensor]:
+        head, config = self.heads[group], self.config
+        if not isinstance(head, ShardedHead):
+            return head.losses_and_hits(descriptors, labels)
+        shares = [
+            parts_of_share(config.batch_size, r, self.world.size, config.accumulate) for r in range(self.world.size)
+        ]
+        sizes = [count_of_group(config.schedule, self.groups, group, share[part]) for share in shares]
+        return head.losses_and_hits(descriptors, labels, sizes)
 
     def reduce_gradients(self, groups: Iterable[int]) -> int:
         """Sum the gradients of these groups' heads over the ranks that hold them; returns the bytes that travelled.

@@ -36,6 +36,16 @@ def slots_of_rank(batch_size: int, rank: int, world_size: int) -> np.ndarray:
     return np.arange(rank, batch_size, world_size)
 
 
+def parts_of_share(batch_size: int, rank: int, world_size: int, accumulate: int) -> list[np.ndarray]:
+    """A rank's slots in `accumulate` parts that differ by one at most; fewer where some rank has fewer slots."""
+    return np.array_split(slots_of_rank(batch_size, rank, world_size), min(accumulate, batch_size // world_size))
+
+
+def count_of_group(name: ScheduleName, groups: Sequence[int], group: int, slots: np.ndarray) -> int:
+    """How many of `slots` belong to `group` in a step that trains it."""
+    return len(slots) if name == "sequential" else int(np.count_nonzero(slots % len(groups) == groups.index(group)))
+
+
 def holders_of_groups(
     name: ScheduleName, groups: Sequence[int], *, batch_size: int, world_size: int
 ) -> dict[int, tuple[int, ...]]:

@@ -47,13 +47,16 @@ class ShardedHead(Head):
         self.group = group if group is not None else dist.group.WORLD
         self.sample_rate = sample_rate
 
-    def losses_and_hits(self, descriptors: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def losses_and_hits(
+        self, descriptors: Tensor, labels: Tensor, sizes: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """As `Head.losses_and_hits`, of this rank's samples; `labels` number the classes of the whole head.
 
-        Ranks may bring different numbers of samples. With sampling, hits count the classes compared with
-        only.
+        Ranks may bring different numbers of samples: `sizes`, by rank. None asks them, which waits for the device. With
+        sampling, hits count the classes compared with only.
         """
-        sizes = _sizes(labels, self.group)
+        if sizes is None:
+            sizes = _sizes(labels, self.group)
         everyone = _GatherRows.apply(self.prepare(descriptors), sizes, self.group)
         all_labels = _gather_rows(labels, sizes, self.group)
         mine = (all_labels >= self.part.start) & (all_labels < self.part.stop)
