@@ -1,12 +1,6 @@
-"""What a process does about memory: keep the host's, and say what needs less of a GPU's."""
+"""How this process gives memory back, which on a CPU costs as much as some of the arithmetic."""
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-
-from shards.console import JobError
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 
@@ -21,16 +15,3 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
         libc.mallopt(_MMAP_MAX, 0)
-
-
-@contextmanager
-def full_memory_told() -> Iterator[None]:
-    """Within this block a GPU's memory that does not suffice is a JobError with the ways out."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        what = ". ".join(str(error).split(". ")[:2])
-        raise JobError(
-            f"{what}; less is needed with --accumulate 4 (the same step in parts), --precision bf16, --offload-heads, "
-            "or --shard-head on several GPUs"
-        ) from error

@@ -12,12 +12,12 @@ from training.one_voice import one_voice
 def main() -> None:
     """Read the configuration and train."""
     with one_voice(), Interruption() as interruption:
-        from training.memory import full_memory_told  # these imports take seconds, in which signals come too
-        from training.presets import read_config
+        from training.presets import read_config  # these imports take seconds, in which signals come too
+        from training.torch_errors import torch_errors_told
         from training.trainer import Trainer
 
         config = read_config()
-        with full_memory_told():
+        with torch_errors_told():
             Trainer(config, interruption).run()
 
 

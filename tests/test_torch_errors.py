@@ -1,0 +1,43 @@
+"""What is said where a GPU's memory does not suffice, and where a model cannot be compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ROOT, arguments
+
+from shards.console import JobError
+from training.torch_errors import torch_errors_told
+
+
+def test_a_full_gpu_is_one_line_with_what_needs_less() -> None:
+    said = (
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is "
+        "free. Including non-PyTorch memory, this process has 77.90 GiB memory in use."
+    )
+    with pytest.raises(JobError) as error, torch_errors_told():
+        raise torch.OutOfMemoryError(said)
+    assert str(error.value).startswith(
+        "CUDA out of memory. Tried to allocate 2.00 GiB; less is needed with --accumulate"
+    )
+    assert "\n" not in str(error.value)
+
+
+def test_other_errors_of_torch_keep_their_traceback() -> None:
+    with pytest.raises(RuntimeError, match="size mismatch"), torch_errors_told():
+        raise RuntimeError("size mismatch")
+
+
+@pytest.mark.slow
+def test_compiling_without_a_compiler_is_one_line_with_the_way_out(shards: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "training/train.py", *arguments(shards, tmp_path / "r", cpu=True, compile=True)]
+    environment = {"PATH": "", "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: --compile: ")
+    assert "--no-compile" in line
