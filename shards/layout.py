@@ -39,7 +39,7 @@ CHECKSUMS = "checksums.txt"
 TOP_FILES = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, PROVENANCE)
 """The files above the shards that every finished data set has."""
 
-OPTIONAL_TOP_FILES = (LISTING, CHECKSUMS, LOCK)
+OPTIONAL_TOP_FILES = (LISTING, CHECKSUMS)
 """Those that it may have."""
 
 SAMPLE_COLUMNS = pa.schema(

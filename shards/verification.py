@@ -28,6 +28,7 @@ from shards.layout import (
     CLASSES,
     INDEX,
     LISTING,
+    LOCK,
     MANIFEST,
     OPTIONAL_TOP_FILES,
     PLAN,
@@ -220,7 +221,7 @@ def _extra_files(
         shard, array = _STEM.fullmatch(name), _ARRAY.fullmatch(name)
         known = (
             name in TOP_FILES
-            or name in OPTIONAL_TOP_FILES
+            or name in (*OPTIONAL_TOP_FILES, LOCK)
             or name == f"{INDEX}/state"
             or (shard is not None and shard[1] in stems)
             or (array is not None and (groups is None or array[1] in groups))
