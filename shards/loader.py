@@ -66,7 +66,7 @@ class Loader:
     ) -> None:
         if batch_size < world_size:
             raise JobError(f"--batch-size {batch_size} is less than the number of processes ({world_size})")
-        index = open_index(dataset.path, dataset.classes.groups)
+        index = open_index(dataset.path, dataset.classes)
         empty = [g for g, of_group in index.items() if not len(of_group.labels)]
         if empty:
             raise JobError(f"{dataset.place}: group {empty[0]} has no photos; run shards/verify.py")

@@ -79,7 +79,7 @@ def test_pixels_have_one_distribution_whatever_the_decoder(dataset):
 
 
 def test_an_image_is_the_drawn_crop_of_the_drawn_photo(dataset):
-    index = open_index(dataset.path, dataset.classes.groups)
+    index = open_index(dataset.path, dataset.classes)
     source = Source(IndexedSampler(index, 4), ShardReader(index), 64, CropRange())
     ((images, labels, groups),) = take(make_loader(dataset, image_size=64), 1, 2)
     plan = BatchPlan(source, 1, np.arange(16), groups)

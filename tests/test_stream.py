@@ -149,7 +149,7 @@ def test_each_run_is_one_request_and_read_by_one_rank_alone(dataset, monkeypatch
 
 
 def test_photos_of_a_run_are_those_read_one_by_one(dataset):
-    index = open_index(dataset.path, [0])
+    index = open_index(dataset.path, dataset.classes)
     reader = ShardReader(index)
     together = reader.read_run(0, 3, 9)
     assert together == [reader.read(0, row) for row in range(3, 12)]
