@@ -42,8 +42,8 @@ class CpuDecoder:
         return images
 
     def close(self) -> None:
-        """Stop the threads; what they have begun is finished, the rest dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Drop what the threads have not begun. What they have ends by itself, at the latest when the reader closes."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._queue.clear()
 
     def _decode(self, plan: BatchPlan, pixels: np.ndarray, first: int) -> None:

@@ -96,8 +96,8 @@ class DaliDecoder:
         self._copied = None
 
     def close(self) -> None:
-        """Stop reading and free the pipeline."""
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        """Stop reading, as `CpuDecoder.close` does, and free the pipeline."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
         self._waiting.clear()
         self._running.clear()
         self._finish_copy()

@@ -177,10 +177,12 @@ class Stream:
 
     def close(self) -> None:
         """Stop reading ahead and close the shards."""
-        self._drawing.shutdown(wait=True, cancel_futures=True)
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._drawing, self._pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._reader.close()  # first, since the threads may be waiting for a silent server
+        for pool in (self._drawing, self._pool):
+            pool.shutdown(wait=True)
         self._held.clear()
-        self._reader.close()
 
     def _advance(self, number: int, place: int) -> _Held:
         """Hold a window and, soon, the next one; drop those that no batch under way needs any more."""

@@ -1,6 +1,7 @@
 """Batches: the same draws whatever reads, decodes and shares them, and no bad photo ever among them."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import psutil
 import pytest
 import simplejpeg
 import torch
+from present import present
 from scipy.stats import ks_2samp
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
@@ -119,7 +121,7 @@ def test_a_photo_that_cannot_be_decoded_is_replaced_by_the_next_draw_and_named(d
     mended = take(loader, 0, 12)
     assert loader.failures > 0
     assert "replaced by the next draw" in caplog.text
-    assert ".tar at byte" in caplog.text
+    assert all(record.getMessage().count(".tar at byte") == 1 for record in caplog.records)
     replaced = sum(not torch.equal(a[0][i], b[0][i]) for a, b in zip(clean, mended, strict=True) for i in range(16))
     assert 0 < replaced <= loader.failures
     assert min(float(b[0].float().std((1, 2, 3)).min()) for b in mended) > 1
@@ -138,8 +140,24 @@ def test_replacements_are_the_same_for_any_number_of_ranks(dataset, tmp_path):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_too_many_bad_photos_stop_training_with_a_clear_error(dataset, tmp_path, decoder):
     emptied = damage(dataset, tmp_path, lambda tar: os.truncate(tar, 4096))
-    with pytest.raises(JobError, match=r"verify\.py"):
+    with pytest.raises(JobError, match=r"verify\.py") as stopped:
         take(make_loader(emptied, decoder=decoder), 0, 50)
+    failed, tried = map(int, present(re.search(r"(\d+) of (\d+) photos", str(stopped.value))).groups())
+    assert 20 < failed <= tried
+
+
+def test_a_shard_that_is_mended_under_a_running_loader_is_read_anew(dataset, tmp_path):
+    spoiled = damage(dataset, tmp_path, lambda tar: tar.write_bytes(bytes(tar.stat().st_size)))
+    index = open_index(spoiled.path, spoiled.classes)
+    group = spoiled.classes.groups[0]
+    reader = ShardReader(index)
+    with pytest.raises(OSError, match="checksum"):
+        reader.read(group, 0)
+    for tar in spoiled.path.glob("group-*/*.tar"):
+        sound = tar.with_suffix(".new")
+        shutil.copy(dataset.path / tar.relative_to(spoiled.path), sound)
+        sound.replace(tar)
+    assert reader.read(group, 0) == ShardReader(open_index(dataset.path, dataset.classes)).read(group, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
