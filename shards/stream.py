@@ -15,7 +15,6 @@ ranks every run is read by one rank alone, and the draws are the same for any nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,12 +22,11 @@ import numpy as np
 
 from shards.index import GroupIndex
 from shards.reader import ShardReader
-from shards.sampler import Draws, IndexedSampler, philox, uniforms
+from shards.sampler import ROUND_KEY, WINDOW_KEY, Draws, IndexedSampler, Schedule, philox, uniforms
 
 _LANES = 8
 _FIRST_WINDOW = 4096  # photos
 _OVERDUE = 8  # steps into a window after which no batch under way needs the one before
-_KEY = 0xFFFFFFFFFFFFFFFF  # keeps the windows' random numbers apart from those of slots; a group's rounds are below it
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Window:
 
 def make_window(index: dict[int, GroupIndex], groups: np.ndarray, seed: int, first_step: int, run: int) -> Window:
     """Draw a window; `groups` int [steps, batch size] is the group of every slot."""
-    random = philox(seed, _KEY, first_step)
+    random = philox(seed, WINDOW_KEY, first_step)
     label, row, of_run = (np.empty(groups.shape, np.int64) for _ in range(3))
     lanes = np.broadcast_to(np.arange(groups.shape[1]) % _LANES, groups.shape)
     runs: list[tuple[int, np.ndarray]] = []
@@ -106,7 +104,7 @@ def _take_turns(
     of_group: GroupIndex, seed: int, group: int, turns: np.ndarray, run: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels int64 [n] and rows int64 [n, run] of the runs at these consecutive turns of a group's classes."""
-    key, classes = _KEY - 1 - group, len(of_group.labels)
+    key, classes = ROUND_KEY - group, len(of_group.labels)
     rounds, places = np.divmod(turns, classes)
     orders = [np.argsort(philox(seed, key, int(r) + 1)(classes), kind="stable") for r in np.unique(rounds)]
     chosen = np.stack(orders)[rounds - rounds[0], places]
@@ -137,7 +135,7 @@ class Stream:
         self,
         index: dict[int, GroupIndex],
         reader: ShardReader,
-        schedule: Callable[[int], np.ndarray],
+        schedule: Schedule,
         slots: np.ndarray,
         batch_size: int,
         seed: int,

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,18 @@ def test_dali_without_a_gpu_to_begin_on_is_one_line_with_the_way_out(dataset):
     with pytest.raises(JobError, match=r"DALI cannot begin .*--decoder cpu") as error:
         take(make_loader(dataset, decoder="dali", device="cuda"), 0, 1)
     assert "\n" not in str(error.value)
+
+
+def test_waiting_for_a_batch_holds_all_that_the_loader_does_before_it_is_there(dataset):
+    pause, groups = 0.02, np.full(16, dataset.classes.groups[0])
+
+    def slow_schedule(step: int) -> np.ndarray:
+        time.sleep(pause)
+        return groups
+
+    loader = Loader(dataset, slow_schedule, batch_size=16, image_size=48, seed=4, decoder="cpu")
+    waited = [batch.wait_seconds for batch in loader.batches(0, 6)]
+    assert sum(waited) > 6 * pause
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(dataset):
