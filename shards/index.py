@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from shards.classes import ClassTable
 from shards.console import JobError
-from shards.files import atomic_folder
+from shards.files import atomic_folder, locked
 from shards.layout import CLASSES, INDEX, group_name, shard_tables
 
 _COLUMNS = {"shard": np.uint32, "offset": np.uint64, "size": np.uint32, "crc32": np.uint32}
@@ -57,21 +57,21 @@ def open_index(dataset: Path, classes: ClassTable) -> dict[int, GroupIndex]:
         raise JobError(f"{dataset}: no shards; run preprocessing/build_shards.py")
     folder = dataset / INDEX
     state = _state(tables)
-    built: dict[int, dict[str, np.ndarray]] = {}
-    if not _is_current(folder, state):
-        built = _gather_groups(tables, classes)
-        for group, arrays in built.items():
-            if fault := _fault(group, arrays, tables, classes):
-                raise JobError(
-                    f"{dataset}: its sample tables do not fit {CLASSES} ({fault}); finish the command that was "
-                    "changing the data set, or run shards/verify.py"
-                )
-        try:
-            _store(folder, state, built)
-        except OSError as error:
-            if error.errno not in _READ_ONLY:
-                raise
-            return {g: _index(g, tables, arrays) for g, arrays in built.items()}
+    with locked(dataset / CLASSES):  # of several trainings that start together one builds it
+        if not _is_current(folder, state):
+            built = _gather_groups(tables, classes)
+            for group, arrays in built.items():
+                if fault := _fault(group, arrays, tables, classes):
+                    raise JobError(
+                        f"{dataset}: its sample tables do not fit {CLASSES} ({fault}); finish the command that was "
+                        "changing the data set, or run shards/verify.py"
+                    )
+            try:
+                _store(folder, state, built)
+            except OSError as error:
+                if error.errno not in _READ_ONLY:
+                    raise
+                return {g: _index(g, tables, arrays) for g, arrays in built.items()}
     mapped = {}
     for group in classes.groups:
         arrays = _map(folder, group)
@@ -161,13 +161,13 @@ def _read_table(table: Path) -> pa.Table:
 
 
 def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
     try:
         with atomic_folder(folder) as partial:
             for group, arrays in groups.items():
                 for name in _ARRAYS:
                     np.save(partial / f"{group_name(group)}.{name}.npy", arrays[name])
             (partial / "state").write_text(state)
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError:
         if not _is_current(folder, state):  # else another host was faster
             raise

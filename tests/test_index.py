@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from present import present
 
 from shards.classes import ClassTable
 from shards.console import JobError
@@ -138,3 +139,25 @@ def test_a_data_set_on_a_read_only_disk_needs_no_index(copy):
     )
     assert seen.stdout.strip() == str(Dataset.open(copy).manifest.images), seen.stderr
     assert not (copy / "index").exists()
+
+
+def test_processes_that_start_together_without_an_index_all_get_it(copy):
+    look = (
+        "import sys; from shards.dataset import Dataset; from shards.index import open_index; "
+        "d = Dataset.open(sys.argv[1]); print('ready', flush=True); sys.stdin.readline(); "
+        "print(sum(len(i.size) for i in open_index(d.path, d.classes).values()))"
+    )
+    for _ in range(2):
+        (copy / "index" / "state").write_text("of other tables")
+        command = [sys.executable, "-c", look, copy]
+        starting = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(4)
+        ]
+        for process in starting:
+            assert present(process.stdout).readline() == "ready\n"
+        for process in starting:
+            present(process.stdin).close()
+        images = str(Dataset.open(copy).manifest.images)
+        assert [present(process.stdout).read().strip() for process in starting] == [images] * 4
+        for process in starting:
+            assert process.wait() == 0
