@@ -63,10 +63,15 @@ class CpuDecoder:
             self._scratch.photo = bytearray(size * size * 3)
         photo = simplejpeg.decode_jpeg(jpeg, buffer=self._scratch.photo)
         height, width, _ = photo.shape
-        if (height, width) != (size, size):
-            raise ValueError(f"{width} x {height} pixels where the manifest says {size} x {size}")
+        check_size(height, width, size)
         left, top, w, h = box.tolist()
         crop_resize(photo[top : top + h, left : left + w], out)
+
+
+def check_size(height: int, width: int, size: int) -> None:
+    """Raise `ValueError` where a photo is not `size` pixels square."""
+    if (height, width) != (size, size):
+        raise ValueError(f"{width} x {height} pixels where the manifest says {size} x {size}")
 
 
 def crop_resize(photo: np.ndarray, out: np.ndarray) -> None:

@@ -4,8 +4,10 @@ Shards are class-major, and within a class photos lie in a seeded random order, 
 sample of its class. The global batches of some consecutive steps form a window: runs of `run` photos are read from
 as many classes as it takes, and the photos handed out shuffled. A group's classes take turns in a random order that
 is new in each round, and a class goes on in each round where its run of the round before ended, from a random place
-in the first. So every slot's class and photo are uniform, as in `shards.sampler`, and classes and photos come up more
-evenly than there; but up to `run` photos of a class lie together in a window, so that a large window mixes better.
+in the first. So every slot's class and photo are uniform, as in `shards.sampler`, and photos come up more evenly than
+there. So do classes in the joint schedule; where groups are trained in turn, each turn begins and ends within a round,
+and the number of a class's photos varies about twice as much as there (9 % beside 4 after 512 photos of each of 1,000
+classes in four epochs). Up to `run` photos of a class lie together in a window, so that a large window mixes better.
 The first windows are smaller, each half the next, since the first batch waits for all of the first one. A window is a
 pure function of (seed, first step): a resumed run reads its window again.
 

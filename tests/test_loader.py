@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +146,14 @@ def test_too_many_bad_photos_stop_training_with_a_clear_error(dataset, tmp_path,
         take(make_loader(emptied, decoder=decoder), 0, 50)
     failed, tried = map(int, present(re.search(r"(\d+) of (\d+) photos", str(stopped.value))).groups())
     assert 20 < failed <= tried
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("size", [48, 80])
+def test_photos_of_another_size_than_the_manifest_says_are_no_samples(dataset, decoder, size):
+    other = replace(dataset, manifest=replace(dataset.manifest, image_size=size))
+    with pytest.raises(JobError, match="could not be used"):
+        take(make_loader(other, decoder=decoder), 0, 10)
 
 
 def test_a_shard_that_is_mended_under_a_running_loader_is_read_anew(dataset, tmp_path):
