@@ -93,7 +93,7 @@ def finish(
     write_table(state.skipped, out / SKIPPED)
     bad = state.bad + _bad_photos(results, state.revisions)
     write_bad(bad, out / QUARANTINE)
-    build_index(out, classes.groups)
+    build_index(out, classes)
     known = Manifest.__dataclass_fields__
     manifest = Manifest(
         format_version=FORMAT_VERSION,

@@ -39,7 +39,7 @@ def read_remote(url: str, photo: str) -> bytes:
     except FileNotFoundError:
         raise BadPhoto("missing", "listed, but gone when it was read") from None
     except OSError as error:
-        raise BadPhoto("unreadable", str(error)) from None
+        raise BadPhoto("unreadable", f"{url}/{photo}: {error}") from None
     _witnesses[url] = photo
     if len(data) > MAX_FILE_BYTES:
         raise BadPhoto("too large", f"a file of more than {MAX_FILE_BYTES} bytes")

@@ -48,8 +48,8 @@ class Reader(Protocol):
 class Source:
     """Where batches come from: what draws samples, what reads them, their size in pixels and how they are cropped.
 
-    `failed` of `read` photos could not be read or decoded; each was replaced by the next draw of its slot. More
-    than `max_bad_share` of them stop the job.
+    `failed` of `read` photos that were tried could not be read or decoded; each was replaced by the next draw of its
+    slot. More than `max_bad_share` of them, and more than 20, stop the job.
     """
 
     sampler: Sampler
@@ -62,7 +62,7 @@ class Source:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, photos: int) -> None:
-        """Count photos that were read."""
+        """Count photos that could be used."""
         with self._lock:
             self.read += photos
 
@@ -70,9 +70,10 @@ class Source:
         """Count and log a photo that could not be used; raises `JobError` where there are too many."""
         with self._lock:
             self.failed += 1
+            self.read += 1
             failed, read = self.failed, self.read
         _LOG.warning("%s: %s; replaced by the next draw", place, reason)
-        if failed > _TOLERATED_FAILURES and failed > self.max_bad_share * max(read, 1):
+        if failed > _TOLERATED_FAILURES and failed > self.max_bad_share * read:
             raise JobError(
                 f"{place}: {reason}; {failed} of {read} photos read so far could not be used, more than "
                 f"{self.max_bad_share:.1%}; run shards/verify.py --repair on the data set"

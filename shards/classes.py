@@ -27,7 +27,8 @@ class ClassTable:
 
     A class is a square cell of `M` metres in UTM `zone`, named by its lower-left corner (`cell_east`, `cell_north`,
     metres); its group is `east_index * N + north_index` of the cell's position within a block of N x N cells.
-    All columns have shape [C]. `images` counts the photos planned for a class (0 is never drawn). `southern`: northings
+    All columns have shape [C]. `images` counts the photos of a class: those planned, and in a
+    finished data set those in its shards (0 is never drawn). `southern`: northings
     are those of the southern hemisphere (False too where nothing tells).
     """
 

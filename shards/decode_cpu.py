@@ -42,8 +42,8 @@ class CpuDecoder:
         return images
 
     def close(self) -> None:
-        """Stop the threads; what they have begun is finished, the rest dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        """Drop what the threads have not begun. What they have ends by itself, at the latest when the reader closes."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
         self._queue.clear()
 
     def _decode(self, plan: BatchPlan, pixels: np.ndarray, first: int) -> None:
@@ -63,10 +63,15 @@ class CpuDecoder:
             self._scratch.photo = bytearray(size * size * 3)
         photo = simplejpeg.decode_jpeg(jpeg, buffer=self._scratch.photo)
         height, width, _ = photo.shape
-        if (height, width) != (size, size):
-            raise ValueError(f"{width} x {height} pixels where the manifest says {size} x {size}")
+        check_size(height, width, size)
         left, top, w, h = box.tolist()
         crop_resize(photo[top : top + h, left : left + w], out)
+
+
+def check_size(height: int, width: int, size: int) -> None:
+    """Raise `ValueError` where a photo is not `size` pixels square."""
+    if (height, width) != (size, size):
+        raise ValueError(f"{width} x {height} pixels where the manifest says {size} x {size}")
 
 
 def crop_resize(photo: np.ndarray, out: np.ndarray) -> None:

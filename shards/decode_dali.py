@@ -9,11 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 
 from shards.batch import BatchPlan, Source
 from shards.console import JobError
-from shards.decode_cpu import CpuDecoder
+from shards.decode_cpu import CpuDecoder, check_size
 
 HARDWARE_SHARE = 0.65  # DALI's own default
 _DEPTH = 2
@@ -96,8 +97,8 @@ class DaliDecoder:
         self._copied = None
 
     def close(self) -> None:
-        """Stop reading and free the pipeline."""
-        self._readers.shutdown(wait=True, cancel_futures=True)
+        """Stop reading, as `CpuDecoder.close` does, and free the pipeline."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
         self._waiting.clear()
         self._running.clear()
         self._finish_copy()
@@ -108,9 +109,12 @@ class DaliDecoder:
         for i in range(len(plan)):
             while True:
                 try:
-                    photos.append(np.frombuffer(plan.encoded(i), np.uint8))
+                    jpeg = plan.encoded(i)
+                    height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)  # DALI would cut a larger one's corner
+                    check_size(height, width, self._source.photo_size)
+                    photos.append(np.frombuffer(jpeg, np.uint8))
                     break
-                except OSError as error:
+                except (OSError, ValueError) as error:
                     plan.replace(i, error)
         return photos
 

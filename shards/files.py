@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -118,6 +118,21 @@ def try_lock(file: TextIO, byte: int | None = None) -> bool | None:
     except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP
         return None
     return True
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Wait until no other process of this machine is in such a block for the file or folder `path`, which must exist.
+
+    The kernel frees the lock when its holder dies. On a file system that cannot lock it nobody waits.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_partials(folder: Path | str) -> int:

@@ -4,21 +4,27 @@ Derived from the sample tables and rebuilt when they change. 20 bytes a sample, 
 host through the page cache: 820 MB for 41 million photos.
 """
 
+import errno
 import hashlib
 import mmap
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.classes import ClassTable
 from shards.console import JobError
-from shards.files import atomic_folder
-from shards.layout import INDEX, group_name, shard_tables
+from shards.files import atomic_folder, locked
+from shards.layout import CLASSES, INDEX, group_name, shard_tables
 
 _COLUMNS = {"shard": np.uint32, "offset": np.uint64, "size": np.uint32, "crc32": np.uint32}
 _ARRAYS = ("starts", *_COLUMNS)
+_TAIL = 8192  # bytes at a table's end: its footer, with the range of every column, and some of its checksums
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -40,30 +46,49 @@ class GroupIndex:
     labels: np.ndarray
 
 
-def open_index(dataset: Path, groups: list[int]) -> dict[int, GroupIndex]:
+def open_index(dataset: Path, classes: ClassTable) -> dict[int, GroupIndex]:
     """Map the index of a data set into memory, building it first where it is missing or out of date.
 
-    A data set on a read-only disk without an index is read from its tables into memory.
+    A data set on a read-only disk without an index is read from its tables into memory. Raises `JobError` where tables
+    or index are damaged or do not hold as many photos of each class as `classes` says.
     """
     tables = shard_tables(dataset)
     if not tables:
         raise JobError(f"{dataset}: no shards; run preprocessing/build_shards.py")
     folder = dataset / INDEX
     state = _state(tables)
-    built: dict[int, dict[str, np.ndarray]] = {}
-    if not _is_current(folder, state):
-        built = {g: gather(_of_group(tables, g)) for g in groups}
-        try:
-            _store(folder, state, built)
-        except PermissionError:
-            return {g: _index(g, tables, arrays) for g, arrays in built.items()}
-    return {g: _index(g, tables, _map(folder, g)) for g in groups}
+    with locked(dataset / CLASSES):  # of several trainings that start together one builds it
+        if not _is_current(folder, state):
+            built = _gather_groups(tables, classes)
+            for group, arrays in built.items():
+                if fault := _fault(group, arrays, tables, classes):
+                    raise JobError(
+                        f"{dataset}: its sample tables do not fit {CLASSES} ({fault}); finish the command that was "
+                        "changing the data set, or run shards/verify.py"
+                    )
+            try:
+                _store(folder, state, built)
+            except OSError as error:
+                if error.errno not in _READ_ONLY:
+                    raise
+                return {g: _index(g, tables, arrays) for g, arrays in built.items()}
+    mapped = {}
+    for group in classes.groups:
+        arrays = _map(folder, group)
+        if fault := _fault(group, arrays, tables, classes):
+            raise _damaged(folder, fault)
+        mapped[group] = _index(group, tables, arrays)
+    return mapped
 
 
-def build_index(dataset: Path, groups: list[int]) -> None:
+def build_index(dataset: Path, classes: ClassTable) -> None:
     """Write the index of a data set from its sample tables."""
     tables = shard_tables(dataset)
-    _store(dataset / INDEX, _state(tables), {g: gather(_of_group(tables, g)) for g in groups})
+    _store(dataset / INDEX, _state(tables), _gather_groups(tables, classes))
+
+
+def _gather_groups(tables: list[Path], classes: ClassTable) -> dict[int, dict[str, np.ndarray]]:
+    return {g: gather(_of_group(tables, g), classes.count(g)) for g in classes.groups}
 
 
 def _of_group(tables: list[Path], group: int) -> list[Path]:
@@ -73,39 +98,76 @@ def _of_group(tables: list[Path], group: int) -> list[Path]:
 def _state(tables: list[Path]) -> str:
     digest = hashlib.sha256(" ".join(_ARRAYS).encode())
     for table in tables:
-        digest.update(f"{table.name} {table.stat().st_size}\n".encode())
-        digest.update(table.read_bytes()[-64:])
+        with open(table, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            digest.update(f"{table.name} {size}\n".encode())
+            digest.update(file.read())
     return digest.hexdigest()
+
+
+def _fault(group: int, arrays: dict[str, np.ndarray], tables: list[Path], classes: ClassTable) -> str | None:
+    """What keeps a group's arrays from being those of these classes in these shards."""
+    images = classes.of_group(group).images
+    photos = int(images.sum())
+    if not np.array_equal(arrays["starts"], np.concatenate([[0], np.cumsum(images)])):
+        return f"group {group}: other numbers of photos a class"
+    if any(len(arrays[name]) != photos for name in _COLUMNS):
+        return f"group {group}: an array that is not of {photos} photos"
+    if photos and (arrays["shard"].max() >= len(_of_group(tables, group)) or arrays["offset"].max() >= 1 << 63):
+        return f"group {group}: a place outside the shards"
+    return None
+
+
+def _damaged(folder: Path, what: object) -> JobError:
+    return JobError(f"{folder}: damaged ({what}); delete that folder, it is rebuilt from the tables")
 
 
 def _is_current(folder: Path, state: str) -> bool:
     try:
-        return (folder / "state").read_text() == state
+        return (folder / "state").read_bytes() == state.encode()
     except FileNotFoundError:
         return False
 
 
-def gather(tables: list[Path]) -> dict[str, np.ndarray]:
-    """The arrays of a group's index, by name, from its sample tables (all of them, in order); see `GroupIndex`."""
-    parts = [pq.read_table(t, columns=["label", "offset", "size", "crc32"]) for t in tables]
+def gather(tables: list[Path], labels: int) -> dict[str, np.ndarray]:
+    """The arrays of a group's index, by name, from its sample tables (all of them, in order); see `GroupIndex`.
+
+    `labels`: how many classes the group has. Raises `JobError` where a table is damaged or has other labels.
+    """
+    parts = [_read_table(t) for t in tables]
     shards = [np.full(len(part), number) for number, part in enumerate(parts)]
     columns = {name: [part[name].to_numpy() for part in parts] for name in ("label", "offset", "size", "crc32")}
     columns["shard"] = shards
     gathered = {name: np.concatenate([np.empty(0, np.int64), *values]) for name, values in columns.items()}
     label = gathered.pop("label").astype(np.int64)
+    if len(label) and not 0 <= label.min() <= label.max() < labels:
+        raise JobError(
+            f"{tables[0].parent}: labels from {label.min()} to {label.max()}, where {CLASSES} has {labels} classes; "
+            "run shards/verify.py"
+        )
     order = np.argsort(label, kind="stable")
-    starts = np.concatenate([[0], np.cumsum(np.bincount(label, minlength=1))])
+    starts = np.concatenate([[0], np.cumsum(np.bincount(label, minlength=labels))])
     return {"starts": starts} | {name: values[order].astype(_COLUMNS[name]) for name, values in gathered.items()}
 
 
+def _read_table(table: Path) -> pa.Table:
+    try:
+        return pq.read_table(table, columns=["label", "offset", "size", "crc32"])
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: permissions
+            raise
+        raise JobError(f"{table}: damaged ({' '.join(str(error).split())}); run shards/verify.py --repair") from None
+
+
 def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
     try:
         with atomic_folder(folder) as partial:
             for group, arrays in groups.items():
                 for name in _ARRAYS:
                     np.save(partial / f"{group_name(group)}.{name}.npy", arrays[name])
             (partial / "state").write_text(state)
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError:
         if not _is_current(folder, state):  # else another host was faster
             raise
@@ -118,7 +180,7 @@ def _map(folder: Path, group: int) -> dict[str, np.ndarray]:
             array._mmap.madvise(mmap.MADV_WILLNEED)
         return {name: np.asarray(array) for name, array in arrays.items()}  # a memmap's elements are slow to get
     except (OSError, ValueError) as error:
-        raise JobError(f"{folder}: damaged ({error}); delete that folder, it is rebuilt from the tables") from None
+        raise _damaged(folder, error) from None
 
 
 def _index(group: int, tables: list[Path], arrays: dict[str, np.ndarray]) -> GroupIndex:

@@ -6,7 +6,7 @@ Three parts, each replaceable without the others: `shards.sampler` (slots to sam
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -19,10 +19,9 @@ from shards.dataset import Dataset
 from shards.decode_cpu import CpuDecoder
 from shards.decode_dali import HARDWARE_SHARE, DaliDecoder
 from shards.index import open_index
-from shards.sampler import CropRange, IndexedSampler
+from shards.sampler import CropRange, IndexedSampler, Schedule, slots_of_rank
 from shards.stream import Stream, StreamSettings
 
-Schedule = Callable[[int], np.ndarray]
 Mode = Literal["indexed", "stream"]
 DecoderName = Literal["auto", "cpu", "dali"]
 _AHEAD = 3  # batches under way beside the one that is waited for; DALI takes an empty queue for the end
@@ -66,11 +65,11 @@ class Loader:
     ) -> None:
         if batch_size < world_size:
             raise JobError(f"--batch-size {batch_size} is less than the number of processes ({world_size})")
-        index = open_index(dataset.path, dataset.classes.groups)
+        index = open_index(dataset.path, dataset.classes)
         empty = [g for g, of_group in index.items() if not len(of_group.labels)]
         if empty:
             raise JobError(f"{dataset.place}: group {empty[0]} has no photos; run shards/verify.py")
-        self._slots = np.arange(rank, batch_size, world_size)
+        self._slots = slots_of_rank(batch_size, rank, world_size)
         reader, sampler = dataset.reader(index), IndexedSampler(index, seed)
         photo_size, crop = dataset.manifest.image_size, CropRange()
         if mode == "stream":
@@ -97,11 +96,11 @@ class Loader:
         try:
             ahead = first_step
             for step in range(first_step, last_step):
+                start = time.perf_counter()
                 while ahead < min(step + 1 + _AHEAD, last_step):
                     plans.append(self._plan(ahead))
                     decoder.submit(plans[-1])
                     ahead += 1
-                start = time.perf_counter()
                 images = decoder.take()
                 waited = time.perf_counter() - start
                 plan = plans.pop(0)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from shards.checksums import DamagedChecksums, checksum, parse_checksums
 from shards.console import JobError
-from shards.files import atomic_path, atomic_write_bytes
+from shards.files import atomic_path, atomic_write_bytes, locked
 from shards.layout import (
     CHECKSUMS,
     CLASSES,
@@ -54,7 +54,7 @@ def mirror(store: Store) -> Path:
     name = re.sub(r"[^\w-]", "-", store.url.rpartition("/")[2])[:40]
     folder = cache_root() / "mirrors" / f"{name}-{hashlib.sha256(store.url.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         _refresh(store, folder)
     return folder
 
@@ -150,7 +150,7 @@ def scratch_folder() -> Iterator[Path]:
     """A new folder in the cache, gone at the end; those that killed programs left go too."""
     root = cache_root() / "scratch"
     root.mkdir(parents=True, exist_ok=True)
-    with _locked(root):
+    with locked(root):
         for old in root.iterdir():
             _remove_if_left(old)
         folder = Path(tempfile.mkdtemp(dir=root))
@@ -172,17 +172,6 @@ def named_by_url(store: Store, folder: Path) -> Iterator[None]:
         yield
     except JobError as error:
         raise type(error)(str(error).replace(str(folder), store.url)) from error.__cause__
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The kernel frees the lock when its holder dies."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _remove_if_left(folder: Path) -> None:

@@ -152,7 +152,7 @@ def _nice(metres: float) -> int:
 
 def contact_sheet(dataset: Dataset, rows: int = 7, columns: int = 7) -> Image.Image:
     """Some classes, a row each, spread over groups and labels, with photos spread over the class."""
-    index = open_index(dataset.path, dataset.classes.groups)
+    index = open_index(dataset.path, dataset.classes)
     reader = dataset.reader(index)
     chosen = spread_classes(index, rows)
     left = _EDGE + 150

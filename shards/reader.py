@@ -43,11 +43,11 @@ class ShardReader:
     def check(self, group: int, row: int, data: bytes) -> bytes:
         """`data`, where it is what `row` of a group's index should hold; else raises `OSError`."""
         index = self._index[group]
-        if len(data) != index.size[row]:
-            raise OSError(f"{self.place(group, row)}: the shard ends within the photo")
-        if zlib.crc32(data) != index.crc32[row]:
-            raise OSError(f"{self.place(group, row)}: the photo fails its checksum")
-        return data
+        if len(data) == index.size[row] and zlib.crc32(data) == index.crc32[row]:
+            return data
+        self._forget(index.shards[index.shard[row]])
+        short = len(data) < index.size[row]
+        raise OSError("the shard ends within the photo" if short else "the photo fails its checksum")
 
     def _span(self, group: int, row: int, end: int) -> tuple[Path, int, int]:
         """The tar that holds the rows up to, not including, `end`, and where they lie in it: first byte, and bytes."""
@@ -57,7 +57,12 @@ class ShardReader:
 
     def _pread(self, group: int, row: int, end: int) -> bytes:
         path, begin, length = self._span(group, row, end)
-        return os.pread(self._open(path).descriptor, length, begin)
+        file = self._open(path)
+        try:
+            return os.pread(file.descriptor, length, begin)
+        except OSError:
+            self._forget(path)
+            raise
 
     def place(self, group: int, row: int) -> str:
         """Where a photo lies, for messages: shard and byte offset."""
@@ -79,6 +84,11 @@ class ShardReader:
             else:
                 self._files.move_to_end(path)
             return file
+
+    def _forget(self, path: Path) -> None:
+        """Open a file anew at its next read: a repair may have replaced it by then, and on NFS it may be stale."""
+        with self._lock:
+            self._files.pop(path, None)
 
 
 class _File:

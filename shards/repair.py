@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shards.checksums import seal
+from shards.classes import ClassTable
 from shards.console import JobError, format_count
 from shards.dataset import GPU_CODEC, Manifest
 from shards.files import TEMPORARY_SUFFIX, at_work, atomic_write_bytes, atomic_write_json, remove_partials
@@ -31,7 +32,6 @@ from shards.layout import (
     QUARANTINE,
     REVISIONS,
     SKIPPED,
-    shard_tables,
 )
 from shards.provenance import provenance
 from shards.soundness import index_of_table, read_sample_table
@@ -69,8 +69,7 @@ def repair(dataset: Path, report: Report, source: Path | None, workers: int) -> 
     if stems or broken & set(_FINISHED_BY_BUILD):
         _build(dataset, sorted(stems), broken, source, workers)
     elif any(name.startswith(f"{INDEX}/") for name in broken):
-        groups = sorted({int(t.parent.name.removeprefix("group-")) for t in shard_tables(dataset)})
-        build_index(dataset, groups)
+        build_index(dataset, ClassTable.load(dataset / CLASSES))
         print(f"{INDEX}: rebuilt from the tables")
     if report.sealed or CHECKSUMS in broken:
         seal(dataset)

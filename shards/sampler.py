@@ -13,6 +13,14 @@ import numpy as np
 
 from shards.index import GroupIndex
 
+Schedule = Callable[[int], np.ndarray]
+"""The group of every slot of a step's global batch, int [batch size]."""
+
+# What random numbers are for, as keys of `philox`; attempts of a slot's draw are the small ones.
+WINDOW_KEY = 0xFFFFFFFFFFFFFFFF
+COLOUR_KEY = 0xFFFFFFFFFFFFFFFE
+ROUND_KEY = 0xFFFFFFFFFFFFFFFD  # less the number of a group
+
 _TRIES = 10
 _DRAWS = 24  # class, photo, crop x, crop y, ten pairs of area and ratio
 assert _DRAWS == 4 + 2 * _TRIES
@@ -46,6 +54,11 @@ def philox(seed: int, key: int, counter: int) -> Callable[[int], np.ndarray]:
     """
     bits = np.random.Philox(key=np.array([seed, key], np.uint64), counter=[0, counter, 0, 0])
     return lambda n: (bits.random_raw(n) >> np.uint64(11)) * 2.0**-53
+
+
+def slots_of_rank(batch_size: int, rank: int, world_size: int) -> np.ndarray:
+    """The slots of the global batch that a rank owns: rank, rank + world_size, ..."""
+    return np.arange(rank, batch_size, world_size)
 
 
 def uniforms(seed: int, step: int, slots: np.ndarray, attempt: int = 0) -> np.ndarray:

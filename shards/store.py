@@ -88,7 +88,7 @@ class Store:
             if not self._is_there(witness, error):
                 raise self.lost(error) from None
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
-            raise kind(f"{self.url}/{name}: {_one_line(error)}") from None
+            raise kind(_one_line(error)) from None
 
     def _is_there(self, witness: str | None, error: Exception) -> bool:
         """Whether the store can be read although a file gave `error`; without a witness a definite answer tells."""

@@ -4,8 +4,10 @@ Shards are class-major, and within a class photos lie in a seeded random order, 
 sample of its class. The global batches of some consecutive steps form a window: runs of `run` photos are read from
 as many classes as it takes, and the photos handed out shuffled. A group's classes take turns in a random order that
 is new in each round, and a class goes on in each round where its run of the round before ended, from a random place
-in the first. So every slot's class and photo are uniform, as in `shards.sampler`, and classes and photos come up more
-evenly than there; but up to `run` photos of a class lie together in a window, so that a large window mixes better.
+in the first. So every slot's class and photo are uniform, as in `shards.sampler`, and photos come up more evenly than
+there. So do classes in the joint schedule; where groups are trained in turn, each turn begins and ends within a round,
+and the number of a class's photos varies about twice as much as there (9 % beside 4 after 512 photos of each of 1,000
+classes in four epochs). Up to `run` photos of a class lie together in a window, so that a large window mixes better.
 The first windows are smaller, each half the next, since the first batch waits for all of the first one. A window is a
 pure function of (seed, first step): a resumed run reads its window again.
 
@@ -15,7 +17,6 @@ ranks every run is read by one rank alone, and the draws are the same for any nu
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,12 +24,11 @@ import numpy as np
 
 from shards.index import GroupIndex
 from shards.reader import ShardReader
-from shards.sampler import Draws, IndexedSampler, philox, uniforms
+from shards.sampler import ROUND_KEY, WINDOW_KEY, Draws, IndexedSampler, Schedule, philox, uniforms
 
 _LANES = 8
 _FIRST_WINDOW = 4096  # photos
 _OVERDUE = 8  # steps into a window after which no batch under way needs the one before
-_KEY = 0xFFFFFFFFFFFFFFFF  # keeps the windows' random numbers apart from those of slots; a group's rounds are below it
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Window:
 
 def make_window(index: dict[int, GroupIndex], groups: np.ndarray, seed: int, first_step: int, run: int) -> Window:
     """Draw a window; `groups` int [steps, batch size] is the group of every slot."""
-    random = philox(seed, _KEY, first_step)
+    random = philox(seed, WINDOW_KEY, first_step)
     label, row, of_run = (np.empty(groups.shape, np.int64) for _ in range(3))
     lanes = np.broadcast_to(np.arange(groups.shape[1]) % _LANES, groups.shape)
     runs: list[tuple[int, np.ndarray]] = []
@@ -106,7 +106,7 @@ def _take_turns(
     of_group: GroupIndex, seed: int, group: int, turns: np.ndarray, run: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels int64 [n] and rows int64 [n, run] of the runs at these consecutive turns of a group's classes."""
-    key, classes = _KEY - 1 - group, len(of_group.labels)
+    key, classes = ROUND_KEY - group, len(of_group.labels)
     rounds, places = np.divmod(turns, classes)
     orders = [np.argsort(philox(seed, key, int(r) + 1)(classes), kind="stable") for r in np.unique(rounds)]
     chosen = np.stack(orders)[rounds - rounds[0], places]
@@ -137,7 +137,7 @@ class Stream:
         self,
         index: dict[int, GroupIndex],
         reader: ShardReader,
-        schedule: Callable[[int], np.ndarray],
+        schedule: Schedule,
         slots: np.ndarray,
         batch_size: int,
         seed: int,
@@ -177,10 +177,12 @@ class Stream:
 
     def close(self) -> None:
         """Stop reading ahead and close the shards."""
-        self._drawing.shutdown(wait=True, cancel_futures=True)
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._drawing, self._pool):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._reader.close()  # first, since the threads may be waiting for a silent server
+        for pool in (self._drawing, self._pool):
+            pool.shutdown(wait=True)
         self._held.clear()
-        self._reader.close()
 
     def _advance(self, number: int, place: int) -> _Held:
         """Hold a window and, soon, the next one; drop those that no batch under way needs any more."""

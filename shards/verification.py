@@ -106,8 +106,8 @@ def verify(dataset: Path, workers: int = 1, show: Show = lambda problem: None, s
     complete = [s for s in shards if s.complete]
     report.shards, report.images = len(shards), sum(s.images for s in complete)
     note(_check_order(shards))
-    if (dataset / INDEX).is_dir():
-        note(_check_index(dataset, shards))
+    if (dataset / INDEX).is_dir() and top.classes is not None:
+        note(_check_index(dataset, shards, top.classes))
     if len(complete) == len(shards):
         note(_check_counts(top, shards))
     report.seconds = time.monotonic() - start
@@ -297,13 +297,13 @@ def _check_order(shards: list[ShardReport]) -> list[Problem]:
     return problems
 
 
-def _check_index(dataset: Path, shards: list[ShardReport]) -> list[Problem]:
+def _check_index(dataset: Path, shards: list[ShardReport], classes: ClassTable) -> list[Problem]:
     """Compare the flat index with the tables of every group whose tables could all be read."""
     unread = {_group_of(s.stem) for s in shards if not s.complete}
     problems: list[Problem] = []
     for group in sorted({_group_of(s.stem) for s in shards} - unread):
         tables = [dataset / f"{s.stem}.parquet" for s in shards if _group_of(s.stem) == group]
-        problems += check_group_index(dataset, group, tables)
+        problems += check_group_index(dataset, group, tables, classes.count(group))
     return problems
 
 

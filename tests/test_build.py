@@ -266,7 +266,7 @@ def test_pictures_of_the_city_survive_the_way_into_a_shard(dataset, city):
     from shards.index import open_index
     from shards.reader import ShardReader
 
-    index = open_index(dataset.path, [0])
+    index = open_index(dataset.path, dataset.classes)
     table = pq.read_table(shard_tables(dataset.path)[0])
     kept = simplejpeg.decode_jpeg(ShardReader(index).read(0, 0)).astype(float)
     photo = present(cv2.imread(str(city / "train" / "database" / table["source"][0].as_py())))[:, :, ::-1]

@@ -14,12 +14,13 @@ from tiny import class_table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from shards.sampler import slots_of_rank
 from training.distributed import World, average_batch_norm, join_after_restart
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.model import GeoModel
 from training.presets import TrainConfig
-from training.schedules import make_schedule, slots_of_rank
+from training.schedules import make_schedule
 from training.scoring import merge_rankings, rank_classes
 
 CPU = torch.device("cpu")

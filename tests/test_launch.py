@@ -24,7 +24,7 @@ CONFIGS = ["cpu", "one_gpu", "eight_gpus", "two_machines"]
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     dataset = write_dataset(tmp_path_factory.mktemp("launch") / "shards")
-    build_index(dataset.path, dataset.classes.groups)  # as a finished build leaves it
+    build_index(dataset.path, dataset.classes)  # as a finished build leaves it
     return dataset.path
 
 

@@ -1,7 +1,10 @@
 """Batches: the same draws whatever reads, decodes and shares them, and no bad photo ever among them."""
 
 import os
+import re
 import shutil
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import psutil
 import pytest
 import simplejpeg
 import torch
+from present import present
 from scipy.stats import ks_2samp
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
@@ -79,7 +83,7 @@ def test_pixels_have_one_distribution_whatever_the_decoder(dataset):
 
 
 def test_an_image_is_the_drawn_crop_of_the_drawn_photo(dataset):
-    index = open_index(dataset.path, dataset.classes.groups)
+    index = open_index(dataset.path, dataset.classes)
     source = Source(IndexedSampler(index, 4), ShardReader(index), 64, CropRange())
     ((images, labels, groups),) = take(make_loader(dataset, image_size=64), 1, 2)
     plan = BatchPlan(source, 1, np.arange(16), groups)
@@ -119,7 +123,7 @@ def test_a_photo_that_cannot_be_decoded_is_replaced_by_the_next_draw_and_named(d
     mended = take(loader, 0, 12)
     assert loader.failures > 0
     assert "replaced by the next draw" in caplog.text
-    assert ".tar at byte" in caplog.text
+    assert all(record.getMessage().count(".tar at byte") == 1 for record in caplog.records)
     replaced = sum(not torch.equal(a[0][i], b[0][i]) for a, b in zip(clean, mended, strict=True) for i in range(16))
     assert 0 < replaced <= loader.failures
     assert min(float(b[0].float().std((1, 2, 3)).min()) for b in mended) > 1
@@ -138,8 +142,32 @@ def test_replacements_are_the_same_for_any_number_of_ranks(dataset, tmp_path):
 @pytest.mark.parametrize("decoder", DECODERS)
 def test_too_many_bad_photos_stop_training_with_a_clear_error(dataset, tmp_path, decoder):
     emptied = damage(dataset, tmp_path, lambda tar: os.truncate(tar, 4096))
-    with pytest.raises(JobError, match=r"verify\.py"):
+    with pytest.raises(JobError, match=r"verify\.py") as stopped:
         take(make_loader(emptied, decoder=decoder), 0, 50)
+    failed, tried = map(int, present(re.search(r"(\d+) of (\d+) photos", str(stopped.value))).groups())
+    assert 20 < failed <= tried
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("size", [48, 80])
+def test_photos_of_another_size_than_the_manifest_says_are_no_samples(dataset, decoder, size):
+    other = replace(dataset, manifest=replace(dataset.manifest, image_size=size))
+    with pytest.raises(JobError, match="could not be used"):
+        take(make_loader(other, decoder=decoder), 0, 10)
+
+
+def test_a_shard_that_is_mended_under_a_running_loader_is_read_anew(dataset, tmp_path):
+    spoiled = damage(dataset, tmp_path, lambda tar: tar.write_bytes(bytes(tar.stat().st_size)))
+    index = open_index(spoiled.path, spoiled.classes)
+    group = spoiled.classes.groups[0]
+    reader = ShardReader(index)
+    with pytest.raises(OSError, match="checksum"):
+        reader.read(group, 0)
+    for tar in spoiled.path.glob("group-*/*.tar"):
+        sound = tar.with_suffix(".new")
+        shutil.copy(dataset.path / tar.relative_to(spoiled.path), sound)
+        sound.replace(tar)
+    assert reader.read(group, 0) == ShardReader(open_index(dataset.path, dataset.classes)).read(group, 0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -147,6 +175,18 @@ def test_dali_without_a_gpu_to_begin_on_is_one_line_with_the_way_out(dataset):
     with pytest.raises(JobError, match=r"DALI cannot begin .*--decoder cpu") as error:
         take(make_loader(dataset, decoder="dali", device="cuda"), 0, 1)
     assert "\n" not in str(error.value)
+
+
+def test_waiting_for_a_batch_holds_all_that_the_loader_does_before_it_is_there(dataset):
+    pause, groups = 0.02, np.full(16, dataset.classes.groups[0])
+
+    def slow_schedule(step: int) -> np.ndarray:
+        time.sleep(pause)
+        return groups
+
+    loader = Loader(dataset, slow_schedule, batch_size=16, image_size=48, seed=4, decoder="cpu")
+    waited = [batch.wait_seconds for batch in loader.batches(0, 6)]
+    assert sum(waited) > 6 * pause
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(dataset):

@@ -38,7 +38,7 @@ def test_panoramas_are_cut_into_crops_whose_headings_go_round(tmp_path):
     rows = samples(tmp_path / "out")
     assert summary.manifest.images == 48
     assert summary.source_bytes == sum(p.stat().st_size for p in (tmp_path / "panos").iterdir())  # each read once
-    reader = ShardReader(open_index(tmp_path / "out", [rows_group(tmp_path / "out")]))
+    reader = ShardReader(open_index(tmp_path / "out", Dataset.open(tmp_path / "out").classes))
     for row_number, row in enumerate(rows):
         path, _, turn = row["source"].rpartition("#")
         heading = int(path.split("@")[9] or 0)

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from training.schedules import count_of_group, holders_of_groups, make_schedule, parts_of_share, slots_of_rank
+from shards.sampler import slots_of_rank
+from training.schedules import count_of_group, holders_of_groups, make_schedule, parts_of_share
 
 
 def test_sequential_trains_group_e_mod_g_in_every_slot_of_epoch_e() -> None:

@@ -105,7 +105,7 @@ def test_the_dali_index_is_what_wds2idx_writes(dataset, tmp_path):
 
 
 def test_the_flat_index_leads_to_the_photos_of_a_class(dataset):
-    for group, index in open_index(dataset.path, dataset.classes.groups).items():
+    for group, index in open_index(dataset.path, dataset.classes).items():
         table = pq.read_table(index.shards[0].with_suffix(".parquet"))
         for label in index.labels[:5]:
             rows = slice(index.starts[label], index.starts[label + 1])
@@ -122,8 +122,8 @@ def test_a_flat_index_that_is_out_of_date_is_rebuilt(dataset, tmp_path):
     shutil.copytree(dataset.path, copy)
     (copy / "index" / "state").write_text("other")
     (copy / "index" / "group-00.size.npy").unlink()
-    assert (open_index(copy, [0])[0].size > 0).all()
-    build_index(copy, dataset.classes.groups)
+    assert (open_index(copy, dataset.classes)[0].size > 0).all()
+    build_index(copy, dataset.classes)
     state = (copy / "index" / "state").read_text()
     assert state == (dataset.path / "index" / "state").read_text()
 

@@ -41,7 +41,7 @@ def test_sizes_add_up_to_the_files_on_disk(dataset):
     files = [p for p in dataset.path.rglob("*") if p.is_file() and p.parent != dataset.path]
     assert sizes.total == sum(p.stat().st_size for p in files)
     assert sizes.jpeg + sizes.framing == dataset.manifest.bytes
-    index = open_index(dataset.path, dataset.classes.groups)
+    index = open_index(dataset.path, dataset.classes)
     assert sizes.jpeg == sum(int(of_group.size.sum()) for of_group in index.values())
 
 
@@ -103,7 +103,7 @@ def test_groups_have_colours_of_their_own():
 
 
 def test_classes_on_the_contact_sheet_come_from_all_groups_in_turn(dataset):
-    index = open_index(dataset.path, dataset.classes.groups)
+    index = open_index(dataset.path, dataset.classes)
     chosen = spread_classes(index, 6)
     assert [group for group, _ in chosen] == [0, 1, 2, 3, 0, 1]
     assert len(set(chosen)) == 6

@@ -144,7 +144,7 @@ def test_a_preempted_training_job_of_two_nodes_saves_is_requeued_and_goes_on_to_
     slurm: Slurm, tmp_path: Path
 ) -> None:
     shards = write_dataset(tmp_path / "shards")
-    build_index(shards.path, shards.classes.groups)  # as a finished build leaves it
+    build_index(shards.path, shards.classes)  # as a finished build leaves it
     size = {"ntasks-per-node": "1"}
     variables = {"PYTHON": sys.executable, "SHARDS": str(shards.path), "PRESET": "paper-b0"}
     words = arguments(shards.path, tmp_path / "r", epochs=12, save_every=4, save_every_epochs=12)[4:]

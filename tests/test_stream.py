@@ -1,6 +1,7 @@
 """The stream mode: windows are pure functions, keep the distribution, and read each run once."""
 
 import os
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -13,7 +14,9 @@ from shards.console import JobError
 from shards.index import GroupIndex, open_index
 from shards.loader import Loader
 from shards.reader import ShardReader
+from shards.sampler import philox, uniforms
 from shards.stream import StreamSettings, WindowPlan, make_window
+from training.colour import colour_changes
 
 COUNTS = np.array([3, 0, 40, 10, 64])
 
@@ -96,6 +99,25 @@ def test_windows_differ_and_depend_on_seed_and_first_step_alone(index):
     assert (make_window(index, groups, seed=2, first_step=4, run=4).row != first.row).any()
 
 
+def test_random_numbers_of_one_purpose_serve_no_other(index, monkeypatch):
+    used: dict[str, set[tuple[int, ...]]] = {}
+
+    def record(name, *key):
+        used.setdefault(name, set()).add(key)
+        return philox(*key)
+
+    for module in ("shards.sampler", "shards.stream", "training.colour"):
+        monkeypatch.setattr(f"{module}.philox", partial(record, module))
+    for first_step in range(0, 40, 4):
+        make_window(index, np.array([[0, 1] * 8] * 4), seed=1, first_step=first_step, run=4)
+    for step in range(40):
+        colour_changes(1, step, np.arange(4), 0.1)
+        for attempt in range(3):
+            uniforms(1, step, np.arange(4), attempt)
+    assert len(set.union(*used.values())) == sum(map(len, used.values()))
+    assert len(used) == 3
+
+
 @pytest.mark.parametrize(("window", "batch_size"), [(65536, 64), (10_000, 3), (4096, 64), (100, 7), (5, 16)])
 def test_windows_follow_each_other_without_a_gap_and_grow_up_to_the_largest(window, batch_size):
     plan = WindowPlan(window, batch_size)
@@ -149,7 +171,7 @@ def test_each_run_is_one_request_and_read_by_one_rank_alone(dataset, monkeypatch
 
 
 def test_photos_of_a_run_are_those_read_one_by_one(dataset):
-    index = open_index(dataset.path, [0])
+    index = open_index(dataset.path, dataset.classes)
     reader = ShardReader(index)
     together = reader.read_run(0, 3, 9)
     assert together == [reader.read(0, row) for row in range(3, 12)]

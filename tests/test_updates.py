@@ -69,7 +69,7 @@ def sound(out: Path) -> None:
     """Verification finds nothing wrong, and every photo can be read through the index."""
     problems = [str(p) for p in verify(out).problems]
     assert not problems
-    index = open_index(out, Dataset.open(out).classes.groups)
+    index = open_index(out, Dataset.open(out).classes)
     reader = ShardReader(index)
     for group, rows in index.items():
         for row in range(len(rows.size)):

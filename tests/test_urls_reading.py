@@ -3,6 +3,13 @@
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +113,62 @@ def test_a_data_set_that_vanishes_while_it_is_read_is_one_clear_error(whole, mod
     Store.at(url).files.rm("/vanished", recursive=True)
     with pytest.raises(JobError, match=rf"^{url}: cannot be read .*bring it back and run the same command again"):
         batches(dataset, mode)
+
+
+@contextmanager
+def http_server(folder: Path, answer: type[SimpleHTTPRequestHandler] = SimpleHTTPRequestHandler) -> Iterator[str]:
+    """Serves `folder` as `python -m http.server` does: whole files, whatever range is asked for."""
+    pytest.importorskip("aiohttp")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(answer, directory=str(folder))) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_a_server_that_sends_whole_files_for_parts_is_one_clear_error(whole, mode):
+    with http_server(whole) as url, pytest.raises(JobError, match=rf"{url}: .* must serve ranges"):
+        batches(Dataset.open(url), mode)
+
+
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_closing_does_not_wait_for_a_server_that_is_silent(whole, mode):
+    asked, answer = threading.Event(), threading.Event()
+
+    class SilentAboutTars(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path.endswith(".tar"):
+                asked.set()
+                answer.wait()
+            elif "Range" in self.headers:
+                self.send_response(206)
+                self.send_header("Content-Length", "1")
+                self.end_headers()
+                self.wfile.write(b"{")
+            else:
+                super().do_GET()
+
+    with http_server(whole, SilentAboutTars) as url:
+        dataset = Dataset.open(url)
+        groups = np.resize(dataset.classes.groups, 24)
+        loader = Loader(dataset, lambda step: groups, batch_size=24, image_size=32, seed=4, mode=mode, decoder="cpu")
+        outcome: Future[object] = Future()
+
+        def consume() -> None:
+            try:
+                outcome.set_result(next(loader.batches(0, 3)))
+            except Exception as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=consume, daemon=True).start()
+        assert asked.wait(30)
+        closing = threading.Thread(target=loader.close, daemon=True)
+        closing.start()
+        closing.join(20)  # a request is given up after 30 s
+        assert not closing.is_alive()
+        assert outcome.exception(timeout=20) is not None
+        answer.set()
 
 
 def test_a_mirror_is_fetched_once_and_anew_when_the_data_set_changes(whole, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from shards.classes import ClassTable
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.loader import Loader
+from shards.sampler import Schedule
 from shards.stream import StreamSettings
 from training.distributed import World, join_after_restart
 from training.engine import Engine
@@ -24,7 +25,6 @@ from training.head_bank import HeadBank
 from training.memory import keep_freed_memory
 from training.model import GeoModel
 from training.presets import TrainConfig
-from training.schedules import Schedule
 
 
 def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:

@@ -4,11 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards.sampler import philox
+from shards.sampler import COLOUR_KEY, philox
 from training.distributed import to_device
 from training.model import IMAGENET_MEAN, IMAGENET_STD
 
-_KEY = 0xFFFFFFFFFFFFFFFE  # keeps these random numbers apart from those of draws
 _DRAWS = 6
 _LUMA = np.array([0.299, 0.587, 0.114])
 _PIVOT = 0.45
@@ -20,7 +19,7 @@ def colour_changes(seed: int, step: int, slots: np.ndarray, strength: float) -> 
     A function of (seed, step, slot). Brightness, contrast and saturation change by up to `strength`, each channel by
     up to half of it; contrast turns about a middle grey.
     """
-    u = philox(seed, _KEY, step)((int(slots.max()) + 1) * _DRAWS).reshape(-1, _DRAWS)[slots]
+    u = philox(seed, COLOUR_KEY, step)((int(slots.max()) + 1) * _DRAWS).reshape(-1, _DRAWS)[slots]
     factor = 1 + strength * (2 * u - 1)
     brightness, contrast, saturation = factor[:, 0], factor[:, 1], factor[:, 2]
     channels = 1 + (factor[:, 3:] - 1) / 2

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shards.sampler import slots_of_rank
 from training.colour import change_colours, colour_changes
 from training.distributed import BufferGuard, HostCopy, World, to_device, trained_bytes
 from training.head_bank import HeadBank
@@ -138,7 +139,7 @@ class Engine:
         images = images if images.is_floating_point() else to_input(images, self.dtype)
         if not self.config.colour_jitter:
             return images
-        slots = np.arange(self.world.rank, self.config.batch_size, self.world.size)
+        slots = slots_of_rank(self.config.batch_size, self.world.rank, self.world.size)
         return change_colours(images, colour_changes(self.config.seed, step, slots, self.config.colour_jitter))
 
     def _without_reduction(self) -> AbstractContextManager[None]:

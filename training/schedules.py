@@ -6,13 +6,14 @@ belongs to group i mod G, so with as many ranks as groups each rank needs one he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
 
+from shards.sampler import Schedule, slots_of_rank
+
 ScheduleName = Literal["sequential", "joint"]
-Schedule = Callable[[int], np.ndarray]
 
 
 def make_schedule(name: ScheduleName, groups: Sequence[int], *, batch_size: int, iterations_per_epoch: int) -> Schedule:
@@ -29,11 +30,6 @@ def make_schedule(name: ScheduleName, groups: Sequence[int], *, batch_size: int,
         return ids[np.arange(batch_size) % len(ids)]
 
     return sequential if name == "sequential" else joint
-
-
-def slots_of_rank(batch_size: int, rank: int, world_size: int) -> np.ndarray:
-    """The slots of the global batch that a rank owns: rank, rank + world_size, ..."""
-    return np.arange(rank, batch_size, world_size)
 
 
 def parts_of_share(batch_size: int, rank: int, world_size: int, accumulate: int) -> list[np.ndarray]:

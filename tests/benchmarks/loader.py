@@ -235,7 +235,7 @@ def multiply(shards: Path, out: Path, copies: int) -> None:
                 writer.add(sample_key(number), row["label"], jpeg, **facts)
             writer.finish()
         publish_shard(stem, stem.with_suffix(".partial"), writer, {})
-    build_index(out, Dataset.open(out).classes.groups)
+    build_index(out, Dataset.open(out).classes)
 
 
 def measure(loaders: Loaders, cores: int, rounds: int, seconds: float) -> list[Row]:

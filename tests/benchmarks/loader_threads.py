@@ -22,7 +22,7 @@ THREADS = (1, 2, 4, 8, 16, 32)
 def seconds_in_c(shards: Path, size: int) -> tuple[float, float]:
     """Median seconds of decoding and of cropping and resizing a photo, both without the interpreter's lock."""
     dataset = Dataset.open(shards)
-    index = open_index(dataset.path, dataset.classes.groups)
+    index = open_index(dataset.path, dataset.classes)
     source = Source(IndexedSampler(index, 0), ShardReader(index), dataset.manifest.image_size, CropRange())
     plan = BatchPlan(source, 0, np.arange(256), np.resize(dataset.classes.groups, 256))
     out, decode, resize = np.empty((size, size, 3), np.uint8), [], []

@@ -110,7 +110,7 @@ class ReferenceLoop:
 def write_photos(shards: Path, folder: Path) -> list[list[list[Path]]]:
     """The photos of a data set of shards as files, by group and class."""
     dataset = Shards.open(shards)
-    index = open_index(dataset.path, dataset.classes.groups)
+    index = open_index(dataset.path, dataset.classes)
     reader = ShardReader(index)
     groups = []
     for group, of_group in index.items():
