@@ -96,6 +96,19 @@ def test_other_colour_modes_are_converted(tmp_path: Path, mode: str, suffix: str
     assert decode_query(save(tmp_path / f"a.{suffix}", mode=mode), 20).shape == (20, 26, 3)
 
 
+def test_grey_of_16_bits_is_the_same_grey_in_8_bits(tmp_path: Path) -> None:
+    grey = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray((grey >> 8).astype(np.uint8)).save(tmp_path / "b.png")
+    assert Image.open(tmp_path / "a.png").mode == "I;16"
+    np.testing.assert_array_equal(decode_query(tmp_path / "a.png", 20), decode_query(tmp_path / "b.png", 20))
+
+
+def test_grey_of_32_bits_is_reported_and_not_made_black_or_white(tmp_path: Path) -> None:
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "a.png", format="TIFF")
+    assert read([tmp_path / "a.png"])[1] == {0: "pixels of 32 bits, whose black and white are not known"}
+
+
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -13,10 +13,11 @@ from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 import utm
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from shards.console import JobError
 from shards.names import BadName, PhotoName, parse_name
+from shards.upright import upright_rgb
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 
@@ -142,7 +143,7 @@ def decode_query(photo: Path | BinaryIO, shorter_side: int) -> np.ndarray:
     one of UNREADABLE for a photo that cannot be decoded to its last row.
     """
     with Image.open(photo) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+        image = upright_rgb(opened)
     width, height = image.size
     if min(width, height) != shorter_side:
         longer_side = int(shorter_side * max(width, height) / min(width, height))
