@@ -7,7 +7,8 @@ from PIL import Image, ImageOps
 def upright_rgb(image: Image.Image) -> Image.Image:
     """The photo in RGB, upright by its EXIF tag; grey of 16 bits keeps the upper 8.
 
-    `image` itself may be turned. Raises ValueError for pixels of 32 bits, and what Pillow raises for a photo that is damaged.
+    `image` itself may be turned. Raises ValueError for pixels of 32 bits, and what Pillow raises for a photo that is
+    damaged.
     """
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16"):
