@@ -290,7 +290,9 @@ def test_an_output_folder_that_holds_a_data_set_or_is_a_file_is_refused(
         run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "dataset.json")
 
 
-@pytest.mark.parametrize("words", [["--ns", "0"], ["--threshold", "-1"], ["--batch-size", "0"], ["--forms", "best"]])
+@pytest.mark.parametrize(
+    "words", [["--ns", "0"], ["--threshold", "-1"], ["--threshold", "inf"], ["--batch-size", "0"], ["--forms", "best"]]
+)
 def test_wrong_arguments_are_named(
     run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
