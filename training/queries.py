@@ -108,22 +108,21 @@ def list_queries(folder: Path, zone: int | None) -> Queries:
             paths.append(path)
             positions.append((float("nan"), float("nan")))
             continue
-        position: tuple[float, float] | str = (name.east, name.north)
-        if zone and name.zone is not None and name.zone != zone:
-            position = _reproject(name, zone)
-            reprojected += not isinstance(position, str)
+        position = position_in_zone(name, zone)
         if isinstance(position, str):
             set_aside.append(SetAside(path, position))
         else:
             paths.append(path)
             positions.append(position)
+            reprojected += position != (name.east, name.north)
     east_north = np.array(positions, dtype=np.float64).reshape(-1, 2)
     return Queries(Path(folder), tuple(paths), east_north[:, 0], east_north[:, 1], reprojected, tuple(set_aside))
 
 
-def _reproject(name: PhotoName, zone: int) -> tuple[float, float] | str:
-    """Easting and northing in `zone`, or the reason why there are none."""
-    assert name.zone is not None
+def position_in_zone(name: PhotoName, zone: int | None) -> tuple[float, float] | str:
+    """Easting and northing of a name in `zone` (None or 0: as they are), or the reason why there are none."""
+    if not zone or name.zone in (None, zone):
+        return name.east, name.north
     apart = min((name.zone - zone) % 60, (zone - name.zone) % 60)
     if apart > 1:
         return f"UTM zone {name.zone}, the classes lie in zone {zone}"
