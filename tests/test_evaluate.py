@@ -238,6 +238,7 @@ def test_queries_that_the_confidence_was_fitted_to_are_told_from_others(
     words = ["--checkpoints", run, "--queries", val, "--val-queries", val, "--no-report", "--out", tmp_path / "o"]
     assert run_here(monkeypatch, *words) == 0
     assert "the validation queries themselves" in capsys.readouterr().err
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["rows"][0]["fitted"] is True
     next(run.rglob("calibration.json")).write_text('{"form": "best"}')
     assert run_here(monkeypatch, *words) == 1
     assert "calibration.json: no calibration" in capsys.readouterr().err
