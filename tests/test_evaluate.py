@@ -16,6 +16,7 @@ from tiny_run import write_run
 
 from evaluation import evaluate
 from evaluation.ranking import RANKING_FORMS
+from evaluation.result_files import is_southern
 from shards.console import JobError, WrongArguments
 from shards.names import PhotoName, format_name
 
@@ -278,6 +279,13 @@ def test_class_maps_in_another_place_have_no_answer_within_reach(
     assert row["ceiling"] == row["lr_at_20"] == row["chance"]["lr_at_20"] == 0
     assert row["outside_every_class"] == 100
     assert row["median_error_m"] > 900
+
+
+@pytest.mark.parametrize(
+    ("name", "southern"), [("@1@2@56@H@.jpg", True), ("@1@2@10@S@.jpg", False), ("@1@2@note@A@.jpg", False)]
+)
+def test_a_letter_tells_the_hemisphere_where_it_is_the_band_of_a_zone(name: str, southern: bool) -> None:
+    assert is_southern([Path("plain.jpg"), Path(name)]) is southern
 
 
 def test_an_output_folder_that_holds_a_data_set_or_is_a_file_is_refused(

@@ -47,6 +47,16 @@ def test_photos_are_found_in_all_folders_and_sorted(tmp_path: Path) -> None:
     assert found.east.tolist() == [1.0] * 3
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    for name in ("q/@1@2@.jpg", "q/sub/@3@4@.jpg", "other/@5@6@.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "q" / "sub" / "up").symlink_to(tmp_path / "q")
+    (tmp_path / "q" / "aside").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "q")
+    found = [path.relative_to(tmp_path / "q").as_posix() for path in list_queries(tmp_path / "q", None).paths]
+    assert found == ["@1@2@.jpg", "aside/@5@6@.jpg", "sub/@3@4@.jpg"]
+
+
 @pytest.mark.parametrize("make", [False, True])
 def test_no_folder_and_no_photos_are_clear_errors(tmp_path: Path, make: bool) -> None:
     folder = tmp_path / "q"

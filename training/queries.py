@@ -76,19 +76,26 @@ def query_size(image_size: int) -> int:
 
 
 def find_photos(folder: Path) -> list[Path]:
-    """All photos under `folder`, sorted by path; JobError where it is no folder or holds none."""
+    """All photos under `folder`, links followed, sorted by path; JobError where it is no folder or holds none."""
     if not folder.is_dir():
         what = "a file; name the folder of photos that holds it" if folder.exists() else "no such folder of photos"
         raise JobError(f"{folder}: {what}")
-    found = [
-        Path(root) / name
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and not name.startswith(".")
-    ]
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _leads_back(Path(root, name))]
+        found += [
+            Path(root, name)
+            for name in names
+            if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and not name.startswith(".")
+        ]
     if not found:
         raise JobError(f"{folder}: no photos found (looked for {', '.join(sorted(PHOTO_SUFFIXES))})")
     return sorted(found)
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether this is a link to one of the folders above it."""
+    return folder.is_symlink() and any(above.resolve() == folder.resolve() for above in folder.parents)
 
 
 def list_queries(folder: Path, zone: int | None) -> Queries:
