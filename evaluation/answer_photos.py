@@ -43,7 +43,9 @@ def find_all(names: Sequence[str]) -> tuple[list[Path], list[SetAside]]:
     for name in names:
         path = Path(name)
         try:
-            if path.is_dir():
+            if not name:  # Path("") would be the current folder
+                missing.append(SetAside(Path("''"), "no such photo, folder or pattern"))
+            elif path.is_dir():
                 found += find_photos(path)
             elif path.exists():
                 found.append(path)

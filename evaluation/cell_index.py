@@ -44,14 +44,12 @@ class CellIndex:
         Distances in float32, as LR@N takes them.
         """
         M = self.classes.M
-        reach = int(np.ceil(radius / M)) + 1
-        offsets = np.arange(-reach, reach + 1, dtype=np.int64) * M
         counts = np.empty(len(east), np.int64)
-        step = max(1, _CHUNK // len(offsets) ** 2)
+        step = max(1, _CHUNK // (min(self._width(radius), self.columns) * min(self._width(radius), self.rows)))
         for first in range(0, len(east), step):
             part = slice(first, first + step)
-            cell_east = np.floor(east[part] / M).astype(np.int64)[:, None] * M + offsets
-            cell_north = np.floor(north[part] / M).astype(np.int64)[:, None] * M + offsets
+            cell_east = self._cells_around(east[part], radius, self.first_east, self.columns)
+            cell_north = self._cells_around(north[part], radius, self.first_north, self.rows)
             rows = self.find(cell_east[:, :, None], cell_north[:, None, :])
             delta_east = (cell_east + M // 2 - east[part, None])[:, :, None]
             delta_north = (cell_north + M // 2 - north[part, None])[:, None, :]
@@ -59,13 +57,29 @@ class CellIndex:
             counts[part] = ((rows >= 0) & (distances <= np.float32(radius))).sum(axis=(1, 2))
         return counts
 
-    def neighbours(self, radius: float) -> np.ndarray:
-        """int64 [C, J]: table rows of the classes whose centres lie within `radius` metres of each class's own.
+    def _width(self, radius: float) -> int:
+        """How many cells in a row can have their centres within `radius` metres of a point."""
+        return 2 * (int(np.ceil(radius / self.classes.M)) + 1) + 1
 
-        The class itself is among them; places beyond the last neighbour hold -1.
+    def _cells_around(self, points: np.ndarray, radius: float, first: int, count: int) -> np.ndarray:
+        """Edges, int64 [Q or 1, n] metres, of the cells along an axis that can lie within `radius` of points [Q].
+
+        Where these are more than the `count` cells of the map, which begin at `first`: of the latter.
+        """
+        M, width = self.classes.M, self._width(radius)
+        if width > count:
+            return first + np.arange(count, dtype=np.int64)[None] * M
+        return (np.floor(points / M).astype(np.int64)[:, None] + np.arange(-(width // 2), width // 2 + 1)) * M
+
+    def neighbours(self, rows: np.ndarray, radius: float) -> np.ndarray:
+        """int64 [..., J]: rows of the classes whose centres lie within `radius` metres of those of `rows` [...].
+
+        The class itself is among them; places of no class hold -1.
         """
         east, north = self._offsets(radius)
-        return self.find(self.classes.cell_east[:, None] + east, self.classes.cell_north[:, None] + north)
+        return self.find(
+            self.classes.cell_east[rows][..., None] + east, self.classes.cell_north[rows][..., None] + north
+        )
 
     def most_neighbours(self, radius: float) -> int:
         """How many cells' centres can lie within `radius` metres of a cell's own, itself among them."""
@@ -74,9 +88,9 @@ class CellIndex:
     def _offsets(self, radius: float) -> tuple[np.ndarray, np.ndarray]:
         """Metres east and north (int64 [J] both) from a cell to those whose centres lie within `radius` metres."""
         M = self.classes.M
-        reach = int(radius // M)
-        steps = np.arange(-reach, reach + 1, dtype=np.int64) * M
-        east, north = (grid.ravel() for grid in np.meshgrid(steps, steps, indexing="ij"))
+        reaches = [min(int(radius // M), cells - 1) for cells in (self.columns, self.rows)]
+        steps = [np.arange(-reach, reach + 1, dtype=np.int64) * M for reach in reaches]
+        east, north = (grid.ravel() for grid in np.meshgrid(*steps, indexing="ij"))
         near = np.hypot(east, north) <= radius
         return east[near], north[near]
 

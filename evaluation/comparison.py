@@ -99,12 +99,6 @@ def evaluate_all(job: Job, world: World) -> Results | None:
                 if world.is_main:
                     notes.error(queries)
                 continue
-            if (
-                world.is_main
-                and localiser.calibration
-                and folder.resolve() == Path(localiser.calibration.queries).resolve()
-            ):
-                notes.warn(f"{folder}: the validation queries themselves; form and confidence are fitted to them")
             outcome = evaluate_set(localiser, str(path), queries, form, job.settings, world)
             if outcome is not None:
                 _add(outcome, results)
@@ -171,6 +165,8 @@ def _add(outcome: Outcome, results: Results) -> None:
     """Add a row, and say what it leaves out."""
     checkpoint, folder = outcome.name
     row = outcome.row()
+    if outcome.fitted:
+        results.warn(f"{folder}: the validation queries themselves; form and confidence are fitted to them")
     _warn_of_photos(folder, "set aside", outcome.queries.set_aside, results)
     _warn_of_photos(folder, "unreadable", outcome.failures, results)
     unlocated = outcome.queries.unlocated(outcome.readable)

@@ -7,6 +7,7 @@ accelerate launch evaluation/evaluate.py --checkpoints RUN --queries DIR --out D
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,7 @@ def read_arguments() -> Arguments:
         "--checkpoints: name at least one run": not arguments.checkpoints,
         "--queries: name at least one folder": not arguments.queries,
         "--ns: whole numbers of at least 1": not arguments.ns or min(arguments.ns) < 1,
-        "--threshold: more than 0 metres": not arguments.threshold > 0,
+        "--threshold: more than 0 metres, and finite": not 0 < arguments.threshold < math.inf,
         "--forms: name at least one": not arguments.forms,
         "--batch-size: at least 1": arguments.batch_size < 1,
         "--threads: 0 or more": arguments.threads < 0,

@@ -23,7 +23,7 @@ from shards.console import JobError
 from shards.files import atomic_path
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
-from training.queries import list_queries, read_queries
+from training.queries import list_queries, position_in_zone, read_queries
 from training.scoring import describe_batches
 
 
@@ -144,20 +144,21 @@ def describe_shards(
     return Images(described.vectors.numpy()[kept], east, north, tuple(photos[i].name for i in kept))
 
 
-def read_descriptors(path: Path) -> Images:
+def read_descriptors(path: Path, zone: int = 0) -> Images:
     """Descriptors that any model made: `.npz` with `descriptors` [K, D] and `names` [K], or `.npy` beside a `.txt`.
 
-    Names carry UTM positions. Vectors are scaled to unit length. Raises JobError for anything else.
+    Names carry UTM positions, which are brought into `zone` (0: as they are). Vectors are scaled to unit length. Raises
+    JobError for anything else.
     """
     if path.suffix not in (".npz", ".npy"):
         raise JobError(f"{path}: no descriptors (.npz, or .npy beside .txt), no folder of photos and no data set")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                vectors, names = file["descriptors"], [str(name) for name in file["names"]]
+                vectors, names = file["descriptors"], file["names"].astype(str).tolist()
         else:
             vectors = np.load(path, allow_pickle=False)
-            names = path.with_suffix(".txt").read_text().splitlines()
+            names = path.with_suffix(".txt").read_text().rstrip().splitlines()
         vectors = vectors.astype(np.float32)
     except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
         reason = "damaged, or no array of numbers" if "allow_pickle" in str(error) else error
@@ -166,16 +167,22 @@ def read_descriptors(path: Path) -> Images:
         raise JobError(f"{path}: descriptors of shape {list(vectors.shape)} for {len(names)} names; give each its name")
     if vectors.size == 0:
         raise JobError(f"{path}: holds no descriptors")
-    try:
-        parsed = [parse_name(name) for name in names]
-    except BadName as error:
-        raise JobError(f"{path}: {error}") from error
+    positions = []
+    for name in names:
+        try:
+            position = position_in_zone(parse_name(name), zone)
+        except BadName as error:
+            raise JobError(f"{path}: {name}: {error}") from error
+        if isinstance(position, str):
+            raise JobError(f"{path}: {name}: {position}")
+        positions.append(position)
+    east, north = np.array(positions).T
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(lengths).all():
         first = names[int(np.flatnonzero(~np.isfinite(lengths))[0])]
         raise JobError(f"{path}: the descriptor of {first} holds numbers that are not finite; make it again")
     vectors /= np.maximum(lengths, 1e-12)
-    return Images(vectors, np.array([n.east for n in parsed]), np.array([n.north for n in parsed]), tuple(names))
+    return Images(vectors, east, north, tuple(names))
 
 
 def database_images(
@@ -189,7 +196,7 @@ def database_images(
 ) -> Images:
     """The database's descriptors: read from a file or from `cache`, or made and kept in `cache`."""
     if database.is_file():
-        return read_descriptors(database)
+        return read_descriptors(database, localiser.classes.zone)
     fingerprint = _fingerprint(localiser, database)
     if (found := _from_cache(cache, fingerprint)) is not None:
         say(f"{cache}: {len(found):,} descriptors made before")

@@ -5,6 +5,7 @@ python evaluation/import_reference.py --checkpoint best_model.pth --train-list L
 
 from __future__ import annotations
 
+import glob
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -75,8 +76,7 @@ def main() -> None:
 def read_train_list(path: Path) -> list[str]:
     """The training paths in a list or below a folder, relative to the root; JobError where there are none."""
     if path.is_dir():
-        paths = [str(found.relative_to(path)) for found in path.rglob("*.jpg")]
-        paths = [name for name in paths if not any(part.startswith(".") for part in Path(name).parts)]
+        paths = glob.glob("**/*.jpg", root_dir=path, recursive=True)
     else:
         try:
             paths = [line for line in path.read_text().splitlines() if line.strip()]

@@ -111,8 +111,8 @@ def exif_position(photo: Path | BinaryIO) -> KnownPosition | None:
     try:
         with Image.open(photo) as image:
             gps = image.getexif().get_ifd(_GPS_TAG)
-        latitude = _degrees(gps[2]) * (-1 if _letter(gps[1]) == "S" else 1)
-        longitude = _degrees(gps[4]) * (-1 if _letter(gps[3]) == "W" else 1)
+        latitude = _degrees(gps[2]) * {"N": 1, "S": -1}[_letter(gps[1])]
+        longitude = _degrees(gps[4]) * {"E": 1, "W": -1}[_letter(gps[3])]
     except (*UNREADABLE, KeyError, ZeroDivisionError):
         return None
     if not (abs(latitude) <= 90 and abs(longitude) <= 180) or latitude == longitude == 0:

@@ -5,6 +5,7 @@ python evaluation/predict.py --checkpoint RUN photo.jpg [more photos, folders, "
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def read_arguments() -> Arguments:
     wrong = {
         "name at least one photo": not arguments.photos,
         "--top: at least 1": arguments.top < 1,
-        "--apart: 0 metres or more": not arguments.apart >= 0,
+        "--apart: 0 metres or more, and finite": not 0 <= arguments.apart < math.inf,
         "--batch-size: at least 1": arguments.batch_size < 1,
         "--json or --geojson, not both": arguments.json and arguments.geojson,
     }

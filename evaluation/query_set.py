@@ -83,6 +83,12 @@ class Outcome:
         return self.checkpoint, str(self.queries.folder)
 
     @property
+    def fitted(self) -> bool:
+        """Form and confidence were fitted to these very queries, which flatters both."""
+        found = self.localiser.calibration
+        return found is not None and self.queries.folder.resolve() == Path(found.queries).resolve()
+
+    @property
     def own(self) -> Answers:
         """The answers by the row's main form."""
         return self.answers[self.form]
@@ -113,6 +119,7 @@ class Outcome:
             "checkpoint_step": self.checkpoint_step,
             "queries": str(queries.folder),
             "form": self.form,
+            "fitted": self.fitted,
             **recalls[self.form],
             "chance": _by_name(chance_recall(self.near[scored], len(self.classes), settings.ns)),
             "ceiling": percent(self.near[scored] > 0),

@@ -53,7 +53,6 @@ class ClassRanker:
         self.margin = next(iter(heads.values())).margin
         self.index = CellIndex(classes)
         self._centers = torch.from_numpy(classes.centers()).to(device)
-        self._neighbours: dict[float, Tensor] = {}
         self.starts: list[int] = []
         rows: list[Tensor] = []
         scales: list[Tensor] = []
@@ -123,9 +122,12 @@ class ClassRanker:
             for form in forms:
                 values, columns = scores.best(form, top_k)
                 rows = self.row_of_column[columns]
-                confidence = self._confidence(scores, rows, divisors[form], threshold)
-                radius = self._radius(rows, *scores.likeliest(divisors[form]))
-                parts[form].append(tuple(part.cpu() for part in (rows, values, confidence, radius)))
+                likeliest = scores.likeliest(divisors[form])
+                pieces = rows.split(self._answers_at_once(len(some), threshold), dim=1)
+                confidence = [scores.probability_of(self._near(piece, threshold), divisors[form]) for piece in pieces]
+                radius = [self._radius(piece, *likeliest) for piece in pieces]
+                found = (rows, values, torch.cat(confidence, dim=1), torch.cat(radius, dim=1))
+                parts[form].append(tuple(part.cpu() for part in found))
         return {form: _join(parts[form], top_k) for form in forms}
 
     @torch.inference_mode()
@@ -138,7 +140,8 @@ class ClassRanker:
             scores = ScoredClasses(self, some, forms, set(temperatures))
             for form in forms:
                 rows = self.row_of_column[scores.best(form, 1)[1]]
-                found = [self._confidence(scores, rows, divisor, threshold) for divisor in temperatures]
+                near = self._near(rows, threshold)
+                found = [scores.probability_of(near, divisor) for divisor in temperatures]
                 parts[form].append((rows[:, 0].cpu(), torch.cat(found, dim=1).cpu()))
         return {
             form: (torch.cat([rows for rows, _ in some]).numpy(), torch.cat([found for _, found in some]).numpy())
@@ -150,10 +153,16 @@ class ClassRanker:
         for first in range(0, len(vectors), size):
             yield vectors[first : first + size].to(self.device)
 
-    def _confidence(self, scores: ScoredClasses, rows: Tensor, divisor: float, threshold: float) -> Tensor:
-        """Probability float32 [q, K] of all classes within the threshold of each answer's."""
-        near = self._neighbours_within(threshold)[rows].flatten(1)
-        return scores.probability(near, divisor).view(*rows.shape, near.shape[1] // rows.shape[1]).sum(2).clamp(max=1)
+    def _answers_at_once(self, queries: int, threshold: float) -> int:
+        """For how many answers of so many photos confidence and radius are taken at once, to bound the memory."""
+        around = max(self.index.most_neighbours(threshold), _UNCERTAINTY_CLASSES)
+        return max(SCORES_IN_MEMORY // (4 * queries * around), 1)
+
+    def _near(self, rows: Tensor, radius: float) -> Tensor:
+        """int64 [q, K, J]: the columns of the classes within `radius` metres of each answer's, or one of no class."""
+        near = torch.from_numpy(self.index.neighbours(rows.cpu().numpy(), radius)).to(self.device)
+        nowhere = len(self.row_of_column) - 1
+        return torch.where(near < 0, nowhere, self.column_of_row[near.clamp(min=0)])
 
     def _radius(self, rows: Tensor, likely: Tensor, mass: Tensor) -> Tensor:
         """Metres [q, K] around each answer that hold 68 % of the probability of the likeliest cells [q, L]."""
@@ -165,14 +174,6 @@ class ClassRanker:
         at = (share < UNCERTAINTY_MASS).sum(2, keepdim=True).clamp(max=apart.shape[2] - 1)
         half_diagonal = self.classes.M / 2**0.5
         return distances.gather(2, at).squeeze(2).clamp(min=half_diagonal).float()
-
-    def _neighbours_within(self, radius: float) -> Tensor:
-        """int64 [C, J]: the columns of the classes near each; a column of no class where there are fewer."""
-        if radius not in self._neighbours:
-            rows = torch.from_numpy(self.index.neighbours(radius)).to(self.device)
-            nowhere = len(self.row_of_column) - 1
-            self._neighbours[radius] = torch.where(rows < 0, nowhere, self.column_of_row[rows.clamp(min=0)])
-        return self._neighbours[radius]
 
 
 class ScoredClasses:
@@ -239,6 +240,10 @@ class ScoredClasses:
         scores = self.ranker.in_order(self.products.gather(1, columns), self.own, columns)
         total = torch.stack([t for group in self.log_totals[temperature] for t in group]).logsumexp(0)
         return (scores * (self.scale / temperature) - total[:, None]).exp()
+
+    def probability_of(self, areas: Tensor, temperature: float) -> Tensor:
+        """Probability float32 [q, K] that the place is in one of the classes in columns int64 [q, K, J]."""
+        return self.probability(areas.flatten(1), temperature).view(areas.shape).sum(2).clamp(max=1)
 
     def _select(
         self, order: ScoreForm, top_k: int, shift: Tensor | None = None, factor: Tensor | None = None

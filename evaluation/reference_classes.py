@@ -7,6 +7,7 @@ kept cell.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
@@ -41,19 +42,19 @@ def reference_groups(
 ) -> tuple[list[int], list[list[Cell]], Counter[Cell]]:
     """Group ids in the reference's order, the cells of each in the order of its head, and photos by cell.
 
-    `paths` are those of the training photos relative to their root, with folders; only names in lower-case `.jpg`
-    count. Cells are lower-left corners in metres. Raises JobError for a path without coordinates where the reference
-    reads them: between the first `@` signs of the whole path.
+    `paths` are those of the training photos relative to their root, with folders; only those that its glob finds
+    count: names in lower-case `.jpg`, nothing hidden. Cells are lower-left corners in metres. Raises JobError for a
+    path without coordinates where the reference reads them: between the first `@` signs of the whole path.
     """
     pair = _OldPair if hashing == "3.7" else tuple
     cells: list[Cell] = []
-    for path in sorted(path.lstrip("./") for path in paths if path.endswith(".jpg")):
+    for path in sorted(_found_by_glob(paths)):
         fields = path.split("@")
         try:
             east, north = float(fields[1]), float(fields[2])
-        except (IndexError, ValueError):
+            cells.append((int(east // M * M), int(north // M * M)))
+        except (IndexError, ValueError, OverflowError):
             raise JobError(f"{path}: no @EAST@NORTH@ in this training path") from None
-        cells.append((int(east // M * M), int(north // M * M)))
     images = Counter(cells)
     groups: dict[int, set[Cell]] = {}
     for cell in cells:
@@ -65,6 +66,12 @@ def reference_groups(
     return list(groups), [[(cell[0], cell[1]) for cell in some] for some in groups.values()], images
 
 
+def _found_by_glob(paths: Sequence[str]) -> list[str]:
+    names = [path.removeprefix("./").lstrip("/") for path in paths]
+    root = os.path.commonpath([os.path.dirname(min(names)), os.path.dirname(max(names))])  # may itself be hidden
+    return [name for name in names if name.endswith(".jpg") and "/." not in f"/{name[len(root) :]}"]
+
+
 def reference_table(
     paths: Sequence[str], M: int, N: int, min_images: int, hashing: PythonHashing = "3.8+"
 ) -> tuple[list[int], ClassTable]:
@@ -73,26 +80,28 @@ def reference_table(
     by_group = dict(zip(order, cells, strict=True))
     rows = [(group, label, cell) for group in sorted(order) for label, cell in enumerate(by_group[group])]
     corners = np.array([cell for _, _, cell in rows], np.int64)
+    zone, band = _zone_and_band(paths)
     table = ClassTable(
         M,
         N,
-        _zone(paths),
+        zone,
         np.array([group for group, _, _ in rows], np.int32),
         np.array([label for _, label, _ in rows], np.int32),
         corners[:, 0],
         corners[:, 1],
         np.array([images[cell] for _, _, cell in rows], np.int64),
+        southern="" < band < "N",
     )
     return order, table
 
 
-def _zone(paths: Sequence[str]) -> int:
-    """The UTM zone of the first name that has one; 0 where none has."""
+def _zone_and_band(paths: Sequence[str]) -> tuple[int, str]:
+    """The UTM zone and band letter of the first name that has them; 0 and "" where none has."""
     for path in paths:
         try:
-            zone = parse_name(path).zone
+            name = parse_name(path)
         except BadName:
             continue
-        if zone:
-            return zone
-    return 0
+        if name.zone:
+            return name.zone, name.band
+    return 0, ""

@@ -19,6 +19,7 @@ from shards.classes import ClassTable
 from shards.console import JobError
 from shards.files import atomic_path, atomic_write_json, atomic_write_text
 from shards.layout import MANIFEST
+from shards.names import BadName, parse_name
 
 Row = dict[str, Any]
 
@@ -131,9 +132,12 @@ def predictions_table(outcome: Outcome) -> pa.Table:
 def is_southern(paths: Sequence[Path]) -> bool:
     """Whether photos lie south of the equator, by the UTM band letter in the first name that has one."""
     for path in paths:
-        fields = path.name.split("@")
-        if len(fields) > 4 and len(fields[4]) == 1 and fields[4].isalpha():
-            return fields[4].upper() < "N"
+        try:
+            band = parse_name(path.name).band
+        except BadName:
+            continue
+        if band:
+            return band < "N"
     return False
 
 

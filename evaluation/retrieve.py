@@ -5,6 +5,7 @@ python evaluation/retrieve.py --checkpoint RUN --database DIR --queries DIR --ou
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -75,8 +76,8 @@ class Row:
 def main() -> None:
     """Describe, search in every way, and compare."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    if arguments.top_cells < 1 or arguments.batch_size < 1 or not arguments.threshold > 0:
-        print("error: --top-cells, --batch-size and --threshold must be more than 0", file=sys.stderr)
+    if arguments.top_cells < 1 or arguments.batch_size < 1 or not 0 < arguments.threshold < math.inf:
+        print("error: --top-cells, --batch-size and --threshold must be more than 0, and finite", file=sys.stderr)
         raise SystemExit(2)
     load_faiss()  # before the database is described, which takes hours where it is large
     prepare_folder(arguments.out)
@@ -91,6 +92,10 @@ def main() -> None:
             f"{database.vectors.shape[1]}; give --query-descriptors by the same model"
         )
     gallery = Gallery.of(database, localiser.index)
+    if gallery.outside == len(database) and "within-cells" in arguments.methods:
+        raise JobError(
+            f"{arguments.database}: none of its {len(database):,} images lies in a cell of {arguments.checkpoint}"
+        )
     rows = compare(localiser, gallery, queries, vectors.vectors, arguments)
     facts = {"settings": {k: str(v) for k, v in asdict(arguments).items()}, "provenance": provenance()}
     write_json(arguments.out / "retrieval.json", [asdict(row) for row in rows], outside=gallery.outside, **facts)
@@ -156,15 +161,23 @@ def distances_to(found: Sequence[np.ndarray], gallery: Gallery, queries: Images,
 
 
 def _other_descriptors(path: Path | None, queries: Images) -> Images | None:
-    """Another model's descriptors in the order of the queries, matched by file name; JobError for one that lacks."""
+    """Another model's descriptors in the order of the queries, matched by path or by file name.
+
+    Raises JobError where a query has none, or several.
+    """
     if path is None:
         return None
     others = read_descriptors(path)
-    number = {Path(name).name: i for i, name in enumerate(others.names)}
-    try:
-        order = [number[Path(name).name] for name in queries.names]
-    except KeyError as error:
-        raise JobError(f"{path}: no descriptor of the query {error}") from error
+    rows: dict[str, list[int]] = {}
+    for i, name in enumerate(others.names):
+        for key in {name, f"*/{Path(name).name}"}:
+            rows.setdefault(key, []).append(i)
+    order = []
+    for name in queries.names:
+        found = rows.get(name) or rows.get(f"*/{Path(name).name}", [])
+        if len(found) != 1:
+            raise JobError(f"{path}: {len(found)} descriptors for the query {name}; give it one")
+        order += found
     return Images(others.vectors[order], queries.east, queries.north, queries.names)
 
 

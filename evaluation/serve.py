@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import math
 import os
 import socket
 import sys
@@ -124,7 +125,7 @@ def read_arguments() -> Arguments:
     most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond that Pillow itself refuses, before that it warns
     wrong = {
         "--top: at least 1": arguments.top < 1,
-        "--apart: 0 metres or more": not arguments.apart >= 0,
+        "--apart: 0 metres or more, and finite": not 0 <= arguments.apart < math.inf,
         "--port: 0 to 65535": not 0 <= arguments.port <= 65535,
         "--max-megabytes: more than 0": not arguments.max_megabytes > 0,
         f"--max-megapixels: more than 0, at most {most // 10**6}": not 0 < arguments.max_megapixels * 1e6 <= most,

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from shards.upright import upright_rgb
 from training.queries import UNREADABLE
 
 _SIZES = ((1500, 120, 72), (4000, 88, 65), (10**9, 56, 50))  # up to this many photos: pixels, JPEG quality
@@ -20,7 +21,7 @@ def data_url(source: Path | bytes, side: int, quality: int = 75) -> str:
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             opened.draft("RGB", (side, side))
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = upright_rgb(opened)
             image.thumbnail((side, side))
     except UNREADABLE:
         return ""

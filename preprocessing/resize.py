@@ -14,7 +14,9 @@ from typing import ClassVar, Literal, NamedTuple
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
+
+from shards.upright import upright_rgb
 
 ResizeFilter = Literal["fast", "bicubic", "lanczos"]
 
@@ -138,12 +140,7 @@ class Resizer:
             with warnings.catch_warnings(action="ignore"):
                 image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF"))
                 self._check_size(*image.size)
-                ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            if image.mode in ("I", "F"):
-                raise BadPhoto("unreadable", "pixels of 32 bits, whose black and white are not known")
-            return np.asarray(image.convert("RGB"))
+                return np.asarray(upright_rgb(image))
         except UnidentifiedImageError:
             raise BadPhoto("not an image", f"begins with {data[:12]!r}") from None
         except Image.DecompressionBombError as error:

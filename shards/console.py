@@ -42,7 +42,8 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
         if error.errno is None:
             raise
         code = _fail(describe_os_error(error))
-    sys.stdout.flush()
+    if sys.stdout:  # None where it was closed from the start
+        sys.stdout.flush()
     sys.exit(code)
 
 

@@ -17,7 +17,7 @@ def scattered(M: int, seed: int = 0) -> ClassTable:
 
 
 @pytest.mark.parametrize("M", [20, 15])
-@pytest.mark.parametrize("radius", [5.0, 25.0, 100.0])
+@pytest.mark.parametrize("radius", [5.0, 25.0, 100.0, 1e3, 1e7])
 def test_counts_of_near_centres_are_those_of_brute_force(M: int, radius: float) -> None:
     classes = scattered(M)
     points = np.random.default_rng(1).uniform(-12 * M, 12 * M, (200, 2))
@@ -26,12 +26,14 @@ def test_counts_of_near_centres_are_those_of_brute_force(M: int, radius: float) 
     np.testing.assert_array_equal(counts, (apart <= radius).sum(axis=1))
 
 
-def test_neighbours_are_those_of_brute_force() -> None:
+@pytest.mark.parametrize("radius", [0.0, 30.0, 1e3, 1e7])
+def test_neighbours_are_those_of_brute_force(radius: float) -> None:
     classes = scattered(20)
     centers = classes.centers()
     apart = np.hypot(*(centers[:, None] - centers[None]).transpose(2, 0, 1))
-    for row, found in enumerate(CellIndex(classes).neighbours(30.0)):
-        assert sorted(found[found >= 0]) == np.flatnonzero(apart[row] <= 30.0).tolist()
+    rows = np.arange(len(classes))[:, None]
+    for row, (found,) in enumerate(CellIndex(classes).neighbours(rows, radius)):
+        assert sorted(found[found >= 0]) == np.flatnonzero(apart[row] <= radius).tolist()
 
 
 def test_points_are_held_by_their_own_cell_and_by_none_outside() -> None:

@@ -16,6 +16,7 @@ from tiny_run import write_run
 
 from evaluation import evaluate
 from evaluation.ranking import RANKING_FORMS
+from evaluation.result_files import is_southern
 from shards.console import JobError, WrongArguments
 from shards.names import PhotoName, format_name
 
@@ -238,6 +239,7 @@ def test_queries_that_the_confidence_was_fitted_to_are_told_from_others(
     words = ["--checkpoints", run, "--queries", val, "--val-queries", val, "--no-report", "--out", tmp_path / "o"]
     assert run_here(monkeypatch, *words) == 0
     assert "the validation queries themselves" in capsys.readouterr().err
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["rows"][0]["fitted"] is True
     next(run.rglob("calibration.json")).write_text('{"form": "best"}')
     assert run_here(monkeypatch, *words) == 1
     assert "calibration.json: no calibration" in capsys.readouterr().err
@@ -279,6 +281,13 @@ def test_class_maps_in_another_place_have_no_answer_within_reach(
     assert row["median_error_m"] > 900
 
 
+@pytest.mark.parametrize(
+    ("name", "southern"), [("@1@2@56@H@.jpg", True), ("@1@2@10@S@.jpg", False), ("@1@2@note@A@.jpg", False)]
+)
+def test_a_letter_tells_the_hemisphere_where_it_is_the_band_of_a_zone(name: str, southern: bool) -> None:
+    assert is_southern([Path("plain.jpg"), Path(name)]) is southern
+
+
 def test_an_output_folder_that_holds_a_data_set_or_is_a_file_is_refused(
     run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,7 +299,9 @@ def test_an_output_folder_that_holds_a_data_set_or_is_a_file_is_refused(
         run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "dataset.json")
 
 
-@pytest.mark.parametrize("words", [["--ns", "0"], ["--threshold", "-1"], ["--batch-size", "0"], ["--forms", "best"]])
+@pytest.mark.parametrize(
+    "words", [["--ns", "0"], ["--threshold", "-1"], ["--threshold", "inf"], ["--batch-size", "0"], ["--forms", "best"]]
+)
 def test_wrong_arguments_are_named(
     run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Checkpoints of the reference code: class order, weights and LR@N after the import."""
 
+import glob
 import random
 import sys
 from collections import OrderedDict, defaultdict
@@ -75,9 +76,37 @@ def test_the_class_table_keeps_that_order_as_labels() -> None:
     assert table.zone == 10
 
 
+@pytest.mark.parametrize("root", ["", "./", "/", "/data/.cache/train/", "../train/"])
+def test_hidden_photos_and_folders_of_a_list_count_as_little_as_in_the_reference_s_glob(root: str) -> None:
+    paths = [root + path.lstrip("/") for path in training_paths()]
+    hidden = [path.replace("37.7", ".37.7") for path in paths if "37.7" in path]
+    hidden += [path.replace("/@", "/._@") for path in paths]
+    assert reference_groups(paths + hidden, 20, 2, 3) == reference_groups(paths, 20, 2, 3)
+
+
+def test_the_photos_below_a_folder_are_those_that_the_reference_s_glob_finds(tmp_path: Path) -> None:
+    elsewhere, root = tmp_path / "elsewhere", tmp_path / "train"
+    names = ["37.7/@1@2@.jpg", "37.7/@1@2@b.JPG", "37.7/._@1@2@.jpg", ".trash/@1@2@.jpg", "@1@2@[x].jpg"]
+    for path in [elsewhere / "@3@4@.jpg", *(root / name for name in names)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (root / "37.8").symlink_to(elsewhere)
+    found = glob.glob(f"{root}/**/*.jpg", recursive=True)
+    assert sorted(import_reference.read_train_list(root)) == sorted(path.removeprefix(f"{root}/") for path in found)
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(("place", "southern"), [("10@S", False), ("56@H", True), ("@", False)])
+def test_the_class_table_takes_its_hemisphere_from_the_names(place: str, southern: bool) -> None:
+    _, table = reference_table([path.replace("10@S", place) for path in training_paths()], 20, 2, 3)
+    assert (table.zone, table.southern) == (int(place.split("@")[0] or 0), southern)
+
+
 def test_a_training_path_without_coordinates_or_too_few_photos_is_a_clear_error() -> None:
     with pytest.raises(JobError, match=r"plain\.jpg: no @EAST@NORTH@"):
         reference_groups(["plain.jpg"], 20, 2, 1)
+    with pytest.raises(JobError, match=r"@nan@4178000@\.jpg: no @EAST@NORTH@"):
+        reference_groups(["@nan@4178000@.jpg"], 20, 2, 1)
     with pytest.raises(JobError, match="no cell of 20 m has 10 of the 1"):
         reference_groups([f"@{WEST}@{SOUTH}@.jpg", f"@{WEST}@{SOUTH}@.JPG"], 20, 2, 10)
 

@@ -1,6 +1,7 @@
 """evaluation/predict.py as a user runs it."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +99,23 @@ def test_patterns_and_folders_name_each_photo_once(
     assert "16 photos answered" in capsys.readouterr().out
 
 
+def test_an_empty_name_is_no_folder(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)  # what Path("") stands for
+    assert run_here(monkeypatch, "--checkpoint", run, "") == 1
+    said = capsys.readouterr()
+    assert "0 photos answered, 1 failed" in said.out
+    assert said.err == "error: '': no such photo, folder or pattern\n"
+
+
+def test_a_closed_output_is_no_traceback(run: Path, folder: Path) -> None:
+    photo = str(sorted(folder.iterdir())[0])
+    words = [sys.executable, predict.__file__, "--checkpoint", str(run), photo, "--cpu"]
+    closed = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *words], stderr=subprocess.PIPE, text=True, check=False)
+    assert (closed.returncode, closed.stderr) == (0, "")
+
+
 def test_the_distance_to_the_exif_position_is_printed(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,6 +129,8 @@ def test_exif_positions_are_read_in_all_quarters_and_nonsense_is_none(tmp_path: 
     assert south is not None
     assert (south.latitude, south.longitude) == (-33.5, pytest.approx(70.01))
     assert exif_position(with_gps(tmp_path / "n.jpg", (95.0, 0.0, 0.0), "N", (1.0, 0.0, 0.0), "E")) is None
+    assert exif_position(with_gps(tmp_path / "l.jpg", (33.0, 30.0, 0.0), "", (70.0, 0.0, 36.0), "W")) is None
+    assert exif_position(with_gps(tmp_path / "l.jpg", (33.0, 30.0, 0.0), "N", (70.0, 0.0, 36.0), "?")) is None
     assert exif_position(with_gps(tmp_path / "z.jpg", (0.0, 0.0, 0.0), "N", (0.0, 0.0, 0.0), "E")) is None
     (tmp_path / "t.jpg").write_text("no photo")
     assert exif_position(tmp_path / "t.jpg") is None
@@ -154,7 +174,9 @@ def test_a_class_map_without_a_zone_answers_in_metres_but_not_as_geojson(
         run_here(monkeypatch, "--checkpoint", plane, folder, "--geojson")
 
 
-@pytest.mark.parametrize("words", [[], ["a.jpg", "--top", "0"], ["a.jpg", "--json", "--geojson"]])
+@pytest.mark.parametrize(
+    "words", [[], ["a.jpg", "--top", "0"], ["a.jpg", "--apart", "inf"], ["a.jpg", "--json", "--geojson"]]
+)
 def test_wrong_arguments_exit_with_2(run: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         run_here(monkeypatch, "--checkpoint", run, *words)

@@ -47,6 +47,16 @@ def test_photos_are_found_in_all_folders_and_sorted(tmp_path: Path) -> None:
     assert found.east.tolist() == [1.0] * 3
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    for name in ("q/@1@2@.jpg", "q/sub/@3@4@.jpg", "other/@5@6@.jpg"):
+        save(tmp_path / name)
+    (tmp_path / "q" / "sub" / "up").symlink_to(tmp_path / "q")
+    (tmp_path / "q" / "aside").symlink_to(tmp_path / "other")
+    (tmp_path / "other" / "back").symlink_to(tmp_path / "q")
+    found = [path.relative_to(tmp_path / "q").as_posix() for path in list_queries(tmp_path / "q", None).paths]
+    assert found == ["@1@2@.jpg", "aside/@5@6@.jpg", "sub/@3@4@.jpg"]
+
+
 @pytest.mark.parametrize("make", [False, True])
 def test_no_folder_and_no_photos_are_clear_errors(tmp_path: Path, make: bool) -> None:
     folder = tmp_path / "q"
@@ -94,6 +104,19 @@ def test_decoding_equals_torchvisions_resize_of_the_pil_image(tmp_path: Path, wi
 @pytest.mark.parametrize(("mode", "suffix"), [("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png")])
 def test_other_colour_modes_are_converted(tmp_path: Path, mode: str, suffix: str) -> None:
     assert decode_query(save(tmp_path / f"a.{suffix}", mode=mode), 20).shape == (20, 26, 3)
+
+
+def test_grey_of_16_bits_is_the_same_grey_in_8_bits(tmp_path: Path) -> None:
+    grey = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray((grey >> 8).astype(np.uint8)).save(tmp_path / "b.png")
+    assert Image.open(tmp_path / "a.png").mode == "I;16"
+    np.testing.assert_array_equal(decode_query(tmp_path / "a.png", 20), decode_query(tmp_path / "b.png", 20))
+
+
+def test_grey_of_32_bits_is_reported_and_not_made_black_or_white(tmp_path: Path) -> None:
+    Image.fromarray(np.full((32, 32), 0.5, np.float32)).save(tmp_path / "a.png", format="TIFF")
+    assert read([tmp_path / "a.png"])[1] == {0: "pixels of 32 bits, whose black and white are not known"}
 
 
 def test_exif_rotation_is_applied(tmp_path: Path) -> None:

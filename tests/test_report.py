@@ -34,6 +34,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (odd / f"@{WEST}@{SOUTH}@empty.jpg").write_bytes(b"")
     shards = write_dataset(folder / "shards").path
     words = ["--checkpoints", run, "--queries", queries, odd, "--out", folder / "out", "--shards", shards, "--cpu"]
+    words += ["--val-queries", queries]
     before, sys.argv = sys.argv, ["evaluate.py", *map(str, words)]
     try:
         assert evaluate.main() == 0
@@ -65,6 +66,8 @@ def test_a_browser_shows_the_figures_the_map_and_the_galleries(report: Path, tmp
         shown = re.search(rf'id="row-{i}-lr-at-1">([^<]*)<', page)
         assert shown is not None
         assert float(shown[1]) == pytest.approx(row["lr_at_1"], abs=0.051)
+    assert [row["fitted"] for row in rows] == [True, False]  # the headline is of queries that nothing was fitted to
+    assert f"Of {rows[1]['scored']} query photos {rows[1]['lr_at_1']:.1f} % are placed" in page
     assert f'data-queries-on-map="{rows[0]["scored"]}"' in page
     body = page.split('<script type="application/json"')[0]
     assert body.count("<figure") >= 12

@@ -50,11 +50,11 @@ def test_greyscale_cmyk_and_palette_photos_are_converted():
     for data in (
         saved(grey, format="JPEG", quality=97),
         saved(grey, format="PNG"),
-        saved(grey.convert("I;16"), format="PNG"),
+        saved(Image.fromarray(np.asarray(grey).astype(np.uint16) << 8), format="PNG"),
     ):
         result = small(data)
         assert np.ptp(result, axis=2).max() <= 4
-    assert np.abs(small(saved(grey, format="JPEG", quality=97)).mean(2) - expected(np.asarray(grey))).mean() < 3
+        assert np.abs(result.mean(2) - expected(np.asarray(grey))).mean() < 3
     cmyk = saved(Image.fromarray(photo).convert("CMYK"), format="JPEG", quality=97)
     assert np.abs(small(cmyk) - expected(photo)).mean() < 4
 

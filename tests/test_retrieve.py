@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import utm
 from tiny import SOUTH, WEST, class_table, write_dataset, write_queries
 from tiny_run import write_run
 
@@ -186,6 +187,58 @@ def test_files_that_hold_no_descriptors_are_clear_errors(tmp_path: Path) -> None
             read_descriptors(tmp_path / name)
     with pytest.raises(JobError, match=r"the descriptor of @3@4@.jpg"):
         read_descriptors(tmp_path / "g.npz")
+
+
+def test_names_beside_descriptors_are_read_as_written_in_bytes_or_with_empty_lines_at_the_end(tmp_path: Path) -> None:
+    names, vectors = ["@1@2@.jpg", "@3@4@.jpg"], np.eye(2)
+    np.savez(tmp_path / "a.npz", descriptors=vectors, names=np.array([name.encode() for name in names]))
+    np.save(tmp_path / "b.npy", vectors)
+    (tmp_path / "b.txt").write_bytes("\r\n".join([*names, "", ""]).encode())
+    for file in ("a.npz", "b.npy"):
+        assert list(read_descriptors(tmp_path / file).names) == names
+
+
+def test_the_images_of_descriptors_are_brought_into_the_zone_of_the_classes(tmp_path: Path) -> None:
+    near, far = "@0016000.00@4178385.50@11@S@.jpg", "@0548916.37@4178385.50@33@S@.jpg"
+    np.savez(tmp_path / "near.npz", descriptors=np.eye(1), names=np.array([near]))
+    east, north, _, _ = utm.from_latlon(*utm.to_latlon(16000.0, 4178385.5, 11, "S", strict=False), force_zone_number=10)
+    images = read_descriptors(tmp_path / "near.npz", zone=10)
+    assert (images.east[0], images.north[0]) == (pytest.approx(east), pytest.approx(north))
+    np.savez(tmp_path / "far.npz", descriptors=np.eye(1), names=np.array([far]))
+    with pytest.raises(JobError, match=r"far\.npz: @0548916.*: UTM zone 33, the classes lie in zone 10"):
+        read_descriptors(tmp_path / "far.npz", zone=10)
+
+
+def test_a_database_in_no_class_is_told_in_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    np.savez(tmp_path / "d.npz", descriptors=np.eye(64)[:40], names=np.array([f"@1{i}@2@.jpg" for i in range(40)]))
+    names = np.array([path.name for path in queries.iterdir()])
+    np.savez(tmp_path / "q.npz", descriptors=np.eye(64)[: len(names)], names=names)
+    words = ["--checkpoint", run, "--database", tmp_path / "d.npz", "--queries", queries, "--out", tmp_path / "o"]
+    words += ["--query-descriptors", tmp_path / "q.npz"]
+    with pytest.raises(JobError, match=r"d\.npz: none of its 40 images lies in a cell of .*run"):
+        run_here(monkeypatch, *words)
+
+
+def test_descriptors_of_two_queries_of_one_name_are_told_apart_by_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, photos = write_run(tmp_path / "run"), write_queries(tmp_path / "photos")
+    queries = tmp_path / "queries"
+    for folder in ("a", "b"):
+        shutil.copytree(photos, queries / folder)
+    names = [str(path.relative_to(queries)) for path in sorted(queries.rglob("*.jpg"))]
+    vectors = unit(np.random.default_rng(0), len(names), 64)
+    database = [name for name in names if name.startswith("b")]
+    np.savez(tmp_path / "d.npz", descriptors=vectors[len(names) // 2 :], names=np.array(database))
+    np.savez(tmp_path / "q.npz", descriptors=vectors[::-1], names=np.array(names[::-1]))
+    words = ["--checkpoint", run, "--database", tmp_path / "d.npz", "--queries", queries, "--out", tmp_path / "o"]
+    run_here(monkeypatch, *words, "--query-descriptors", tmp_path / "q.npz")
+    first = json.loads((tmp_path / "o" / "retrieval.json").read_text())["rows"][0]["r_at_1"]
+    assert 50 <= first < 70  # those in b are their own images, those in a found by chance
+    np.savez(tmp_path / "q.npz", descriptors=vectors, names=np.array([f"c/{Path(name).name}" for name in names]))
+    with pytest.raises(JobError, match=r"q\.npz: 2 descriptors for the query a/@"):
+        run_here(monkeypatch, *words, "--query-descriptors", tmp_path / "q.npz")
 
 
 def test_bad_queries_are_told_before_the_database_is_described(

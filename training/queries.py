@@ -13,10 +13,11 @@ from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 import utm
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from shards.console import JobError
 from shards.names import BadName, PhotoName, parse_name
+from shards.upright import upright_rgb
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 
@@ -75,19 +76,26 @@ def query_size(image_size: int) -> int:
 
 
 def find_photos(folder: Path) -> list[Path]:
-    """All photos under `folder`, sorted by path; JobError where it is no folder or holds none."""
+    """All photos under `folder`, links followed, sorted by path; JobError where it is no folder or holds none."""
     if not folder.is_dir():
         what = "a file; name the folder of photos that holds it" if folder.exists() else "no such folder of photos"
         raise JobError(f"{folder}: {what}")
-    found = [
-        Path(root) / name
-        for root, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and not name.startswith(".")
-    ]
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _leads_back(Path(root, name))]
+        found += [
+            Path(root, name)
+            for name in names
+            if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and not name.startswith(".")
+        ]
     if not found:
         raise JobError(f"{folder}: no photos found (looked for {', '.join(sorted(PHOTO_SUFFIXES))})")
     return sorted(found)
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether this is a link to one of the folders above it."""
+    return folder.is_symlink() and any(above.resolve() == folder.resolve() for above in folder.parents)
 
 
 def list_queries(folder: Path, zone: int | None) -> Queries:
@@ -107,22 +115,21 @@ def list_queries(folder: Path, zone: int | None) -> Queries:
             paths.append(path)
             positions.append((float("nan"), float("nan")))
             continue
-        position: tuple[float, float] | str = (name.east, name.north)
-        if zone and name.zone is not None and name.zone != zone:
-            position = _reproject(name, zone)
-            reprojected += not isinstance(position, str)
+        position = position_in_zone(name, zone)
         if isinstance(position, str):
             set_aside.append(SetAside(path, position))
         else:
             paths.append(path)
             positions.append(position)
+            reprojected += position != (name.east, name.north)
     east_north = np.array(positions, dtype=np.float64).reshape(-1, 2)
     return Queries(Path(folder), tuple(paths), east_north[:, 0], east_north[:, 1], reprojected, tuple(set_aside))
 
 
-def _reproject(name: PhotoName, zone: int) -> tuple[float, float] | str:
-    """Easting and northing in `zone`, or the reason why there are none."""
-    assert name.zone is not None
+def position_in_zone(name: PhotoName, zone: int | None) -> tuple[float, float] | str:
+    """Easting and northing of a name in `zone` (None or 0: as they are), or the reason why there are none."""
+    if not zone or name.zone in (None, zone):
+        return name.east, name.north
     apart = min((name.zone - zone) % 60, (zone - name.zone) % 60)
     if apart > 1:
         return f"UTM zone {name.zone}, the classes lie in zone {zone}"
@@ -142,7 +149,7 @@ def decode_query(photo: Path | BinaryIO, shorter_side: int) -> np.ndarray:
     one of UNREADABLE for a photo that cannot be decoded to its last row.
     """
     with Image.open(photo) as opened:
-        image = ImageOps.exif_transpose(opened).convert("RGB")
+        image = upright_rgb(opened)
     width, height = image.size
     if min(width, height) != shorter_side:
         longer_side = int(shorter_side * max(width, height) / min(width, height))

@@ -35,7 +35,8 @@ function drawResults() {
   $("result-note").textContent = `LR@N: percent of queries with one of the first N answers within ${data.rows[0].threshold_m} m. ` +
     "Chance: a random order of all classes. Ceiling: queries that some class's centre could answer at all. Bold: the scores behind the figures below.";
   for (const problem of data.problems) $("problems").append(el("li", {}, problem));
-  const best = data.rows.reduce((a, b) => ((b.lr_at_1 ?? -1) > (a.lr_at_1 ?? -1) ? b : a));
+  const others = data.rows.filter((row) => !row.fitted);
+  const best = (others.length ? others : data.rows).reduce((a, b) => ((b.lr_at_1 ?? -1) > (a.lr_at_1 ?? -1) ? b : a));
   $("summary").textContent = best.lr_at_1 === undefined || best.lr_at_1 === null ? `${data.rows.length} rows` :
     `Of ${count(best.scored)} query photos ${number(best.lr_at_1)} % are placed within ${best.threshold_m} m at the first answer ` +
     `(chance ${number(best.chance.lr_at_1)} %), among ${count(best.classes)} cells in ${best.groups} groups.`;
