@@ -19,7 +19,7 @@ from evaluation.ranking import RankingForm
 from evaluation.report import write_report
 from evaluation.result_files import Row, format_table, prepare_folder, write_csv, write_json, write_predictions
 from evaluation.sample_photos import SamplePhotos
-from shards.console import JobError, describe_os_error, printable
+from shards.console import JobError, describe_os_error, format_count, printable
 from shards.provenance import provenance
 from training.distributed import World
 from training.queries import Queries, SetAside, list_queries
@@ -173,7 +173,8 @@ def _add(outcome: Outcome, results: Results) -> None:
     _warn_of_photos(folder, "predicted but not scored", unlocated, results)
     if outcome.queries.reprojected:
         zone = outcome.classes.zone
-        results.warn(f"{folder}: {outcome.queries.reprojected} photos of a neighbouring UTM zone reprojected to {zone}")
+        moved = format_count(outcome.queries.reprojected, "photo")
+        results.warn(f"{folder}: {moved} of a neighbouring UTM zone reprojected to {zone}")
     results.outcomes.append(outcome)
     results.rows.append(row)
     if row["scored"] == 0:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from evaluation.sample_photos import read_jpeg
-from shards.console import JobError
+from shards.console import JobError, format_count
 from shards.files import atomic_path
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
@@ -76,7 +76,8 @@ def describe_folder(
         say(f"{aside.path}: left out: {aside.reason}")
     kept = np.flatnonzero(described.readable & queries.located)
     if len(kept) < len(queries) + len(queries.set_aside):
-        say(f"{folder}: {len(queries) + len(queries.set_aside) - len(kept)} photos left out")
+        left_out = len(queries) + len(queries.set_aside) - len(kept)
+        say(f"{folder}: {format_count(left_out, 'photo')} left out")
     if len(kept) == 0:
         raise JobError(f"{folder}: no readable photo with coordinates in its name")
     names = tuple(str(queries.paths[i].relative_to(folder)) for i in kept)
@@ -136,8 +137,8 @@ def describe_shards(
     for reason in list(failures)[:5]:
         say(f"left out: {reason}")
     if failures:
-        missing = len(photos) - len(kept)
-        say(f"{dataset}: {missing:,} photos left out; mend them: python shards/verify.py {dataset} --repair")
+        missing = format_count(len(photos) - len(kept), "photo")
+        say(f"{dataset}: {missing} left out; mend them: python shards/verify.py {dataset} --repair")
     if len(kept) == 0:
         raise JobError(f"{dataset}: no readable photo")
     east, north = (np.concatenate([table[name].to_numpy() for _, table in tables])[kept] for name in ("east", "north"))

@@ -15,7 +15,6 @@ import math
 import os
 import socket
 import sys
-import warnings
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -135,7 +134,6 @@ def read_arguments() -> Arguments:
         if is_wrong:
             print(f"error: {message}", file=sys.stderr)
             raise SystemExit(2)
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     return arguments
 
 

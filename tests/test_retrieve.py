@@ -119,7 +119,7 @@ def test_a_table_compares_the_ways_of_searching(
     said = capsys.readouterr()
     assert "within-cells" in said.out
     if not from_shards:
-        assert "1 photos left out" in said.err
+        assert "1 photo left out" in said.err
         run_here(monkeypatch, *words)
         assert "48 descriptors made before" in capsys.readouterr().err
 

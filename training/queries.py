@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 
 # What Pillow raises for a photo that is damaged, EXIF data included, or a decompression bomb.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half that size, which is read as any other
 
 
 @dataclass(frozen=True)
