@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +50,7 @@ def photo(east: int, north: int, size: int, seed: int) -> np.ndarray:
 def write_dataset(path: Path, classes: ClassTable | None = None, *, size: int = 32, images: int = 10) -> Dataset:
     """Write a finished data set with `images` photos of `size` pixels for every class."""
     classes = classes or class_table()
+    classes = replace(classes, images=np.full(len(classes), images, classes.images.dtype))
     for group in classes.groups:
         stem = path / shard_stem(group, 0)
         stem.parent.mkdir(parents=True)

@@ -6,6 +6,7 @@ import os
 import resource
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,22 +118,32 @@ def check_batch_norms(config: TrainConfig, model: GeoModel, world: World) -> Non
 def make_loader(
     config: TrainConfig, dataset: Dataset, schedule: Schedule, accelerator: Accelerator, world: World
 ) -> Loader:
-    """The loader of this rank's share of every batch."""
-    with accelerator.local_main_process_first():  # it writes the index where there is none
-        return Loader(
-            dataset,
-            schedule,
-            batch_size=config.batch_size,
-            image_size=config.image_size,
-            seed=config.seed,
-            rank=world.rank,
-            world_size=world.size,
-            mode=config.read,
-            stream=StreamSettings(config.stream_run, config.stream_window),
-            decoder=config.decoder,
-            threads=config.threads or None,
-            device=world.device,
-        )
+    """The loader of this rank's share of every batch. JobError on every rank where a host's first has none."""
+    make = partial(
+        Loader,
+        dataset,
+        schedule,
+        batch_size=config.batch_size,
+        image_size=config.image_size,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        mode=config.read,
+        stream=StreamSettings(config.stream_run, config.stream_window),
+        decoder=config.decoder,
+        threads=config.threads or None,
+        device=world.device,
+    )
+    loader, refused = None, None
+    if accelerator.is_local_main_process:  # first, since it writes the index where there is none
+        try:
+            loader = make()
+        except JobError as error:
+            refused = str(error)
+    reasons = [reason for reason in world.gather(refused) if reason is not None]
+    if reasons:
+        raise JobError(reasons[0])
+    return loader or make()
 
 
 def make_profiler(config: TrainConfig) -> Any:

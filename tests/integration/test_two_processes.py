@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tiny import ROOT, arguments, class_table, train, write_dataset, write_queries
 
+from shards.layout import CLASSES
 from training.checkpoint import list_checkpoints, load_checkpoint, load_for_evaluation, training_values
 from training.run_folder import read_losses
 
@@ -109,10 +110,16 @@ def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
     assert told.count("error: --shard-head: group 0 has 1 classes for 2 processes\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("wrong", "words"), [("--s=0", "--s 0.0: must be"), ("--no-such-flag", "Unrecognized options: --no")]
-)
-def test_wrong_arguments_are_told_once(tmp_path: Path, wrong: str, words: str) -> None:
-    code, out, told = train([*arguments(tmp_path, tmp_path / "r"), wrong], processes=2)
+def test_a_data_set_that_the_first_process_cannot_open_is_told_once(tmp_path: Path) -> None:
+    shards = write_dataset(tmp_path / "shards", class_table(side=2), images=9).path
+    class_table(side=2).save(shards / CLASSES)  # ten photos a class
+    code, _, told = train(arguments(shards, tmp_path / "r"), processes=2)
     assert code == 1
-    assert (out + told).count(words) == 1
+    assert told.count("its sample tables do not fit classes.parquet") == 1
+    assert "gloo" not in told  # no rank was left alone in a barrier
+
+
+def test_wrong_arguments_are_told_once(tmp_path: Path) -> None:
+    code, out, told = train([*arguments(tmp_path, tmp_path / "r"), "--no-such-flag"], processes=2)
+    assert code == 1
+    assert (out + told).count("Unrecognized options: --no") == 1
