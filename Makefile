@@ -34,8 +34,6 @@ lint: $(STAMP)
 	$(BIN)/hadolint launch/Dockerfile
 
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
-# Slow tests wait for processes that they start a third of the time: three at once keep two cores busy.
-PYTEST_SLOW := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --durations 10 -m slow
 REACHED = $$($(BIN)/coverage report --format=total) % of the lines
 
 test-fast: $(STAMP)
@@ -44,7 +42,7 @@ test-fast: $(STAMP)
 # Coverage costs a quarter of the time, so that only the fast tests carry it here.
 test: lint
 	$(PYTEST) -m 'not slow' --cov --cov-report=xml
-	$(PYTEST_SLOW)
+	$(PYTEST) --durations 10 -m slow
 	@echo "the fast tests reach $(REACHED) (make coverage: all tests, and which lines)"
 
 coverage: $(STAMP)
