@@ -25,10 +25,10 @@ from preprocessing.photos import Bad
 from preprocessing.plan import ShardTask
 from preprocessing.sources import Source
 from shards.classes import ClassTable
-from shards.console import JobError
+from shards.console import JobError, one_line
 from shards.files import atomic_path, atomic_write_text
 from shards.layout import REVISIONS, SHARD_SAMPLES, shard_stem
-from shards.soundness import READ_ERRORS, one_line
+from shards.soundness import READ_ERRORS
 
 _STAGE = ".revision"
 

@@ -61,6 +61,13 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{what}{advice}"
 
 
+def one_line(error: BaseException) -> str:
+    """An error in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return describe_os_error(OSError(error.errno, error.strerror))
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _fail(message: str, code: int = 1) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code

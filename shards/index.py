@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.classes import ClassTable
-from shards.console import JobError
+from shards.console import JobError, one_line
 from shards.files import atomic_folder, locked
 from shards.layout import CLASSES, INDEX, group_name, shard_tables
 
@@ -157,7 +157,7 @@ def _read_table(table: Path) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the system's: permissions
             raise
-        raise JobError(f"{table}: damaged ({' '.join(str(error).split())}); run shards/verify.py --repair") from None
+        raise JobError(f"{table}: damaged ({one_line(error)}); run shards/verify.py --repair") from None
 
 
 def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -> None:

@@ -198,7 +198,7 @@ def _class_caption(pen: ImageDraw.ImageDraw, dataset: Dataset, group: int, label
     lines = (
         f"{of_group.cell_east[label]:,} E",
         f"{of_group.cell_north[label]:,} N",
-        f"{format_count(int(of_group.images[label]), 'photo')}",
+        format_count(int(of_group.images[label]), "photo"),
     )
     for number, line in enumerate(lines):
         _write(pen, (_EDGE + 16, y + 62 + 20 * number), line, 14, _FAINT)

@@ -98,7 +98,7 @@ def _rebuild_dali_index(path: Path) -> None:
 def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | None, workers: int) -> None:
     """Take away the broken shards and run the build, which makes them and finishes."""
     if source is None:
-        what = f"{format_count(len(stems), 'shard')}" if stems else ", ".join(sorted(broken & set(_FINISHED_BY_BUILD)))
+        what = format_count(len(stems), "shard") if stems else ", ".join(sorted(broken & set(_FINISHED_BY_BUILD)))
         raise JobError(
             f"{dataset}: rebuilding {what} takes the photos it was made from; name them with --source PHOTOS"
         )

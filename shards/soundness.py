@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from shards.checksums import checksum
 from shards.classes import ClassTable
-from shards.console import JobError, describe_os_error, format_count, printable
+from shards.console import JobError, format_count, one_line, printable
 from shards.index import gather
 from shards.layout import INDEX, SAMPLE_COLUMNS, group_name
 from shards.writer import TAR_BLOCK, ShardWriter
@@ -184,13 +184,6 @@ def damaged_tables_named(place: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:  # the system's: a full disk, permissions
             raise
         raise JobError(f"{place}: a table is damaged ({one_line(error)}); run shards/verify.py {place}") from None
-
-
-def one_line(error: BaseException) -> str:
-    """An error in one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return describe_os_error(OSError(error.errno, error.strerror))
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _blank_facts() -> dict[str, None]:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from shards.checksums import DamagedChecksums, files_below, read_checksums
 from shards.classes import ClassTable
-from shards.console import JobError, format_count
+from shards.console import JobError, format_count, one_line
 from shards.dataset import Manifest, check_folder
 from shards.files import TEMPORARY_SUFFIX
 from shards.layout import (
@@ -41,7 +41,7 @@ from shards.layout import (
     group_name,
     shard_stem,
 )
-from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum, one_line
+from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum
 from shards.store import Store
 from shards.workers import follow_parent
 

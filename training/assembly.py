@@ -134,16 +134,8 @@ def make_loader(
         threads=config.threads or None,
         device=world.device,
     )
-    loader, refused = None, None
-    if accelerator.is_local_main_process:  # first, since it writes the index where there is none
-        try:
-            loader = make()
-        except JobError as error:
-            refused = str(error)
-    reasons = [reason for reason in world.gather(refused) if reason is not None]
-    if reasons:
-        raise JobError(reasons[0])
-    return loader or make()
+    first = world.made_on(accelerator.is_local_main_process, make)  # it writes the index where there is none
+    return first or make()
 
 
 def make_profiler(config: TrainConfig) -> Any:

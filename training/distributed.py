@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from shards.console import JobError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,19 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+    def made_on(self, chosen: bool, make: Callable[[], T]) -> T | None:
+        """What `make` gives on the ranks that are `chosen`, None on the others; a JobError of one stops every rank."""
+        made, refused = None, None
+        if chosen:
+            try:
+                made = make()
+            except JobError as error:
+                refused = str(error)
+        for reason in self.gather(refused):
+            if reason is not None:
+                raise JobError(reason)
+        return made
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -46,6 +46,7 @@ class HeadBank:
         )
         if self.sharded:
             self.holders = dict.fromkeys(self.groups, everyone)
+        self.parts_by_rank = [parts_of_share(config.batch_size, r, world.size, config.accumulate) for r in everyone]
         self.heads: dict[int, Head] = {group: self._make_head(group, dim) for group in self.groups}
         trained = [group for group in self.groups if world.rank in self.holders[group]]
         self.optimizers = {group: make_adam(self.heads[group].parameters(), config.head_lr) for group in trained}
@@ -100,10 +101,7 @@ class HeadBank:
         head, config = self.heads[group], self.config
         if not isinstance(head, ShardedHead):
             return head.losses_and_hits(descriptors, labels)
-        shares = [
-            parts_of_share(config.batch_size, r, self.world.size, config.accumulate) for r in range(self.world.size)
-        ]
-        sizes = [count_of_group(config.schedule, self.groups, group, share[part]) for share in shares]
+        sizes = [count_of_group(config.schedule, self.groups, group, parts[part]) for parts in self.parts_by_rank]
         return head.losses_and_hits(descriptors, labels, sizes)
 
     def reduce_gradients(self, groups: Iterable[int]) -> int:

@@ -88,16 +88,13 @@ class Trainer:
 
     def _lock(self) -> TextIO | None:
         """Keep other trainings out of the folder; JobError on every rank where rank 0 is kept out."""
-        lock, reason = None, None
-        if self.world.is_main:
-            try:
-                lock = lock_run(self.config.out)
-                check_run_folder(self.config.out, self.config.resume)  # a run may have come and gone since the first
-            except JobError as error:
-                reason = str(error)
-        if (refused := self.world.gather(reason)[0]) is not None:
-            raise JobError(refused)
-        return lock
+
+        def lock() -> TextIO | None:
+            file = lock_run(self.config.out)
+            check_run_folder(self.config.out, self.config.resume)  # a run may have come and gone since the first
+            return file
+
+        return self.world.made_on(self.world.is_main, lock)
 
     def say(self, message: str) -> None:
         """Print a line on the main process."""
