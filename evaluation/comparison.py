@@ -127,7 +127,7 @@ def _load(path: Path, notes: Results, world: World) -> Localiser | None:
 def _list(folder: Path, localiser: Localiser, world: World) -> Queries | str:
     """The queries of a folder, or on all ranks the reason why there is nothing to answer."""
     try:
-        found: Queries | str = list_queries(folder, localiser.classes.zone)
+        found: Queries | str = list_queries(folder, localiser.classes.zone, southern=localiser.classes.southern)
     except JobError as error:
         found = str(error)
     found = world.gather(found)[0] if world.size > 1 else found
@@ -141,7 +141,7 @@ def _calibrate(localiser: Localiser, path: Path, notes: Results, world: World) -
     folder = notes.job.val_queries
     if folder is None and localiser.calibration is None:
         trained_with = localiser.config.val_queries
-        found = trained_with if trained_with is not None and trained_with.is_dir() else None
+        found = trained_with if trained_with is not None and trained_with.exists() else None
         folder = world.gather(found)[0]
     if folder is None:
         return

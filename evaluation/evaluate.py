@@ -1,8 +1,8 @@
 """LR@N of checkpoints on query sets, with a report.
 
-python evaluation/evaluate.py --checkpoints RUN [RUN ...] --queries DIR [DIR ...] --out DIR
+python evaluation/evaluate.py --checkpoints RUN [RUN ...] --queries PHOTOS [PHOTOS ...] --out DIR
 
-accelerate launch evaluation/evaluate.py --checkpoints RUN --queries DIR --out DIR
+accelerate launch evaluation/evaluate.py --checkpoints RUN --queries PHOTOS --out DIR
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class Arguments:
     checkpoints: tuple[Path, ...]
     """Runs (their best checkpoint is taken) or single checkpoint folders."""
     queries: tuple[Path, ...]
-    """Folders of query photos named by UTM position; photos without coordinates are predicted but not scored."""
+    """Folders of query photos named by UTM position, or lists (.csv, .parquet) with their places; photos without
+    coordinates are predicted but not scored."""
     out: Path
     """Folder for the results."""
     ns: tuple[int, ...] = RECALL_NS

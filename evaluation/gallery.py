@@ -23,7 +23,7 @@ from shards.console import JobError, format_count
 from shards.files import atomic_path
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
-from training.queries import list_queries, position_in_zone, read_queries
+from training.queries import bring_into_zone, list_queries, places_of_names, read_queries
 from training.scoring import describe_batches
 
 
@@ -65,11 +65,12 @@ class Gallery:
         return len(self.images) - int(self.starts[-1])
 
 
-def describe_folder(
-    localiser: Localiser, folder: Path, say: Callable[[str], None], *, batch_size: int, threads: int
+def describe_photos(
+    localiser: Localiser, source: Path, say: Callable[[str], None], *, batch_size: int, threads: int
 ) -> Images:
-    """Descriptors of the photos in a folder, named by their UTM position; others are said and left out."""
-    queries = list_queries(folder, localiser.classes.zone)
+    """Descriptors of the photos of a folder, named by their UTM position, or of a list; those without a place are said
+    and left out."""
+    queries = list_queries(source, localiser.classes.zone, southern=localiser.classes.southern)
     described = localiser.describe(queries.paths, batch_size=batch_size, threads=threads)
     unlocated = queries.unlocated(described.readable)
     for aside in (*queries.set_aside[:5], *described.failures[:5], *unlocated[:5]):
@@ -77,10 +78,10 @@ def describe_folder(
     kept = np.flatnonzero(described.readable & queries.located)
     if len(kept) < len(queries) + len(queries.set_aside):
         left_out = len(queries) + len(queries.set_aside) - len(kept)
-        say(f"{folder}: {format_count(left_out, 'photo')} left out")
+        say(f"{source}: {format_count(left_out, 'photo')} left out")
     if len(kept) == 0:
-        raise JobError(f"{folder}: no readable photo with coordinates in its name")
-    names = tuple(str(queries.paths[i].relative_to(folder)) for i in kept)
+        raise JobError(f"{source}: no readable photo with coordinates")
+    names = tuple(queries.names[i] for i in kept)
     return Images(described.vectors.numpy()[kept], queries.east[kept], queries.north[kept], names)
 
 
@@ -168,22 +169,22 @@ def read_descriptors(path: Path, zone: int = 0) -> Images:
         raise JobError(f"{path}: descriptors of shape {list(vectors.shape)} for {len(names)} names; give each its name")
     if vectors.size == 0:
         raise JobError(f"{path}: holds no descriptors")
-    positions = []
-    for name in names:
+    places = places_of_names(names)
+    for row in np.flatnonzero(np.isnan(places.east)):
         try:
-            position = position_in_zone(parse_name(name), zone)
+            parse_name(names[row])
         except BadName as error:
-            raise JobError(f"{path}: {name}: {error}") from error
-        if isinstance(position, str):
-            raise JobError(f"{path}: {name}: {position}")
-        positions.append(position)
-    east, north = np.array(positions).T
+            raise JobError(f"{path}: {names[row]}: {error}") from error
+    _, unfit = bring_into_zone(names, places, zone)
+    if unfit:
+        first = min(unfit)
+        raise JobError(f"{path}: {names[first]}: {unfit[first]}")
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(lengths).all():
         first = names[int(np.flatnonzero(~np.isfinite(lengths))[0])]
         raise JobError(f"{path}: the descriptor of {first} holds numbers that are not finite; make it again")
     vectors /= np.maximum(lengths, 1e-12)
-    return Images(vectors, east, north, tuple(names))
+    return Images(vectors, places.east, places.north, tuple(names))
 
 
 def database_images(
@@ -205,7 +206,7 @@ def database_images(
     if (database / MANIFEST).exists():
         images = describe_shards(localiser, database, say, batch_size=batch_size, threads=threads)
     else:
-        images = describe_folder(localiser, database, say, batch_size=batch_size, threads=threads)
+        images = describe_photos(localiser, database, say, batch_size=batch_size, threads=threads)
     with atomic_path(cache) as partial, partial.open("wb") as file:
         np.savez(
             file, descriptors=images.vectors, east=images.east, north=images.north, names=np.array(images.names),

@@ -80,13 +80,13 @@ class Outcome:
     @property
     def name(self) -> tuple[str, str]:
         """Checkpoint and query set as they were given."""
-        return self.checkpoint, str(self.queries.folder)
+        return self.checkpoint, str(self.queries.source)
 
     @property
     def fitted(self) -> bool:
         """Form and confidence were fitted to these very queries, which flatters both."""
         found = self.localiser.calibration
-        return found is not None and self.queries.folder.resolve() == Path(found.queries).resolve()
+        return found is not None and self.queries.source.resolve() == Path(found.queries).resolve()
 
     @property
     def own(self) -> Answers:
@@ -117,7 +117,7 @@ class Outcome:
         return {
             "checkpoint": self.checkpoint,
             "checkpoint_step": self.checkpoint_step,
-            "queries": str(queries.folder),
+            "queries": str(queries.source),
             "form": self.form,
             "fitted": self.fitted,
             **recalls[self.form],
@@ -232,7 +232,7 @@ def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world:
             form: (np.concatenate([p[form][0] for p in everyone]), np.concatenate([p[form][1] for p in everyone]))
             for form in RANKING_FORMS
         }
-        fitted = fit(answers, str(queries.folder), localiser.trained_form)
+        fitted = fit(answers, str(queries.source), localiser.trained_form)
     return world.gather(fitted)[0]
 
 

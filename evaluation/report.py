@@ -57,13 +57,13 @@ def report_data(
     sets: dict[str, Any] = {}
     cells: dict[str, Any] = {}
     answers = []
-    query_sets = {(str(o.queries.folder), o.classes.zone): o.queries for o in outcomes}
+    query_sets = {(str(o.queries.source), o.classes.zone): o.queries for o in outcomes}
     total = sum(len(queries) for queries in query_sets.values())
     for (folder, zone), queries in query_sets.items():
         budget = _THUMBNAIL_BYTES * len(queries) // max(total, 1)
         sets[_name(folder, zone)] = _query_set(queries, corner, budget)
     for outcome in outcomes:
-        key = _name(str(outcome.queries.folder), outcome.classes.zone)
+        key = _name(str(outcome.queries.source), outcome.classes.zone)
         cells.setdefault(outcome.classes.fingerprint(), map_cells(outcome.classes, corner))
         galleries = _galleries(outcome)
         shown = sorted({i for some in galleries.values() for i in some})
@@ -94,7 +94,7 @@ def _name(folder: str, zone: int) -> str:
 
 def _query_set(queries: Queries, corner: tuple[int, int], budget: int) -> dict[str, Any]:
     return {
-        "photos": [str(path.relative_to(queries.folder)) for path in queries.paths],
+        "photos": list(queries.names),
         "east": _rounded(queries.east - corner[0], 1),
         "north": _rounded(queries.north - corner[1], 1),
         "thumbs": thumbnails(queries.paths, budget),

@@ -107,8 +107,8 @@ def predictions_table(outcome: Outcome) -> pa.Table:
 
     columns = {
         "checkpoint": [outcome.checkpoint] * count,
-        "queries": [str(queries.folder)] * count,
-        "photo": [str(path.relative_to(queries.folder)) for path in queries.paths],
+        "queries": [str(queries.source)] * count,
+        "photo": queries.names,
         "form": [outcome.form] * count,
         "readable": outcome.readable,
         "scored": outcome.scored,

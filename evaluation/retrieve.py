@@ -1,6 +1,6 @@
 """Retrieval of database images, exhaustively and within the cells that the classifier names.
 
-python evaluation/retrieve.py --checkpoint RUN --database DIR --queries DIR --out DIR [--top-cells 10]
+python evaluation/retrieve.py --checkpoint RUN --database DIR --queries PHOTOS --out DIR [--top-cells 10]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 
-from evaluation.gallery import Gallery, Images, database_images, describe_folder, read_descriptors
+from evaluation.gallery import Gallery, Images, database_images, describe_photos, read_descriptors
 from evaluation.localiser import Localiser, choose_device, load_localiser
 from evaluation.result_files import prepare_folder, write_json
 from evaluation.searchers import CellSearcher, FaissSearcher, Searcher, load_faiss
@@ -42,7 +42,7 @@ class Arguments:
     database: Path
     """Folder of photos named by UTM position, a data set of shards, or descriptors (.npz, or .npy beside .txt)."""
     queries: Path
-    """Folder of query photos named by UTM position."""
+    """Folder of query photos named by UTM position, or a list (.csv, .parquet) with their places."""
     out: Path
     """Folder for retrieval.json and the database's descriptors."""
     query_descriptors: Path | None = None
@@ -83,7 +83,7 @@ def main() -> None:
     prepare_folder(arguments.out)
     localiser = load_localiser(arguments.checkpoint, choose_device(cpu=arguments.cpu))
     reading = {"batch_size": arguments.batch_size, "threads": len(os.sched_getaffinity(0))}
-    queries = describe_folder(localiser, arguments.queries, _warn, **reading)
+    queries = describe_photos(localiser, arguments.queries, _warn, **reading)
     vectors = _other_descriptors(arguments.query_descriptors, queries) or queries
     database = database_images(localiser, arguments.database, arguments.out / "database.npz", _warn, **reading)
     if vectors.vectors.shape[1] != database.vectors.shape[1]:

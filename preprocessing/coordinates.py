@@ -6,11 +6,11 @@ from itertools import islice
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import utm
 
-from preprocessing.photos import Bad, Listing, Places
+from preprocessing.photos import Bad, Listing
 from shards.console import printable
 from shards.names import BadName, hash_names, parse_name, parse_utm
+from shards.plane import Places, into_zone
 
 _BANDS_SOUGHT = 1000
 
@@ -49,15 +49,6 @@ def is_southern(paths: pa.Array, places: Places) -> bool:
     return next((band < "N" for band in bands if band), False)
 
 
-def zone_of(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
-    """The UTM zone of every point in degrees, int8 [n], with the wide zones of Norway and Svalbard."""
-    zone = (np.floor((longitude + 180) / 6) % 60 + 1).astype(np.int8)
-    zone[(latitude >= 56) & (latitude < 64) & (longitude >= 3) & (longitude < 12)] = 32
-    svalbard = (latitude >= 72) & (longitude >= 0) & (longitude < 42)
-    zone[svalbard] = np.array([31, 33, 35, 37])[np.searchsorted([9, 21, 33], longitude[svalbard], side="right")]
-    return zone
-
-
 def _common_zone(zones: np.ndarray, east: np.ndarray) -> int:
     counts = np.bincount(zones, minlength=61)
     if np.count_nonzero(counts[1:]) > 1:
@@ -78,32 +69,13 @@ def _without_coordinates(paths: pa.Array, east: np.ndarray) -> list[Bad]:
 
 def _unify_zones(paths: pa.Array, places: Places, zone: int) -> list[Bad]:
     """Carry photos of the neighbouring zones into `zone`'s plane, in place; set those of farther zones aside."""
-    bad: list[Bad] = []
-    east, north = places.east, places.north
-    others = (places.zones != 0) & (places.zones != zone)
-    if not others.any():
-        return bad
-    others &= np.isfinite(east)
-    for other in np.unique(places.zones[others]).tolist():
-        rows = np.flatnonzero(others & (places.zones == other))
-        if abs(other - zone) in (1, 59):
-            if places.southern is not None:
-                southern = places.southern[rows]
-            else:
-                southern = np.array([parse_name(paths[row].as_py()).band < "N" for row in rows])
-            for half, is_northern in ((rows[southern], False), (rows[~southern], True)):
-                if len(half):
-                    latitude, longitude = utm.to_latlon(
-                        east[half], north[half], other, northern=is_northern, strict=False
-                    )
-                    east[half], north[half], _, _ = utm.from_latlon(
-                        latitude, longitude, force_zone_number=zone, force_northern=is_northern
-                    )
-        else:
-            east[rows] = north[rows] = np.nan
-            detail = f"UTM zone {other} where most photos are in zone {zone}"
-            bad += [Bad(paths[row].as_py(), "zone mismatch", detail) for row in rows]
-    return bad
+    moves = into_zone(places, paths, zone)
+    bad = [
+        Bad(paths[row].as_py(), "zone mismatch", f"UTM zone {places.zones[row]} where most photos are in zone {zone}")
+        for row in moves.far
+    ]
+    nowhere = f"nowhere in UTM zone {zone}"
+    return bad + [Bad(paths[row].as_py(), "coordinates out of range", nowhere) for row in moves.nowhere]
 
 
 def _duplicates(listing: Listing, east: np.ndarray, names: np.ndarray) -> list[Bad]:

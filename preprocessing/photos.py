@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.console import JobError, describe_os_error, printable
 from shards.files import atomic_path
+from shards.photo_list import PathColumn
+from shards.plane import Places
 
 PHOTO_EXTENSIONS = (".jpg", ".jpeg", ".png")
 _BATCH = 100_000
@@ -42,20 +43,6 @@ def list_reasons(counts: Counter[str]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
-@dataclass
-class Places:
-    """Where and when photos were taken, row by row, [n]: `east` and `north` in metres (float64, NaN where unusable),
-    `zones` (int8, 0 where unknown), `southern` (bool), `heading` in degrees (float32, NaN where unknown) and
-    `timestamp` (string). None: the names say it."""
-
-    east: np.ndarray
-    north: np.ndarray
-    zones: np.ndarray
-    southern: np.ndarray | None = None
-    heading: np.ndarray | None = None
-    timestamp: pa.Array | None = None
-
-
 @dataclass(frozen=True)
 class Listing:
     """The photos of a source: `paths` (large_string [n], relative to the folder or URL `root`), those set aside
@@ -77,32 +64,6 @@ class Listing:
     def found(self) -> int:
         """How many photos there are, with those set aside."""
         return len(self.paths) + len(self.bad)
-
-
-class PathColumn:
-    """Gathers paths into one Arrow array without a second copy of them: 41 million take 4 GB."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-        self._ends = [np.zeros(1, np.int64)]
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def add(self, paths: pa.Array) -> None:
-        """Append a large_string array."""
-        _, offsets, data = paths.buffers()
-        ends = np.frombuffer(offsets, np.int64)[paths.offset : paths.offset + len(paths) + 1]
-        self._count += len(paths)
-        if len(paths):
-            self._ends.append(ends[1:] - ends[0] + len(self._data))
-            self._data += memoryview(data)[ends[0] : ends[-1]]
-
-    def array(self) -> pa.Array:
-        """All paths, large_string [n]; nothing may be added afterwards."""
-        ends = np.concatenate(self._ends)
-        return pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(self._data))
 
 
 def list_photos(

@@ -17,12 +17,13 @@ import pyarrow as pa
 from preprocessing.codec import Codec, codec_name, make_resizer
 from preprocessing.coordinates import is_southern, locate
 from preprocessing.partition import Partition, make_partition
-from preprocessing.photos import Bad, Listing, Places
+from preprocessing.photos import Bad, Listing
 from preprocessing.resize import ResizeFilter, Resizer
 from preprocessing.sources import turns
 from shards.classes import ClassTable
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
+from shards.plane import Places
 
 _STEP = 1 << 20
 

@@ -8,15 +8,19 @@ import errno
 import os
 import re
 import stat
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from preprocessing.photo_list import LIST_EXTENSIONS, read_list
-from preprocessing.photos import Listing, list_photos
+import numpy as np
+import pyarrow as pa
+
+from preprocessing.photos import Bad, Listing, list_photos, list_reasons
 from preprocessing.remote import list_remote, read_remote
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
-from shards.console import JobError, describe_os_error
+from shards.console import JobError, describe_os_error, printable
+from shards.photo_list import is_list, read_list
 from shards.store import is_url
 
 _BAD_SECTOR_ERRORS = (errno.EACCES, errno.EIO, errno.ELOOP, errno.EPERM, errno.ENAMETOOLONG, errno.EUCLEAN)
@@ -36,7 +40,7 @@ class Source:
     def of(place: Path | str, root: Path | str | None = None, crops: int = 0) -> "Source":
         """The source at `place`; paths in a list are relative to the list's folder where `root` is None."""
         place = str(place)
-        if not _is_list(place):
+        if is_url(place) or not is_list(place):
             root = place
         elif root is None:
             root = Path(place).parent
@@ -50,7 +54,7 @@ class Source:
     @property
     def is_list(self) -> bool:
         """Whether the photos are named by a CSV or Parquet file."""
-        return _is_list(self.place)
+        return not is_url(self.place) and is_list(self.place)
 
     def check(self, out: Path) -> None:
         """Raise `JobError` where the source is not there, or holds the folder `out` of the data set."""
@@ -70,7 +74,7 @@ class Source:
             return list_remote(self.place, cache, progress)
         if not self.is_list:
             return list_photos(Path(self.place), cache, progress, as_recorded=as_recorded)
-        listing = read_list(Path(self.place), self.root, zone)
+        listing = list_named(Path(self.place), self.root, zone)
         progress(len(listing))
         return listing
 
@@ -82,8 +86,33 @@ class Source:
         return read_photo(path, self.root if self.is_list else os.path.dirname(path))
 
 
-def _is_list(place: str) -> bool:
-    return not is_url(place) and place.lower().endswith(LIST_EXTENSIONS) and not os.path.isdir(place)
+def list_named(file: Path, root: Path | str, zone: int) -> Listing:
+    """The photos in a CSV or Parquet list (see `read_list`); their paths are relative to `root` (a folder or URL), or
+    absolute.
+
+    Rows without usable values are set aside with the reason. Raises `JobError` where the list cannot be read, or names
+    no photo with its place.
+    """
+    listed = read_list(file, zone)
+    paths, places = listed.paths, listed.places
+    bad = [
+        Bad(printable(paths[row].as_py()) or f"row {row + 1}", reason, printable(listed.values(int(row))))
+        for reason, rows in listed.unusable.items()
+        for row in np.flatnonzero(rows)
+    ]
+    good = np.isfinite(places.east)
+    if not good.any():
+        reasons = list_reasons(Counter(b.reason for b in bad))
+        raise JobError(
+            f"{file}: none of its {len(paths)} rows names a photo and its place{reasons and f' ({reasons})'}"
+        )
+    if not good.all():
+        assert places.timestamp is not None
+        rows = pa.array(np.flatnonzero(good))
+        paths, places.timestamp = paths.take(rows), places.timestamp.take(rows)
+        for name in ("east", "north", "zones", "southern", "heading"):
+            setattr(places, name, getattr(places, name)[good])
+    return Listing(root, paths, bad, places=places)
 
 
 def prefix(number: int) -> str:

@@ -18,7 +18,7 @@ from evaluation import evaluate
 from evaluation.ranking import RANKING_FORMS
 from evaluation.result_files import is_southern
 from shards.console import JobError, WrongArguments
-from shards.names import PhotoName, format_name
+from shards.names import PhotoName, format_name, parse_name
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,33 @@ def test_what_cannot_be_evaluated_is_one_line_and_the_rest_goes_on(
     assert sum(line.startswith("error: ") for line in said) == 4
     assert results["problems"] == said
     assert (tmp_path / "o" / "report.html").exists()
+
+
+def test_queries_of_a_list_are_answered_as_those_of_a_folder(
+    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, queries = shutil.copytree(run_and_queries[0], tmp_path / "run"), run_and_queries[1]
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rows = ["path,east,north"]
+    for number, photo in enumerate(sorted(queries.iterdir())):
+        known = parse_name(photo.name)
+        shutil.copy(photo, folder / f"IMG_{number}.jpg")
+        rows.append(f"photos/IMG_{number}.jpg,{known.east},{known.north}")
+    listed = tmp_path / "queries.csv"
+    listed.write_text("\n".join([*rows, "photos/IMG_0.jpg,,", "photos/IMG_99.jpg,548900,4178200"]))
+    words = ["--checkpoints", run, "--queries", queries, listed, "--val-queries", listed, "--out", tmp_path / "o"]
+    assert run_here(monkeypatch, *words) == 0
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    by_name, by_list = results["rows"]
+    assert by_list["queries"] == str(listed)
+    assert (by_list["scored"], by_list["unlocated"], by_list["unreadable"]) == (32, 1, 1)
+    assert (by_name["fitted"], by_list["fitted"]) == (False, True)
+    for name in ("lr_at_1", "lr_at_20", "median_error_m", "ceiling", "by_group"):
+        assert by_list[name] == by_name[name], name
+    table = pq.read_table(tmp_path / "o" / "predictions.parquet")
+    assert table["photo"].to_pylist()[32:35] == ["photos/IMG_0.jpg", "photos/IMG_1.jpg", "photos/IMG_2.jpg"]
+    assert "photos/IMG_31.jpg" in (tmp_path / "o" / "report.html").read_text()
 
 
 def test_without_a_row_earlier_results_stay_as_they_were(

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv as csv
 import pytest
 import torchvision.transforms.functional as F
 import utm
@@ -38,7 +40,7 @@ def test_photos_are_found_in_all_folders_and_sorted(tmp_path: Path) -> None:
     for name in ("b/@1@2@x@.JPG", "a/@1@2@x@.png", "@1@2@x@.jpeg"):
         save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("")
-    found = list_queries(tmp_path, None)
+    found = list_queries(tmp_path, 0)
     assert [p.relative_to(tmp_path).as_posix() for p in found.paths] == [
         "@1@2@x@.jpeg",
         "a/@1@2@x@.png",
@@ -53,7 +55,7 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> Non
     (tmp_path / "q" / "sub" / "up").symlink_to(tmp_path / "q")
     (tmp_path / "q" / "aside").symlink_to(tmp_path / "other")
     (tmp_path / "other" / "back").symlink_to(tmp_path / "q")
-    found = [path.relative_to(tmp_path / "q").as_posix() for path in list_queries(tmp_path / "q", None).paths]
+    found = [path.relative_to(tmp_path / "q").as_posix() for path in list_queries(tmp_path / "q", 0).paths]
     assert found == ["@1@2@.jpg", "aside/@5@6@.jpg", "sub/@3@4@.jpg"]
 
 
@@ -87,6 +89,74 @@ def test_queries_without_coordinates_are_kept_and_not_located(tmp_path: Path) ->
     save(named(tmp_path, 544000.0, 4180000.0, None))
     queries = list_queries(tmp_path, 10)
     assert queries.located.tolist() == [True, False]
+
+
+def write_list(file: Path, **columns: list[Any]) -> Path:
+    csv.write_csv(pa.table(columns), file)
+    return file
+
+
+def test_queries_of_a_list_lie_where_the_same_photos_by_their_names_do(tmp_path: Path) -> None:
+    points = [(LATITUDE + i * 1e-4, LONGITUDE + i * 5e-3) for i in range(5)]  # zones 10 and 11
+    photos = []
+    for i, point in enumerate(points):
+        east, north, zone, _ = utm.from_latlon(*point)
+        photos.append(save(named(tmp_path / "q", east, north, zone, str(i))))
+        save(tmp_path / f"{i}.jpg")
+    latitude, longitude = ([point[k] for point in points] for k in (0, 1))
+    by_name = list_queries(tmp_path / "q", 10)
+    order = np.argsort([path.name for path in photos])
+    assert by_name.reprojected > 0
+    degrees = write_list(
+        tmp_path / "degrees.csv", path=[f"{i}.jpg" for i in range(5)], latitude=latitude, longitude=longitude
+    )
+    utm_metres = [utm.from_latlon(*point) for point in points]
+    metres = write_list(
+        tmp_path / "metres.csv",
+        path=[str(path) for path in photos],
+        east=[p[0] for p in utm_metres],
+        north=[p[1] for p in utm_metres],
+        zone=[f"{p[2]}{p[3]}" for p in utm_metres],
+    )
+    for some, names in ((degrees, [f"{i}.jpg" for i in range(5)]), (metres, [str(path) for path in photos])):
+        listed = list_queries(some, 10)
+        assert (listed.source, listed.names) == (some, tuple(names))
+        assert listed.paths == tuple(tmp_path / name for name in names)
+        np.testing.assert_allclose(listed.east[order], by_name.east, atol=0.05)
+        np.testing.assert_allclose(listed.north[order], by_name.north, atol=0.05)
+
+
+def test_rows_of_a_list_without_a_place_are_kept_and_those_far_away_or_without_a_path_set_aside(tmp_path: Path) -> None:
+    rows = [("a.jpg", "37.75", "-122.4"), ("b.jpg", "", ""), ("c.jpg", "48.2", "16.4"), ("", "37.75", "-122.4")]
+    path, latitude, longitude = (list(column) for column in zip(*rows, strict=True))
+    file = write_list(tmp_path / "list.csv", path=path, latitude=latitude, longitude=longitude)
+    queries = list_queries(file, 10)
+    assert queries.names == ("a.jpg", "b.jpg")
+    assert queries.located.tolist() == [True, False]
+    assert queries.unlocated(np.ones(2, bool))[0].reason == "no usable coordinates in its row"
+    assert [(aside.path.name, aside.reason) for aside in queries.set_aside] == [
+        ("c.jpg", "zone mismatch"),
+        ("row 4", "no path"),
+    ]
+
+
+def test_a_list_in_degrees_lies_in_the_hemisphere_of_the_classes(tmp_path: Path) -> None:
+    file = write_list(tmp_path / "list.csv", path=["a.jpg"], latitude=[1e-5], longitude=[36.1])
+    assert list_queries(file, 37).north[0] == pytest.approx(1.1, abs=0.1)
+    assert list_queries(file, 37, southern=True).north[0] == pytest.approx(1e7 + 1.1, abs=0.1)
+
+
+def test_a_list_that_cannot_be_compared_with_the_classes_is_a_clear_error(tmp_path: Path) -> None:
+    degrees = write_list(tmp_path / "d.csv", path=["a.jpg"], latitude=[37.7], longitude=[-122.4])
+    with pytest.raises(JobError, match="no UTM zone, so that it must give east and north"):
+        list_queries(degrees, 0)
+    assert list_queries(write_list(tmp_path / "m.csv", path=["a.jpg"], east=[3.0], north=[4.0]), 0).east[0] == 3
+    with pytest.raises(JobError, match="none of its 2 rows names a photo"):
+        list_queries(write_list(tmp_path / "n.csv", path=["", " "], east=[3.0] * 2, north=[4.0] * 2), 10)
+    with pytest.raises(JobError, match="needs path and either"):
+        list_queries(write_list(tmp_path / "o.csv", path=["a"], east=[3.0]), 10)
+    with pytest.raises(JobError, match="cannot read the list"):
+        list_queries(tmp_path / "missing.csv", 10)
 
 
 def test_query_size_keeps_the_reference_proportion() -> None:

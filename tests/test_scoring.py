@@ -32,7 +32,7 @@ def three_cells() -> ClassTable:
 
 def queries_at(east: list[float], north: list[float]) -> Queries:
     paths = tuple(Path(f"{i}.jpg") for i in range(len(east)))
-    return Queries(Path("q"), paths, np.array(east), np.array(north), 0, ())
+    return Queries(Path("q"), tuple(map(str, paths)), paths, np.array(east), np.array(north), 0, ())
 
 
 def test_recall_is_the_share_of_queries_with_a_near_cell_among_the_first_n() -> None:

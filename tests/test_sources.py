@@ -16,13 +16,11 @@ from photos import jpeg, name_at, write_photos
 from present import present
 
 from preprocessing.build import build, dry_run
-from preprocessing.coordinates import zone_of
 from preprocessing.engine import Job
-from preprocessing.photo_list import read_list
 from preprocessing.plan import make_plan
 from preprocessing.resize import Resizer
 from preprocessing.shard_task import write_shard
-from preprocessing.sources import Source
+from preprocessing.sources import Source, list_named
 from preprocessing.summaries import print_forecast
 from preprocessing.updates import add
 from shards.console import JobError
@@ -76,7 +74,7 @@ def test_a_list_as_a_spreadsheet_of_any_language_writes_it_gives_the_same_places
     rows += [["x", f"-48{decimal}00226", f"Foto ({i}).jpg", f"-22{decimal}5", f"1{decimal}5"] for i in range(3)]
     text = "\r\n".join(separator.join(row) for row in rows)
     (tmp_path / "liste.csv").write_text(text, encoding="utf-8-sig", newline="")
-    listing = read_list(tmp_path / "liste.csv", tmp_path, 0)
+    listing = list_named(tmp_path / "liste.csv", tmp_path, 0)
     east, north, _, _ = utm.from_latlon(-22.5, -48.00226)
     assert listing.paths.to_pylist() == [f"Foto ({i}).jpg" for i in range(3)]
     assert listing.places is not None
@@ -127,14 +125,8 @@ def test_a_city_on_the_equator_lies_in_one_plane(tmp_path):
     names = write_listed(tmp_path, 20)
     latitude = (np.arange(20) - 5) * 2e-6
     place = write_csv(tmp_path / "list.csv", path=names, latitude=latitude, longitude=np.full(20, 36.001))
-    listing = read_list(place, tmp_path, 0)
+    listing = list_named(place, tmp_path, 0)
     assert np.ptp(present(listing.places).north) < 10
-
-
-def test_zones_agree_with_the_utm_package_everywhere():
-    latitude, longitude = (a.ravel() for a in np.meshgrid(np.arange(-79.5, 84, 1.7), np.arange(-180, 180, 1.0)))
-    expected = [utm.latlon_to_zone_number(*point) for point in zip(latitude, longitude, strict=True)]
-    assert zone_of(latitude, longitude).tolist() == expected
 
 
 def test_rows_without_usable_values_are_set_aside_with_their_reason(tmp_path):
@@ -143,7 +135,7 @@ def test_rows_without_usable_values_are_set_aside_with_their_reason(tmp_path):
     longitude = ["-122.4"] * 20 + ["-122.4", "-122.4", "-122.4", "-190", "10", "-122.4", "-122.4"]
     path = [*names, "a", "b", "c", "d", "e", "f", ""]
     place = write_csv(tmp_path / "list.csv", path=path, latitude=latitude, longitude=longitude)
-    listing = read_list(place, tmp_path, 0)
+    listing = list_named(place, tmp_path, 0)
     assert len(listing) == 20
     assert {b.source: b.reason for b in listing.bad} == {
         "a": "no coordinates", "b": "no coordinates", "f": "no coordinates", "c": "coordinates out of range",

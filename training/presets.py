@@ -114,7 +114,8 @@ class TrainConfig:
     """Decoding threads of a process; 0: as many as it has cores."""
 
     val_queries: Path | None = None
-    """Folder of validation queries (photos named by UTM); none: no LR@N during training."""
+    """Validation queries: a folder of photos named by UTM, or a list (.csv, .parquet) with their places; none: no LR@N
+    during training."""
     val_every: int = 1
     """Epochs between validations."""
     val_batch_size: int = 64

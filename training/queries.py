@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
-import utm
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
 from shards.console import JobError
-from shards.names import BadName, PhotoName, parse_name
+from shards.names import parse_utm
+from shards.photo_list import is_list, read_list
+from shards.plane import Places, into_zone
 from shards.upright import upright_rgb
 
 PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
@@ -37,14 +39,15 @@ class SetAside:
 
 @dataclass(frozen=True)
 class Queries:
-    """The query photos of a folder, sorted by path.
+    """The query photos of a folder, sorted by path, or of a list, in its order.
 
-    `paths` has Q entries; `east` and `north` are float64 [Q], UTM metres in the zone of the class map, NaN
-    for photos whose name holds no coordinates: those are predicted, and left out of the recall.
-    `set_aside` lists photos that cannot be compared with the classes at all.
+    `paths` has Q entries, `names` the same below the folder, or as the list gives them; `east` and `north` are float64
+    [Q], UTM metres in the zone of the class map, NaN for photos whose name or row holds no coordinates: those are
+    predicted, and left out of the recall. `set_aside` lists photos that cannot be compared with the classes at all.
     """
 
-    folder: Path
+    source: Path
+    names: tuple[str, ...]
     paths: tuple[Path, ...]
     east: np.ndarray
     north: np.ndarray
@@ -61,7 +64,8 @@ class Queries:
 
     def unlocated(self, readable: np.ndarray) -> list[SetAside]:
         """Those of the `readable` queries (bool [Q]) whose position is not known, with that reason."""
-        return [SetAside(self.paths[i], "no coordinates in its name") for i in np.flatnonzero(readable & ~self.located)]
+        reason = "no usable coordinates in its row" if is_list(self.source) else "no coordinates in its name"
+        return [SetAside(self.paths[i], reason) for i in np.flatnonzero(readable & ~self.located)]
 
 
 @dataclass(frozen=True)
@@ -100,48 +104,72 @@ def _leads_back(folder: Path) -> bool:
     return folder.is_symlink() and any(above.resolve() == folder.resolve() for above in folder.parents)
 
 
-def list_queries(folder: Path, zone: int | None) -> Queries:
-    """The queries under `folder`, with UTM positions in `zone` (that of the class map; None or 0: unknown).
+def list_queries(source: Path, zone: int, *, southern: bool = False) -> Queries:
+    """The queries of a folder, whose names tell their place, or of a CSV or Parquet list, with UTM positions in `zone`
+    (that of the class map; 0: unknown).
 
-    A photo of a neighbouring zone is reprojected into `zone`, one from further away is set aside. Raises
-    JobError where the folder does not exist or holds no photos.
+    A photo of a neighbouring zone is reprojected into `zone`, one from further away is set aside. `southern`: the class
+    map lies south of the equator. Raises JobError where the source does not exist or holds no photos.
     """
-    paths: list[Path] = []
-    positions: list[tuple[float, float]] = []
-    set_aside: list[SetAside] = []
-    reprojected = 0
-    for path in find_photos(Path(folder)):
-        try:
-            name = parse_name(path.name)
-        except BadName:
-            paths.append(path)
-            positions.append((float("nan"), float("nan")))
-            continue
-        position = position_in_zone(name, zone)
-        if isinstance(position, str):
-            set_aside.append(SetAside(path, position))
-        else:
-            paths.append(path)
-            positions.append(position)
-            reprojected += position != (name.east, name.north)
-    east_north = np.array(positions, dtype=np.float64).reshape(-1, 2)
-    return Queries(Path(folder), tuple(paths), east_north[:, 0], east_north[:, 1], reprojected, tuple(set_aside))
+    source = Path(source)
+    return _of_list(source, zone, southern) if is_list(source) else _of_folder(source, zone)
 
 
-def position_in_zone(name: PhotoName, zone: int | None) -> tuple[float, float] | str:
-    """Easting and northing of a name in `zone` (None or 0: as they are), or the reason why there are none."""
-    if not zone or name.zone in (None, zone):
-        return name.east, name.north
-    apart = min((name.zone - zone) % 60, (zone - name.zone) % 60)
-    if apart > 1:
-        return f"UTM zone {name.zone}, the classes lie in zone {zone}"
-    try:
-        hemisphere = {"zone_letter": name.band} if name.band else {"northern": True}
-        latitude, longitude = utm.to_latlon(name.east, name.north, name.zone, strict=False, **hemisphere)
-        east, north, _, _ = utm.from_latlon(latitude, longitude, force_zone_number=zone)
-    except (utm.OutOfRangeError, ValueError) as error:
-        return f"UTM zone {name.zone} cannot be brought into zone {zone}: {error}"
-    return float(east), float(north)
+def _of_folder(folder: Path, zone: int) -> Queries:
+    paths = find_photos(folder)
+    names = [str(path.relative_to(folder)) for path in paths]
+    return _in_zone(folder, names, paths, places_of_names(names), zone, {})
+
+
+def _of_list(file: Path, zone: int, southern: bool) -> Queries:
+    """The photos of a list, their paths relative to its folder; rows whose place is of no use are kept, not located."""
+    listed = read_list(file, zone, northern=not southern)
+    if not zone and "east" not in listed.table.column_names:
+        raise JobError(f"{file}: the classes lie in no UTM zone, so that it must give east and north, not degrees")
+    names = [path or f"row {row + 1}" for row, path in enumerate(listed.paths.to_pylist())]
+    if listed.unusable["no path"].all():
+        raise JobError(f"{file}: none of its {len(listed)} rows names a photo")
+    useless = {
+        int(row): reason
+        for reason in ("no path", "zone mismatch")
+        for row in np.flatnonzero(listed.unusable.get(reason, ()))
+    }
+    return _in_zone(file, names, [file.parent / name for name in names], listed.places, zone, useless)
+
+
+def places_of_names(names: Sequence[str]) -> Places:
+    """Where photos were taken by their names; east and north are NaN where a name does not tell it."""
+    return Places(*parse_utm(pa.array(map(os.fsencode, names), pa.large_binary())))
+
+
+def _in_zone(
+    source: Path, names: Sequence[str], paths: Sequence[Path], places: Places, zone: int, useless: dict[int, str]
+) -> Queries:
+    """The queries but for the `useless` (why, by row) and those that cannot be brought into `zone` (0: as they are)."""
+    reprojected, unfit = bring_into_zone(names, places, zone)
+    unfit |= useless
+    kept = [row for row in range(len(names)) if row not in unfit]
+    return Queries(
+        source,
+        tuple(names[row] for row in kept),
+        tuple(paths[row] for row in kept),
+        places.east[kept],
+        places.north[kept],
+        reprojected,
+        tuple(SetAside(paths[row], reason) for row, reason in sorted(unfit.items())),
+    )
+
+
+def bring_into_zone(names: Sequence[str], places: Places, zone: int) -> tuple[int, dict[int, str]]:
+    """Carry `places` of neighbouring zones into `zone` in place (0: leave them as they are): how many, and why others
+    cannot be, by row."""
+    if not zone:
+        return 0, {}
+    moves = into_zone(places, names, zone)
+    far = {int(row): f"UTM zone {places.zones[row]}, the classes lie in zone {zone}" for row in moves.far}
+    return len(moves.carried), far | {
+        int(row): f"nowhere in UTM zone {zone}, that of the classes" for row in moves.nowhere
+    }
 
 
 def decode_query(photo: Path | BinaryIO, shorter_side: int) -> np.ndarray:

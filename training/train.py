@@ -1,6 +1,6 @@
 """Train a model on a data set of shards.
 
-python training/train.py --shards DIR --out RUN [--preset quickstart] [--val-queries DIR]
+python training/train.py --shards DIR --out RUN [--preset quickstart] [--val-queries PHOTOS]
 accelerate launch training/train.py --shards DIR --out RUN ...
 """
 

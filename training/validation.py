@@ -45,9 +45,9 @@ class Validator:
         self.world = world
         self.threads = threads
         self.interruption = interruption
-        self.queries: Queries = list_queries(config.val_queries, classes.zone)
+        self.queries: Queries = list_queries(config.val_queries, classes.zone, southern=classes.southern)
         if not self.queries.located.any():
-            raise JobError(f"{config.val_queries}: no validation query has usable coordinates in its name")
+            raise JobError(f"{config.val_queries}: no validation query has usable coordinates")
         self.mine = np.arange(world.rank, len(self.queries), world.size)
         self.cache: list[QueryBatch] | None = None
         self.unreadable: dict[int, str] = {}

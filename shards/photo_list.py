@@ -5,7 +5,9 @@ Columns: `path`, and either `east`, `north` (UTM metres; `zone` as 10 or 10S whe
 CSV are separated by commas, or by semicolons or tabs as spreadsheets write them; then 47,37 is a number too.
 """
 
+import os
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,8 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import utm
 
-from preprocessing.coordinates import zone_of
-from preprocessing.photos import Bad, Listing, PathColumn, Places, list_reasons
 from shards.console import JobError, describe_os_error, printable
+from shards.plane import Places, in_degrees, zone_of, zones_apart
 
 LIST_EXTENSIONS = (".csv", ".parquet")
 _COLUMNS = ("path", "east", "north", "zone", "latitude", "longitude", "heading", "timestamp")
@@ -28,35 +29,75 @@ _LARGEST_METRES = 1e8
 _LONGEST_HEAD = 1 << 16
 
 
-def read_list(file: Path, root: Path | str, zone: int) -> Listing:
-    """The photos in a list; their paths are relative to `root` (a folder or URL), or absolute.
+@dataclass(frozen=True)
+class PhotoList:
+    """The n rows of a list: `paths` (large_string [n], "" where a row has none), `places`, for each reason why a row is
+    unusable the rows that it holds for (bool [n]; in no row do two), and the `table` as it was read."""
+
+    paths: pa.Array
+    places: Places
+    unusable: dict[str, np.ndarray]
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def values(self, row: int) -> str:
+        """What a row says of its photo, in words."""
+        columns = (name for name in self.table.column_names if name != "path")
+        return ", ".join(f"{name}={self.table[name][row].as_py()}" for name in columns)
+
+
+class PathColumn:
+    """Gathers paths into one Arrow array without a second copy of them: 41 million take 4 GB."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._ends = [np.zeros(1, np.int64)]
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, paths: pa.Array) -> None:
+        """Append a large_string array."""
+        _, offsets, data = paths.buffers()
+        ends = np.frombuffer(offsets, np.int64)[paths.offset : paths.offset + len(paths) + 1]
+        self._count += len(paths)
+        if len(paths):
+            self._ends.append(ends[1:] - ends[0] + len(self._data))
+            self._data += memoryview(data)[ends[0] : ends[-1]]
+
+    def array(self) -> pa.Array:
+        """All paths, large_string [n]; nothing may be added afterwards."""
+        ends = np.concatenate(self._ends)
+        return pa.LargeStringArray.from_buffers(len(ends) - 1, pa.py_buffer(ends), pa.py_buffer(self._data))
+
+
+def is_list(place: Path | str) -> bool:
+    """Whether a path is that of a list of photos, by its extension."""
+    return os.fspath(place).lower().endswith(LIST_EXTENSIONS) and not os.path.isdir(place)
+
+
+def read_list(file: Path, zone: int, *, northern: bool | None = None) -> PhotoList:
+    """The rows of a list.
 
     `zone`: the UTM zone that latitudes and longitudes are converted to; 0 means the one that most of them are in.
-    Rows without usable values are set aside with the reason. Raises `JobError` where the list cannot be read.
+    `northern`: the hemisphere of their plane; None means the one that most of them are in. Raises `JobError` where the
+    list cannot be read.
     """
     table = _read(file)
     paths = _paths(table)
     empty = np.asarray(pc.equal(pc.binary_length(paths), 0))
-    places, unusable = (_from_metres if "east" in table.column_names else _from_degrees)(table, zone)
-    bad = []
-    for reason, rows in (("no path", empty), *((reason, rows & ~empty) for reason, rows in unusable)):
-        for row in np.flatnonzero(rows):
-            values = ", ".join(f"{name}={table[name][row].as_py()}" for name in table.column_names if name != "path")
-            bad.append(Bad(printable(paths[row].as_py()) or f"row {row + 1}", reason, printable(values)))
+    if "east" in table.column_names:
+        places, unusable = _from_metres(table, zone)
+    else:
+        places, unusable = _from_degrees(table, zone, northern)
+    places.east[empty] = np.nan
     places.heading = _numbers(table, "heading").astype(np.float32)
     places.timestamp = _text(table, "timestamp")
-    good = ~empty & np.isfinite(places.east)
-    if not good.any():
-        reasons = list_reasons(Counter(b.reason for b in bad))
-        raise JobError(
-            f"{file}: none of its {len(paths)} rows names a photo and its place{reasons and f' ({reasons})'}"
-        )
-    if not good.all():
-        rows = pa.array(np.flatnonzero(good))
-        paths, places.timestamp = paths.take(rows), places.timestamp.take(rows)
-        for name in ("east", "north", "zones", "southern", "heading"):
-            setattr(places, name, getattr(places, name)[good])
-    return Listing(root, paths, bad, places=places)
+    reasons = {"no path": empty} | {reason: rows & ~empty for reason, rows in unusable.items()}
+    return PhotoList(paths, places, reasons, table)
 
 
 def _read(file: Path) -> pa.Table:
@@ -128,7 +169,7 @@ def _paths(table: pa.Table) -> pa.Array:
     return column.array()
 
 
-def _from_metres(table: pa.Table, zone: int) -> tuple[Places, list[tuple[str, np.ndarray]]]:
+def _from_metres(table: pa.Table, zone: int) -> tuple[Places, dict[str, np.ndarray]]:
     east, north = _numbers(table, "east"), _numbers(table, "north")
     missing = ~(np.isfinite(east) & np.isfinite(north))
     outside = ~missing & ((abs(east) > _LARGEST_METRES) | (abs(north) > _LARGEST_METRES))
@@ -147,34 +188,33 @@ def _from_metres(table: pa.Table, zone: int) -> tuple[Places, list[tuple[str, np
     else:
         unknown = np.zeros(len(table), bool)
     east[outside | unknown | missing] = np.nan
-    reasons = [("no coordinates", missing), ("coordinates out of range", outside), ("no UTM zone", unknown)]
+    reasons = {"no coordinates": missing, "coordinates out of range": outside, "no UTM zone": unknown}
     return Places(east, north, zones, southern), reasons
 
 
-def _from_degrees(table: pa.Table, zone: int) -> tuple[Places, list[tuple[str, np.ndarray]]]:
+def _from_degrees(table: pa.Table, zone: int, northern: bool | None) -> tuple[Places, dict[str, np.ndarray]]:
     """One zone and one hemisphere's plane for all, so that no border of zones runs through a city."""
     latitude, longitude = _numbers(table, "latitude"), _numbers(table, "longitude")
     missing = ~(np.isfinite(latitude) & np.isfinite(longitude))
-    inside = (latitude >= -80) & (latitude <= 84) & (longitude >= -180) & (longitude <= 180)
-    good = ~missing & inside
+    inside = in_degrees(latitude, longitude)
+    good = inside.copy()
     east, north = np.full((2, len(table)), np.nan)
     zones = np.zeros(len(table), np.int8)
     far = np.zeros(len(table), bool)
     if good.any():
         own = zone_of(latitude[good], longitude[good])
         zone = zone or int(np.argmax(np.bincount(own)))
-        apart = abs(own.astype(int) - zone)
-        far[good] = np.minimum(apart, 60 - apart) > 1
+        far[good] = zones_apart(own, zone) > 1
         good &= ~far
         if good.any():
             east[good], north[good], _, _ = utm.from_latlon(
                 latitude[good],
                 longitude[good],
                 force_zone_number=zone,
-                force_northern=bool(np.median(latitude[good]) >= 0),
+                force_northern=bool(np.median(latitude[good]) >= 0) if northern is None else northern,
             )
             zones[good] = zone
-    reasons = [("no coordinates", missing), ("coordinates out of range", ~missing & ~inside), ("zone mismatch", far)]
+    reasons = {"no coordinates": missing, "coordinates out of range": ~missing & ~inside, "zone mismatch": far}
     return Places(east, north, zones, latitude < 0), reasons
 
 

@@ -1,0 +1,56 @@
+"""Zones of UTM, and photos carried from one into another."""
+
+import numpy as np
+import pytest
+import utm
+
+from shards.plane import Places, into_zone, zone_of
+
+
+def test_zones_agree_with_the_utm_package_everywhere() -> None:
+    latitude, longitude = (a.ravel() for a in np.meshgrid(np.arange(-79.5, 84, 1.7), np.arange(-180, 180, 1.0)))
+    expected = [utm.latlon_to_zone_number(*point) for point in zip(latitude, longitude, strict=True)]
+    assert zone_of(latitude, longitude).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("latitude", "border", "zones"),
+    [(37.7, -120.0, (10, 11)), (-33.9, 150.0, (55, 56)), (-17.8, 180.0, (60, 1)), (0.0, 36.0, (36, 37))],
+)
+def test_points_on_both_sides_of_a_border_come_as_near_to_each_other_as_they_are(
+    latitude: float, border: float, zones: tuple[int, int]
+) -> None:
+    step = 1e-4 * np.arange(-5, 6)
+    longitude = (border + step + 180) % 360 - 180
+    points = [utm.from_latlon(latitude + 1e-9, x) for x in longitude]
+    names = [f"@{east:.4f}@{north:.4f}@{zone}@{band}@@@@@@@@@@@.jpg" for east, north, zone, band in points]
+    for into in zones:
+        east, north, zone = (np.array([point[i] for point in points]) for i in range(3))
+        known = Places(east.copy(), north.copy(), zone.astype(np.int8), np.array([p[3] < "N" for p in points]))
+        named = Places(east.copy(), north.copy(), zone.astype(np.int8))
+        for places in (known, named):
+            moves = into_zone(places, names, into)
+            assert moves.carried.tolist() == np.flatnonzero(zone != into).tolist()
+            assert len(moves.far) == len(moves.nowhere) == 0
+            metres = np.hypot(np.diff(places.east), np.diff(places.north))
+            np.testing.assert_allclose(metres, 1e-4 * 111_320 * np.cos(np.radians(latitude)), rtol=2e-3)
+
+
+def test_a_photo_keeps_its_hemisphere_at_the_equator() -> None:
+    points = [utm.from_latlon(latitude, 36.001) for latitude in (2e-5, -2e-5)]  # zone 37, bands N and M
+    names = [f"@{east:.4f}@{north:.4f}@{zone}@{band}@.jpg" for east, north, zone, band in points]
+    east, north, zones, _ = (np.array(column) for column in zip(*points, strict=True))
+    places = Places(east, north, zones.astype(np.int8))
+    into_zone(places, names, 36)
+    assert places.north == pytest.approx([2.2, 1e7 - 2.2], abs=0.05)
+
+
+def test_photos_of_far_zones_and_photos_off_the_map_are_told_apart() -> None:
+    zones = np.array([10, 11, 11, 54, 0, 12], np.int8)
+    east = np.array([5e5, 2e5, 5e5, 3e5, 5e5, np.nan])
+    north = np.array([4e6, 4e6, 9.9e7, 4e6, 4e6, 4e6])
+    places = Places(east, north, zones, np.zeros(6, bool))
+    moves = into_zone(places, [""] * 6, 10)
+    assert [rows.tolist() for rows in moves] == [[1], [3], [2]]
+    assert np.isnan(places.east).tolist() == [False, False, True, True, False, True]
+    assert places.east[[0, 4]].tolist() == [5e5, 5e5]
