@@ -14,6 +14,7 @@ from shards.sampler import CropRange, Draws, crops
 _LOG = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 20
 _TOLERATED_FAILURES = 20
+_RECENT = 50_000
 
 
 @dataclass
@@ -48,8 +49,9 @@ class Reader(Protocol):
 class Source:
     """Where batches come from: what draws samples, what reads them, their size in pixels and how they are cropped.
 
-    `failed` of `read` photos that were tried could not be read or decoded; each was replaced by the next draw of its
-    slot. More than `max_bad_share` of them, and more than 20, stop the job.
+    `failed` photos could not be read or decoded; each was replaced by the next draw of its slot. More than
+    `max_bad_share` of those tried lately (the last 50,000 to 100,000), and more than 20, stop the job: a disk that
+    fails after weeks is told as soon as one that fails at once.
     """
 
     sampler: Sampler
@@ -57,25 +59,29 @@ class Source:
     photo_size: int
     crop: CropRange
     max_bad_share: float = 0.01
-    read: int = 0
     failed: int = 0
+    _tried: list[int] = field(default_factory=lambda: [0, 0])  # of the present 50,000 and those before
+    _bad: list[int] = field(default_factory=lambda: [0, 0])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, photos: int) -> None:
         """Count photos that could be used."""
         with self._lock:
-            self.read += photos
+            self._tried[0] += photos
+            if self._tried[0] >= _RECENT:
+                self._tried, self._bad = [0, self._tried[0]], [0, self._bad[0]]
 
     def fail(self, place: str, reason: Exception) -> None:
         """Count and log a photo that could not be used; raises `JobError` where there are too many."""
         with self._lock:
             self.failed += 1
-            self.read += 1
-            failed, read = self.failed, self.read
+            self._tried[0] += 1
+            self._bad[0] += 1
+            failed, tried = sum(self._bad), sum(self._tried)
         _LOG.warning("%s: %s; replaced by the next draw", place, reason)
-        if failed > _TOLERATED_FAILURES and failed > self.max_bad_share * read:
+        if failed > _TOLERATED_FAILURES and failed > self.max_bad_share * tried:
             raise JobError(
-                f"{place}: {reason}; {failed} of {read} photos read so far could not be used, more than "
+                f"{place}: {reason}; {failed} of the last {tried:,} photos could not be used, more than "
                 f"{self.max_bad_share:.1%}; run shards/verify.py --repair on the data set"
             )
 

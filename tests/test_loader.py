@@ -144,8 +144,23 @@ def test_too_many_bad_photos_stop_training_with_a_clear_error(dataset, tmp_path,
     emptied = damage(dataset, tmp_path, lambda tar: os.truncate(tar, 4096))
     with pytest.raises(JobError, match=r"verify\.py") as stopped:
         take(make_loader(emptied, decoder=decoder), 0, 50)
-    failed, tried = map(int, present(re.search(r"(\d+) of (\d+) photos", str(stopped.value))).groups())
+    failed, tried = map(int, present(re.search(r"(\d+) of the last (\d+) photos", str(stopped.value))).groups())
     assert 20 < failed <= tried
+
+
+def test_a_disk_that_fails_after_weeks_stops_training_as_soon_as_one_that_fails_early(dataset):
+    source = make_loader(dataset)._source
+    for _ in range(300):
+        source.count(992)
+        for _ in range(8):  # 0.8 %, borne for good
+            source.fail("a.tar at byte 512", OSError("Input/output error"))
+    source.count(10_000_000)
+    before = source.failed
+    with pytest.raises(JobError, match="more than 1.0%"):
+        for _ in range(10_000):
+            source.count(8)
+            source.fail("a.tar at byte 512", OSError("Input/output error"))
+    assert source.failed - before < 7_000
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
