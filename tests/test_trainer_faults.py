@@ -1,8 +1,10 @@
 """What must not spoil a run: losses that are not finite, a full disk, a second training in the same folder."""
 
+import json
 import os
 import resource
 import signal
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -11,7 +13,9 @@ from typing import TextIO
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import configure, small_disk, train_here
+from tiny_run import write_run
 
 import training.engine as engine_module
 import training.trainer as trainer_module
@@ -174,3 +178,15 @@ def test_a_run_that_came_and_went_while_another_started_is_not_overwritten(
     monkeypatch.setattr(trainer_module, "lock_run", lock_after_another_run)
     with pytest.raises(JobError, match=r"already holds a run \(up to step-00000008\)"):
         train_here(late)
+
+
+def test_a_run_does_not_start_from_weights_that_are_not_finite(shards: Path, tmp_path: Path) -> None:
+    checkpoint = write_run(tmp_path / "other") / "checkpoints" / "step-00000007"
+    heads = load_file(checkpoint / "heads.safetensors")
+    heads["0.weight"][1, 2] = float("inf")
+    save_file(heads, checkpoint / "heads.safetensors")
+    listing = json.loads((checkpoint / "files.json").read_text())
+    listing["files"]["heads.safetensors"]["crc32"] = zlib.crc32((checkpoint / "heads.safetensors").read_bytes())
+    (checkpoint / "files.json").write_text(json.dumps(listing))
+    with pytest.raises(JobError, match=r"step-00000007: weight holds numbers that are not finite"):
+        train_here(configure(shards, tmp_path / "r", init_from=checkpoint))

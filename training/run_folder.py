@@ -108,9 +108,13 @@ def read_losses(out: Path) -> list[float]:
 def start_from(other: Path, model: nn.Module, bank: HeadBank, classes: ClassTable) -> str:
     """Take the model's weights, and the head's rows of every cell that both class maps have, from another run.
 
-    Returns what was taken, in words. JobError where the model does not fit.
+    Returns what was taken, in words. JobError where the model does not fit, or a weight is not finite.
     """
     weights = load_for_evaluation(other)
+    for tensors in (weights.model, *weights.heads.values()):
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise JobError(f"{weights.path}: {name} holds numbers that are not finite; name another checkpoint")
     try:
         model.load_state_dict(weights.model)
     except RuntimeError as error:
