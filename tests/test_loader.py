@@ -3,6 +3,8 @@
 import os
 import re
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ import simplejpeg
 import torch
 from present import present
 from scipy.stats import ks_2samp
+from tiny import ROOT
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
@@ -225,3 +228,16 @@ def test_memory_and_open_files_stay_flat_over_200_group_switches(dataset, mode, 
             pass
     assert process.num_fds() <= files
     assert process.memory_info().rss - memory < 64 << 20
+
+
+def test_the_larger_copy_that_the_benchmark_reads_from_a_slow_disk_is_a_data_set(dataset, tmp_path):
+    code = (
+        "import sys; from pathlib import Path; folder, shards, out = sys.argv[1:]; sys.path.insert(0, folder)\n"
+        "import loader; loader.multiply(Path(shards), Path(out), 3)"
+    )
+    benchmarks = ROOT / "tests" / "benchmarks"
+    subprocess.run([sys.executable, "-c", code, benchmarks, dataset.path, tmp_path / "large"], check=True)
+    large = Dataset.open(tmp_path / "large")
+    index = open_index(large.path, large.classes)
+    assert sum(len(of_group.size) for of_group in index.values()) == 3 * dataset.manifest.images
+    assert len(take(make_loader(large), 0, 2)) == 2

@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ from preprocessing.plan import Settings
 from preprocessing.shard_run import Machinery
 from shards.dataset import Dataset
 from shards.index import build_index
-from shards.layout import sample_key, shard_tables
+from shards.layout import CLASSES, sample_key, shard_tables
 from shards.loader import DecoderName, Loader, Mode
 from shards.writer import ShardWriter, publish_shard
 
@@ -235,7 +236,10 @@ def multiply(shards: Path, out: Path, copies: int) -> None:
                 writer.add(sample_key(number), row["label"], jpeg, **facts)
             writer.finish()
         publish_shard(stem, stem.with_suffix(".partial"), writer, {})
-    build_index(out, Dataset.open(out).classes)
+    classes = Dataset.open(shards).classes
+    classes = replace(classes, images=classes.images * copies)
+    classes.save(out / CLASSES)
+    build_index(out, classes)
 
 
 def measure(loaders: Loaders, cores: int, rounds: int, seconds: float) -> list[Row]:
