@@ -17,7 +17,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import utm
 
-from shards.console import JobError, describe_os_error, printable
+from shards.console import JobError, describe_os_error, one_line, printable
 from shards.plane import Places, in_degrees, zone_of, zones_apart
 
 LIST_EXTENSIONS = (".csv", ".parquet")
@@ -83,14 +83,21 @@ def read_list(file: Path, zone: int, *, northern: bool | None = None) -> PhotoLi
     """The rows of a list.
 
     `zone`: the UTM zone that latitudes and longitudes are converted to; 0 means the one that most of them are in.
-    `northern`: the hemisphere of their plane; None means the one that most of them are in. Raises `JobError` where the
-    list cannot be read.
+    `northern`: the hemisphere of their plane, and of metres whose zone has no band; None means the one that most of
+    them are in, the northern for metres. Raises `JobError` where the list cannot be read.
     """
     table = _read(file)
+    try:
+        return _rows(table, zone, northern)
+    except pa.ArrowException as error:  # Parquet holds columns of any type
+        raise _no_list(file, error) from None
+
+
+def _rows(table: pa.Table, zone: int, northern: bool | None) -> PhotoList:
     paths = _paths(table)
     empty = np.asarray(pc.equal(pc.binary_length(paths), 0))
     if "east" in table.column_names:
-        places, unusable = _from_metres(table, zone)
+        places, unusable = _from_metres(table, zone, northern)
     else:
         places, unusable = _from_degrees(table, zone, northern)
     places.east[empty] = np.nan
@@ -122,9 +129,13 @@ def _read(file: Path) -> pa.Table:
     except OSError as error:
         raise JobError(f"cannot read the list: {describe_os_error(error)}") from None
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise JobError(f"{file}: not a list of photos ({printable(' '.join(str(error).split()))})") from None
+        raise _no_list(file, error) from None
     table = table.rename_columns(list(wanted.values()))
     return table if separator == "," else _with_decimal_points(table)
+
+
+def _no_list(file: Path, error: Exception) -> JobError:
+    return JobError(f"{file}: not a list of photos, CSV in UTF-8 or Parquet ({printable(one_line(error))})")
 
 
 def _separator(file: Path) -> str:
@@ -169,7 +180,7 @@ def _paths(table: pa.Table) -> pa.Array:
     return column.array()
 
 
-def _from_metres(table: pa.Table, zone: int) -> tuple[Places, dict[str, np.ndarray]]:
+def _from_metres(table: pa.Table, zone: int, northern: bool | None) -> tuple[Places, dict[str, np.ndarray]]:
     east, north = _numbers(table, "east"), _numbers(table, "north")
     missing = ~(np.isfinite(east) & np.isfinite(north))
     outside = ~missing & ((abs(east) > _LARGEST_METRES) | (abs(north) > _LARGEST_METRES))
@@ -181,7 +192,7 @@ def _from_metres(table: pa.Table, zone: int) -> tuple[Places, dict[str, np.ndarr
         numbers = pc.fill_null(pc.struct_field(parts, "number").cast(pa.int8()), 0)
         zones = np.where(known, np.asarray(numbers), 0).astype(np.int8)
         band = pc.fill_null(pc.utf8_upper(pc.struct_field(parts, "band")), "")
-        southern = np.asarray(pc.and_(pc.greater(pc.binary_length(band), 0), pc.less(band, "N")))
+        southern = np.asarray(pc.less(pc.if_else(pc.equal(band, ""), "M" if northern is False else "N", band), "N"))
         unknown = (
             ~known & np.asarray(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(text)), 0)) & ~missing & ~outside
         )

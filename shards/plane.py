@@ -76,10 +76,10 @@ def into_zone(places: Places, paths: Sequence[str] | pa.Array, zone: int) -> Mov
             latitude, longitude = utm.to_latlon(east[rows], north[rows], other, northern=not half, strict=False)
             known = in_degrees(latitude, longitude)
             east[rows[~known]] = np.nan
-            rows, latitude, longitude = rows[known], latitude[known], longitude[known]
-            east[rows], north[rows], _, _ = utm.from_latlon(
-                latitude, longitude, force_zone_number=zone, force_northern=not half
-            )
+            if known.any():
+                east[rows[known]], north[rows[known]], _, _ = utm.from_latlon(
+                    latitude[known], longitude[known], force_zone_number=zone, force_northern=not half
+                )
     east[far] = np.nan
     nowhere = np.isnan(east[near])
     return Moves(near[~nowhere], far, near[nowhere])

@@ -54,3 +54,5 @@ def test_photos_of_far_zones_and_photos_off_the_map_are_told_apart() -> None:
     assert [rows.tolist() for rows in moves] == [[1], [3], [2]]
     assert np.isnan(places.east).tolist() == [False, False, True, True, False, True]
     assert places.east[[0, 4]].tolist() == [5e5, 5e5]
+    alone = Places(np.array([5e5]), np.array([9.9e7]), np.array([11], np.int8), np.array([False]))
+    assert [rows.tolist() for rows in into_zone(alone, [""], 10)] == [[], [], [0]]

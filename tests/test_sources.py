@@ -1,5 +1,6 @@
 """Lists of photos, panoramas and zones: what reaches the sample tables."""
 
+import datetime as dt
 import os
 import shutil
 from dataclasses import replace
@@ -329,4 +330,22 @@ def test_a_list_may_name_objects_below_a_url_and_those_that_are_gone_are_set_asi
 def test_a_url_that_leads_nowhere_is_one_line(tmp_path, url):
     with pytest.raises(JobError) as error:
         build(Source.of(url), tmp_path / "out", SETTINGS, HERE)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"path": [["a.jpg"]]},
+        {"path": [b"\xff.jpg"]},
+        {"latitude": [[37.7]]},
+        {"latitude": [dt.datetime(2024, 1, 1)]},
+        {"timestamp": [{"year": 2024}]},
+    ],
+)
+def test_a_table_whose_columns_hold_something_else_is_one_line(tmp_path, columns):
+    table = pa.table({"path": ["a.jpg"], "latitude": [37.7], "longitude": [-122.4]} | columns)
+    pq.write_table(table, tmp_path / "list.parquet")
+    with pytest.raises(JobError, match=r"list\.parquet: not a list of photos") as error:
+        list_named(tmp_path / "list.parquet", tmp_path, 0)
     assert "\n" not in str(error.value)
