@@ -25,7 +25,7 @@ TEMPERATURES = tuple(2 ** (step / 12) for step in range(-24, 49))  # 0.25 to 16,
 
 @dataclass(frozen=True)
 class Calibration:
-    """The outcome on the `count` queries of the folder `queries`.
+    """The outcome on the `count` queries of the folder or list `queries`, whose photos have the fingerprint `photos`.
 
     `form` has the highest LR@1; by form: `temperatures`, `lr_at_1` in percent, and the expected calibration error in
     points at temperature 1 and at the fitted one.
@@ -38,6 +38,7 @@ class Calibration:
     lr_at_1: dict[RankingForm, float]
     error_before: dict[RankingForm, float]
     error_after: dict[RankingForm, float]
+    photos: str = ""
 
     def save(self, checkpoint: Path) -> None:
         """Write it into a checkpoint's folder; OSError where that cannot be written to."""
@@ -71,7 +72,9 @@ class Calibration:
         )
 
 
-def fit(answers: dict[RankingForm, tuple[np.ndarray, np.ndarray]], queries: str, own: RankingForm) -> Calibration:
+def fit(
+    answers: dict[RankingForm, tuple[np.ndarray, np.ndarray]], queries: str, own: RankingForm, photos: str = ""
+) -> Calibration:
     """Choose form and temperatures; `own` is preferred among equals.
 
     `answers` by form: bool [Q], whether the first answer is right, and its confidence at each of `TEMPERATURES`,
@@ -90,4 +93,4 @@ def fit(answers: dict[RankingForm, tuple[np.ndarray, np.ndarray]], queries: str,
     first = {form: percent(right) for form, (right, _) in answers.items()}
     form = max(first, key=lambda form: (first[form], form == own))
     count = len(next(iter(answers.values()))[0])
-    return Calibration(form, temperatures, queries, count, first, before, after)
+    return Calibration(form, temperatures, queries, count, first, before, after, photos)

@@ -91,7 +91,7 @@ def read_arguments() -> Arguments:
     arguments = parse_arguments(Arguments, description=__doc__)
     wrong = {
         "--checkpoints: name at least one run": not arguments.checkpoints,
-        "--queries: name at least one folder": not arguments.queries,
+        "--queries: name at least one folder or list": not arguments.queries,
         "--ns: whole numbers of at least 1": not arguments.ns or min(arguments.ns) < 1,
         "--threshold: more than 0 metres, and finite": not 0 < arguments.threshold < math.inf,
         "--forms: name at least one": not arguments.forms,

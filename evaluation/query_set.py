@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,11 +83,16 @@ class Outcome:
         """Checkpoint and query set as they were given."""
         return self.checkpoint, str(self.queries.source)
 
-    @property
+    @cached_property
     def fitted(self) -> bool:
-        """Form and confidence were fitted to these very queries, which flatters both."""
+        """Form and confidence were fitted to these very queries, which flatters both: to a set of this name, or to the
+        same photos by another."""
         found = self.localiser.calibration
-        return found is not None and self.queries.source.resolve() == Path(found.queries).resolve()
+        if found is None:
+            return False
+        return (
+            self.queries.source.resolve() == Path(found.queries).resolve() or self.queries.fingerprint() == found.photos
+        )
 
     @property
     def own(self) -> Answers:
@@ -232,7 +238,7 @@ def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world:
             form: (np.concatenate([p[form][0] for p in everyone]), np.concatenate([p[form][1] for p in everyone]))
             for form in RANKING_FORMS
         }
-        fitted = fit(answers, str(queries.source), localiser.trained_form)
+        fitted = fit(answers, str(queries.source), localiser.trained_form, queries.fingerprint())
     return world.gather(fitted)[0]
 
 

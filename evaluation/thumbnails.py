@@ -19,6 +19,8 @@ _SIZES = ((1500, 120, 72), (4000, 88, 65), (10**9, 56, 50))  # up to this many p
 def data_url(source: Path | bytes, side: int, quality: int = 75) -> str:
     """A photo as a JPEG of at most `side` x `side` pixels inside a `data:` URL; "" where it cannot be read."""
     try:
+        if isinstance(source, Path) and not source.is_file():
+            return ""
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             opened.draft("RGB", (side, side))
             image = upright_rgb(opened)

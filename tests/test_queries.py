@@ -1,5 +1,6 @@
 """Query photos: names, UTM zones, decoding, batches of one shape."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torchvision.transforms.functional as F
 import utm
 from PIL import Image
 
+from evaluation.thumbnails import data_url
 from shards.console import JobError
 from shards.names import PhotoName, format_name
 from training.queries import QueryBatch, decode_query, list_queries, query_size, read_queries
@@ -92,7 +94,10 @@ def test_queries_without_coordinates_are_kept_and_not_located(tmp_path: Path) ->
 
 
 def write_list(file: Path, **columns: list[Any]) -> Path:
+    """A list, and a file for each of its photos."""
     csv.write_csv(pa.table(columns), file)
+    for name in columns["path"]:
+        (file.parent / name).touch() if name.strip() else None
     return file
 
 
@@ -133,9 +138,9 @@ def test_rows_of_a_list_without_a_place_are_kept_and_those_far_away_or_without_a
     queries = list_queries(file, 10)
     assert queries.names == ("a.jpg", "b.jpg")
     assert queries.located.tolist() == [True, False]
-    assert queries.unlocated(np.ones(2, bool))[0].reason == "no usable coordinates in its row"
+    assert queries.unlocated(np.ones(2, bool))[0].reason == "no coordinates"
     assert [(aside.path.name, aside.reason) for aside in queries.set_aside] == [
-        ("c.jpg", "zone mismatch"),
+        ("c.jpg", "farther away than the zones beside 10, that of the classes"),
         ("row 4", "no path"),
     ]
 
@@ -151,12 +156,66 @@ def test_a_list_that_cannot_be_compared_with_the_classes_is_a_clear_error(tmp_pa
     with pytest.raises(JobError, match="no UTM zone, so that it must give east and north"):
         list_queries(degrees, 0)
     assert list_queries(write_list(tmp_path / "m.csv", path=["a.jpg"], east=[3.0], north=[4.0]), 0).east[0] == 3
-    with pytest.raises(JobError, match="none of its 2 rows names a photo"):
+    with pytest.raises(JobError, match="no row names a photo"):
         list_queries(write_list(tmp_path / "n.csv", path=["", " "], east=[3.0] * 2, north=[4.0] * 2), 10)
     with pytest.raises(JobError, match="needs path and either"):
         list_queries(write_list(tmp_path / "o.csv", path=["a"], east=[3.0]), 10)
     with pytest.raises(JobError, match="cannot read the list"):
         list_queries(tmp_path / "missing.csv", 10)
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(JobError, match=r"none of its photos is there .*a\.jpg\); paths are relative to the list's"):
+        list_queries(tmp_path / "m.csv", 0)
+
+
+def test_a_row_says_why_it_has_no_place_and_a_photo_with_two_places_counts_once(tmp_path: Path) -> None:
+    rows = [("a.jpg", "", ""), ("a.jpg", "37.7", "-122.4"), ("a.jpg", "37.8", "-122.4"), ("b.jpg", "-122.4", "37.7")]
+    path, latitude, longitude = (list(column) for column in zip(*rows, strict=True))
+    queries = list_queries(write_list(tmp_path / "l.csv", path=path, latitude=latitude, longitude=longitude), 10)
+    assert queries.names == ("a.jpg", "a.jpg", "b.jpg")
+    unlocated = queries.unlocated(np.ones(3, bool))
+    assert [(aside.path.name, aside.reason) for aside in unlocated] == [
+        ("a.jpg", "no coordinates"),
+        ("b.jpg", "coordinates out of range"),
+    ]
+    assert [aside.reason for aside in queries.set_aside] == ["named twice, in row 2 and again in row 3"]
+
+
+@pytest.mark.parametrize("southern", [False, True])
+def test_a_zone_without_a_band_is_in_the_hemisphere_of_the_classes(tmp_path: Path, southern: bool) -> None:
+    point = (-22.5 if southern else 22.5, -48.01)
+    east, north, zone, band = utm.from_latlon(*point, force_zone_number=22)
+    here, there, _, _ = utm.from_latlon(*point, force_zone_number=23)
+    for text in (str(zone), f"{zone}{band}"):
+        file = write_list(tmp_path / "m.csv", path=["a.jpg"], east=[east], north=[north], zone=[text])
+        queries = list_queries(file, 23, southern=southern)
+        assert (queries.reprojected, queries.east[0], queries.north[0]) == (
+            1,
+            pytest.approx(here, abs=0.01),
+            pytest.approx(there, abs=0.01),
+        )
+
+
+def test_photos_are_the_same_set_by_another_list_and_in_another_place(tmp_path: Path) -> None:
+    for i in range(3):
+        save(tmp_path / "q" / f"@{550000 + i}@4178000@{i}@.jpg", width=40 + i)
+    by_name = list_queries(tmp_path / "q", 10)
+    (tmp_path / "q").rename(tmp_path / "moved")
+    names = [f"moved/{name}" for name in by_name.names]
+    place = {"east": [5e5] * 3, "north": [4e6] * 3}
+    same = list_queries(write_list(tmp_path / "l.csv", path=[*names, "none.jpg"], east=[5e5] * 4, north=[4e6] * 4), 10)
+    (tmp_path / "none.jpg").unlink()
+    assert same.fingerprint() == list_queries(tmp_path / "moved", 10).fingerprint()
+    names[1] = names[0]
+    assert list_queries(write_list(tmp_path / "m.csv", path=names, **place), 10).fingerprint() != same.fingerprint()
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "folder.jpg").mkdir()
+    places = [tmp_path / "pipe.jpg", tmp_path / "folder.jpg", Path("/dev/zero")]
+    batches, failures = read(places)
+    assert (batches, set(failures.values())) == ([], {"not a regular file"})
+    assert data_url(tmp_path / "pipe.jpg", 64) == ""
 
 
 def test_query_size_keeps_the_reference_proportion() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol
 
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from shards.console import JobError
+from shards.console import JobError, printable
 from shards.names import parse_utm
 from shards.photo_list import is_list, read_list
 from shards.plane import Places, into_zone
@@ -43,7 +44,8 @@ class Queries:
 
     `paths` has Q entries, `names` the same below the folder, or as the list gives them; `east` and `north` are float64
     [Q], UTM metres in the zone of the class map, NaN for photos whose name or row holds no coordinates: those are
-    predicted, and left out of the recall. `set_aside` lists photos that cannot be compared with the classes at all.
+    predicted, and left out of the recall; `unplaced` says why, by number, for a list. `set_aside` lists photos that
+    cannot be compared with the classes at all.
     """
 
     source: Path
@@ -53,6 +55,7 @@ class Queries:
     north: np.ndarray
     reprojected: int
     set_aside: tuple[SetAside, ...]
+    unplaced: dict[int, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -64,8 +67,13 @@ class Queries:
 
     def unlocated(self, readable: np.ndarray) -> list[SetAside]:
         """Those of the `readable` queries (bool [Q]) whose position is not known, with that reason."""
-        reason = "no usable coordinates in its row" if is_list(self.source) else "no coordinates in its name"
-        return [SetAside(self.paths[i], reason) for i in np.flatnonzero(readable & ~self.located)]
+        rows = np.flatnonzero(readable & ~self.located).tolist()
+        return [SetAside(self.paths[i], self.unplaced.get(i, "no coordinates in its name")) for i in rows]
+
+    def fingerprint(self) -> str:
+        """A hash of the located photos' sizes: the same wherever they lie, by whatever names or list they are given."""
+        sizes = [size for i in np.flatnonzero(self.located) if (size := _size(self.paths[i])) is not None]
+        return hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,11 @@ def query_size(image_size: int) -> int:
 def find_photos(folder: Path) -> list[Path]:
     """All photos under `folder`, links followed, sorted by path; JobError where it is no folder or holds none."""
     if not folder.is_dir():
-        what = "a file; name the folder of photos that holds it" if folder.exists() else "no such folder of photos"
+        what = (
+            "a file; name the folder of photos that holds it, or a list (.csv, .parquet)"
+            if folder.exists()
+            else "no such folder of photos"
+        )
         raise JobError(f"{folder}: {what}")
     found: list[Path] = []
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -118,7 +130,7 @@ def list_queries(source: Path, zone: int, *, southern: bool = False) -> Queries:
 def _of_folder(folder: Path, zone: int) -> Queries:
     paths = find_photos(folder)
     names = [str(path.relative_to(folder)) for path in paths]
-    return _in_zone(folder, names, paths, places_of_names(names), zone, {})
+    return _in_zone(folder, names, paths, places_of_names(names), zone, {}, {})
 
 
 def _of_list(file: Path, zone: int, southern: bool) -> Queries:
@@ -127,27 +139,57 @@ def _of_list(file: Path, zone: int, southern: bool) -> Queries:
     if not zone and "east" not in listed.table.column_names:
         raise JobError(f"{file}: the classes lie in no UTM zone, so that it must give east and north, not degrees")
     names = [path or f"row {row + 1}" for row, path in enumerate(listed.paths.to_pylist())]
-    if listed.unusable["no path"].all():
-        raise JobError(f"{file}: none of its {len(listed)} rows names a photo")
-    useless = {
-        int(row): reason
-        for reason in ("no path", "zone mismatch")
-        for row in np.flatnonzero(listed.unusable.get(reason, ()))
-    }
-    return _in_zone(file, names, [file.parent / name for name in names], listed.places, zone, useless)
+    paths = [file.parent / name for name in names]
+    words = {"no path": "no path", "zone mismatch": f"farther away than the zones beside {zone}, that of the classes"}
+    unfit: dict[int, str] = {}
+    unplaced: dict[int, str] = {}
+    for reason, rows in listed.unusable.items():
+        found = unfit if reason in words else unplaced
+        found |= dict.fromkeys(np.flatnonzero(rows).tolist(), words.get(reason, reason))
+    _check_photos(file, [path for path, none in zip(paths, listed.unusable["no path"], strict=True) if not none])
+    first: dict[str, int] = {}
+    for row, name in enumerate(names):
+        if row not in unfit and row not in unplaced and first.setdefault(name, row) != row:
+            unfit[row] = f"named twice, in row {first[name] + 1} and again in row {row + 1}"
+    return _in_zone(file, names, paths, listed.places, zone, unfit, unplaced)
+
+
+def _check_photos(file: Path, paths: Sequence[Path]) -> None:
+    """Raise `JobError` where none of a list's photos is there."""
+    if not paths:
+        raise JobError(f"{file}: no row names a photo")
+    if all(_size(path) is None for path in paths):
+        raise JobError(
+            f"{file}: none of its photos is there (the first: {printable(str(paths[0]))}); paths are relative to the "
+            "list's folder, or absolute"
+        )
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a file; None where there is none."""
+    try:
+        return path.stat().st_size
+    except (OSError, ValueError):  # ValueError: a NUL character in a list's path
+        return None
 
 
 def places_of_names(names: Sequence[str]) -> Places:
     """Where photos were taken by their names; east and north are NaN where a name does not tell it."""
-    return Places(*parse_utm(pa.array(map(os.fsencode, names), pa.large_binary())))
+    return Places(*parse_utm(pa.array([name.encode("utf-8", "surrogatepass") for name in names], pa.large_binary())))
 
 
 def _in_zone(
-    source: Path, names: Sequence[str], paths: Sequence[Path], places: Places, zone: int, useless: dict[int, str]
+    source: Path,
+    names: Sequence[str],
+    paths: Sequence[Path],
+    places: Places,
+    zone: int,
+    unfit: dict[int, str],
+    unplaced: dict[int, str],
 ) -> Queries:
-    """The queries but for the `useless` (why, by row) and those that cannot be brought into `zone` (0: as they are)."""
-    reprojected, unfit = bring_into_zone(names, places, zone)
-    unfit |= useless
+    """The queries but for the `unfit` (why, by row) and those that cannot be brought into `zone` (0: as they are)."""
+    reprojected, elsewhere = bring_into_zone(names, places, zone)
+    unfit |= elsewhere
     kept = [row for row in range(len(names)) if row not in unfit]
     return Queries(
         source,
@@ -157,6 +199,7 @@ def _in_zone(
         places.north[kept],
         reprojected,
         tuple(SetAside(paths[row], reason) for row, reason in sorted(unfit.items())),
+        {number: unplaced[row] for number, row in enumerate(kept) if row in unplaced},
     )
 
 
@@ -240,6 +283,8 @@ def _decode_in_order(
 
 def _decode_or_reason(photo: Photo, shorter_side: int) -> np.ndarray | str:
     try:
+        if isinstance(photo, Path) and photo.exists() and not photo.is_file():
+            return "not a regular file"  # nobody may ever write into a pipe
         with photo.open("rb") as file:
             try:
                 return decode_query(file, shorter_side)
