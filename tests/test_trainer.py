@@ -2,21 +2,25 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from tiny import ZONE, arguments, class_table, configure, train, train_here, write_dataset
 
 import training.trainer as trainer_module
 from shards.console import JobError
+from shards.names import parse_name
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
 from training.heads import make_head
 from training.model import GeoModel
 from training.queries import list_queries, query_size
 from training.run_folder import read_losses
 from training.scoring import class_blocks, describe_queries, score_queries
+from training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "small_cnn_joint.txt"
 
@@ -104,6 +108,25 @@ def test_a_run_that_goes_on_with_other_queries_or_none_chooses_its_best_anew(
     resumed = train_here(configure(shards, tmp_path / "r", schedule="joint", resume=True))
     assert resumed.progress.best == -resumed.progress.mean_of_groups()
     assert json.loads((tmp_path / "r" / "best.json").read_text())["metric"] == "minus the groups' mean loss"
+
+
+def test_the_best_is_chosen_anew_where_the_queries_are_others_not_where_they_lie_elsewhere(
+    shards: Path, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, object] = {"schedule": "joint", "iterations_per_epoch": 2}
+    train_here(configure(shards, tmp_path / "r", epochs=1, val_queries=queries, **settings))
+    moved = shutil.copytree(queries, tmp_path / "moved")
+    rows = [(path.name, parse_name(path.name)) for path in sorted(moved.iterdir())]
+    for epochs, count, anew in ((2, 16, False), (3, 5, True), (4, 5, False)):
+        listed = tmp_path / "moved" / "val.csv"
+        listed.write_text("\n".join(["path,east,north", *(f"{n},{p.east},{p.north}" for n, p in rows[:count])]))
+        capsys.readouterr()
+        again = configure(shards, tmp_path / "r", epochs=epochs, val_queries=listed, resume=True, **settings)
+        trainer = train_here(again)
+        assert ("best checkpoint is chosen anew" in capsys.readouterr().out) == anew
+        assert (tmp_path / "r" / "best.json").exists()
+        assert trainer.validator is not None
+        assert len(trainer.validator.queries) == count
 
 
 def test_a_cosine_run_that_goes_on_with_the_plateau_schedule_starts_from_the_rate_asked_for(
@@ -222,8 +245,23 @@ def test_an_unreadable_validation_query_is_named_and_left_out(
 def test_no_usable_validation_query_is_a_clear_error(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(JobError, match="no validation query has usable coordinates"):
+    with pytest.raises(JobError, match=r"no validation query has usable coordinates \(no coordinates in its name\)"):
         train_here(configure(shards, tmp_path / "r", val_queries=tmp_path / "q"))
+    (tmp_path / "q" / "holiday.jpg").rename(tmp_path / "q" / "@5@5@.jpg")
+    with pytest.raises(JobError, match=r"none of its photos can be read \(.*@5@5@\.jpg: an empty file\)"):
+        train_here(configure(shards, tmp_path / "r", val_queries=tmp_path / "q"))
+
+
+def test_validation_queries_that_go_away_are_a_clear_error(
+    shards: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.validation.CACHE_BYTES", 0)
+    moved = shutil.copytree(queries, tmp_path / "q")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    trainer = Trainer(configure(shards, tmp_path / "r", epochs=1, val_queries=moved))
+    shutil.rmtree(moved)
+    with pytest.raises(JobError, match="its photos went away; bring them back and go on with --resume"):
+        trainer.run()
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ class Progress:
     """Where a run stands; saved with every checkpoint, so that an epoch that was cut goes on with its sums.
 
     `losses`, `hits` and `counts` are the current epoch's sums by group; `latest` the last epoch's mean loss of
-    every group that has been trained; `best` the best value so far of the quantity that picks the best checkpoint.
+    every group that has been trained; `best` the best value so far of the quantity that picks the best checkpoint, and
+    `val_photos` the fingerprint of the validation queries that it is of.
     """
 
     step: int = 0
@@ -26,6 +27,7 @@ class Progress:
     counts: dict[int, int] = field(default_factory=dict)
     latest: dict[int, float] = field(default_factory=dict)
     best: float | None = None
+    val_photos: str = ""
     skipped: int = 0
 
     def add(self, groups: list[int], global_groups: np.ndarray, outcome: StepOutcome) -> None:
@@ -67,7 +69,8 @@ class Progress:
             name: {int(group): value for group, value in values[name].items()}
             for name in ("losses", "hits", "counts", "latest")
         }
-        return Progress(**sums, step=values["step"], best=values["best"], skipped=values["skipped"])
+        photos = values.get("val_photos", "")
+        return Progress(**sums, step=values["step"], best=values["best"], val_photos=photos, skipped=values["skipped"])
 
 
 class Timing:

@@ -84,7 +84,13 @@ class Trainer:
             self.say(start_from(self.config.init_from, self.engine.model, self.engine.bank, self.classes))
         if self.world.is_main:
             begin_run(self.config.out, self.config)
-        return progress or Progress()
+        progress = progress or Progress()
+        photos = self.validator.queries.fingerprint() if self.validator else ""
+        if progress.val_photos and photos and progress.val_photos != photos:
+            self.say("other validation queries than before: the best checkpoint is chosen anew")
+            progress.best = None
+        progress.val_photos = photos
+        return progress
 
     def _lock(self) -> TextIO | None:
         """Keep other trainings out of the folder; JobError on every rank where rank 0 is kept out."""

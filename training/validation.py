@@ -47,11 +47,28 @@ class Validator:
         self.interruption = interruption
         self.queries: Queries = list_queries(config.val_queries, classes.zone, southern=classes.southern)
         if not self.queries.located.any():
-            raise JobError(f"{config.val_queries}: no validation query has usable coordinates")
+            unlocated = self.queries.unlocated(np.ones(len(self.queries), bool))
+            reason = (*unlocated, *self.queries.set_aside)[0].reason
+            raise JobError(f"{config.val_queries}: no validation query has usable coordinates ({reason})")
+        self._check_readable()
         self.mine = np.arange(world.rank, len(self.queries), world.size)
         self.cache: list[QueryBatch] | None = None
         self.unreadable: dict[int, str] = {}
         self.told = False
+
+    def _check_readable(self) -> None:
+        """Raise JobError where no photo with a place can be read; else one is decoded."""
+        paths = [self.queries.paths[i] for i in np.flatnonzero(self.queries.located)]
+        reasons: dict[int, str] = {}
+        batches = read_queries(
+            paths,
+            shorter_side=query_size(self.config.image_size),
+            batch_size=1,
+            threads=1,
+            on_failure=lambda index, reason: reasons.update({index: reason}),
+        )
+        if next(batches, None) is None:
+            raise JobError(f"{self.config.val_queries}: none of its photos can be read ({paths[0]}: {reasons[0]})")
 
     def validate(self, model: nn.Module, bank: HeadBank) -> tuple[QueryScores | None, bool]:
         """LR@N of model and heads as they are: on rank 0, None on the others; True where a signal to any rank cut it
@@ -67,6 +84,8 @@ class Validator:
             vectors[indices[part_readable]] = part[part_readable]
             readable[indices] = part_readable
             self.unreadable |= unreadable
+        if not readable.any():
+            raise JobError(f"{self.config.val_queries}: its photos went away; bring them back and go on with --resume")
         descriptors = Descriptors(torch.from_numpy(vectors), readable, ())
         top = max(RECALL_NS)
         blocks = bank.blocks(self.config.score_form)
