@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from evaluation.sample_photos import read_jpeg
-from shards.console import JobError, format_count
+from shards.console import JobError, format_count, printable
 from shards.files import atomic_path
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
+from shards.photo_list import is_list
 from training.queries import bring_into_zone, list_queries, places_of_names, read_queries
 from training.scoring import describe_batches
 
@@ -153,7 +154,8 @@ def read_descriptors(path: Path, zone: int = 0) -> Images:
     JobError for anything else.
     """
     if path.suffix not in (".npz", ".npy"):
-        raise JobError(f"{path}: no descriptors (.npz, or .npy beside .txt), no folder of photos and no data set")
+        what = "no descriptors (.npz, or .npy beside .txt), no folder or list (.csv, .parquet) of photos, no data set"
+        raise JobError(f"{path}: {what}")
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
@@ -174,11 +176,11 @@ def read_descriptors(path: Path, zone: int = 0) -> Images:
         try:
             parse_name(names[row])
         except BadName as error:
-            raise JobError(f"{path}: {names[row]}: {error}") from error
+            raise JobError(f"{path}: {printable(names[row])}: {error}") from error
     _, unfit = bring_into_zone(names, places, zone)
     if unfit:
         first = min(unfit)
-        raise JobError(f"{path}: {names[first]}: {unfit[first]}")
+        raise JobError(f"{path}: {printable(names[first])}: {unfit[first]}")
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(lengths).all():
         first = names[int(np.flatnonzero(~np.isfinite(lengths))[0])]
@@ -196,8 +198,9 @@ def database_images(
     batch_size: int = 32,
     threads: int = 1,
 ) -> Images:
-    """The database's descriptors: read from a file or from `cache`, or made and kept in `cache`."""
-    if database.is_file():
+    """The database's descriptors: read from a file or from `cache`, or made of the photos of a folder, a list or a data
+    set and kept in `cache`."""
+    if database.is_file() and not is_list(database):
         return read_descriptors(database, localiser.classes.zone)
     fingerprint = _fingerprint(localiser, database)
     if (found := _from_cache(cache, fingerprint)) is not None:
@@ -226,11 +229,22 @@ def _from_cache(cache: Path, fingerprint: str) -> Images | None:
 
 
 def _fingerprint(localiser: Localiser, database: Path) -> str:
-    """What a database's descriptors depend on: the model's weights, and the names and sizes of the photos."""
-    digest = hashlib.sha256(f"{database.resolve()} {localiser.shorter_side}\n".encode())
+    """What a database's descriptors depend on: the model's weights, the list, and the photos' (or shards') names, sizes
+    and times of change."""
+    database = database.resolve()
+    digest = hashlib.sha256(f"{database} {localiser.shorter_side}\n".encode())
     listing = json.loads((localiser.path / "files.json").read_text())["files"]
     digest.update(json.dumps(listing["model.safetensors"]).encode())
-    for file in sorted(database.rglob("*")):
-        if file.is_file():
-            digest.update(f"{file} {file.stat().st_size}\n".encode("utf-8", "replace"))
+    files: Sequence[Path]
+    if (database / MANIFEST).exists():
+        files = sorted(database.rglob("*"))
+    else:
+        files = list_queries(database, localiser.classes.zone, southern=localiser.classes.southern).paths
+        digest.update(database.read_bytes() if is_list(database) else b"")
+    for file in files:
+        try:
+            status = file.stat()
+        except (OSError, ValueError):  # a photo that is not there, or never can be
+            continue
+        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "replace"))
     return digest.hexdigest()

@@ -1,6 +1,6 @@
 """Retrieval of database images, exhaustively and within the cells that the classifier names.
 
-python evaluation/retrieve.py --checkpoint RUN --database DIR --queries PHOTOS --out DIR [--top-cells 10]
+python evaluation/retrieve.py --checkpoint RUN --database PHOTOS --queries PHOTOS --out DIR [--top-cells 10]
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Arguments:
     checkpoint: Path
     """Run (its best checkpoint is taken) or a single checkpoint folder."""
     database: Path
-    """Folder of photos named by UTM position, a data set of shards, or descriptors (.npz, or .npy beside .txt)."""
+    """Folder of photos named by UTM position, a list (.csv, .parquet) with their places, a data set of shards, or
+    descriptors (.npz, or .npy beside .txt)."""
     queries: Path
     """Folder of query photos named by UTM position, or a list (.csv, .parquet) with their places."""
     out: Path

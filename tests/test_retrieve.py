@@ -1,6 +1,7 @@
 """Retrieval within cells against brute force, and evaluation/retrieve.py as a user runs it."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from evaluation.gallery import Gallery, Images, read_descriptors
 from evaluation.searchers import CellSearcher, FaissSearcher
 from shards.console import JobError
 from shards.layout import shard_tables
+from shards.names import parse_name
 
 METHODS = ("exhaustive", "ivf", "hnsw", "within-cells")
 
@@ -122,6 +124,37 @@ def test_a_table_compares_the_ways_of_searching(
         assert "1 photo left out" in said.err
         run_here(monkeypatch, *words)
         assert "48 descriptors made before" in capsys.readouterr().err
+
+
+def test_a_database_may_be_a_list_and_is_described_again_once_it_or_its_photos_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    photos = sorted(write_queries(tmp_path / "photos", each=3).iterdir())
+    (tmp_path / "lists").mkdir()
+    listed = tmp_path / "lists" / "database.csv"
+    rows = ["path,east,north"]
+    for number, photo in enumerate(photos):
+        rows.append(f"../photos/{number}.jpg,{parse_name(photo.name).east},{parse_name(photo.name).north}")
+        photo.rename(photo.parent / f"{number}.jpg")
+    listed.write_text("\n".join(rows))
+    words = ["--checkpoint", run, "--queries", queries, "--out", tmp_path / "out"]
+
+    def made_before(database: Path) -> bool:
+        run_here(monkeypatch, *words, "--database", database)
+        found = json.loads((tmp_path / "out" / "retrieval.json").read_text())["rows"]
+        assert (found[-1]["images"], found[-1]["r_at_1"] > 80) == (48, True)
+        return "48 descriptors made before" in capsys.readouterr().err
+
+    assert not made_before(listed)
+    monkeypatch.chdir(tmp_path)
+    assert made_before(Path("lists/database.csv"))
+    photo = tmp_path / "photos" / "7.jpg"
+    os.utime(photo, ns=(0, 0))
+    assert not made_before(listed)
+    assert made_before(listed)
+    listed.write_text("\n".join(rows[:2] + rows[:1:-1]))
+    assert not made_before(listed)
 
 
 def test_damaged_shards_lose_their_photos_and_a_damaged_table_is_one_line(
