@@ -179,6 +179,23 @@ def test_queries_of_a_list_are_answered_as_those_of_a_folder(
     assert "photos/IMG_31.jpg" in (tmp_path / "o" / "report.html").read_text()
 
 
+def test_a_name_that_is_not_utf_8_is_written_with_its_bytes_escaped(
+    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, queries = run_and_queries
+    photo = min(queries.iterdir())
+    folder = tmp_path / "queries"
+    folder.mkdir()
+    shutil.copy(
+        os.fsencode(photo), os.fsencode(folder) + b"/" + os.fsencode(photo.name).replace(b"@.jpg", b"@\xff@.jpg")
+    )
+    assert run_here(monkeypatch, "--checkpoints", run, "--queries", folder, "--out", tmp_path / "o") == 0
+    table = pq.read_table(tmp_path / "o" / "predictions.parquet")
+    assert table["photo"].to_pylist() == [photo.name.replace("@.jpg", r"@\xff@.jpg")]
+    assert table["scored"].to_pylist() == [True]
+    assert r"\\xff" in (tmp_path / "o" / "report.html").read_text()
+
+
 def test_without_a_row_earlier_results_stay_as_they_were(
     run_and_queries: tuple[Path, Path],
     tmp_path: Path,

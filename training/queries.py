@@ -129,7 +129,7 @@ def list_queries(source: Path, zone: int, *, southern: bool = False) -> Queries:
 
 def _of_folder(folder: Path, zone: int) -> Queries:
     paths = find_photos(folder)
-    names = [str(path.relative_to(folder)) for path in paths]
+    names = [os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace") for path in paths]
     return _in_zone(folder, names, paths, places_of_names(names), zone, {}, {})
 
 
