@@ -157,6 +157,28 @@ def test_a_database_may_be_a_list_and_is_described_again_once_it_or_its_photos_c
     assert not made_before(listed)
 
 
+def test_photos_of_a_linked_folder_are_described_again_once_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    photos = sorted(write_queries(tmp_path / "photos", each=3).iterdir())
+    (tmp_path / "database").mkdir()
+    (tmp_path / "database" / "linked").symlink_to(tmp_path / "photos")
+    words = ["--checkpoint", run, "--database", tmp_path / "database", "--queries", queries, "--out", tmp_path / "out"]
+    run_here(monkeypatch, *words)
+    photos[0].unlink()
+    run_here(monkeypatch, *words)
+    assert json.loads((tmp_path / "out" / "retrieval.json").read_text())["rows"][0]["images"] == 47
+    assert "made before" not in capsys.readouterr().err
+
+
+def test_names_of_descriptors_that_no_file_can_have_are_one_line(tmp_path: Path) -> None:
+    for name, reason in (("\ud800\n.jpg", "no coordinates"), ("@5@6@54@S@\ud800\n@.jpg", "UTM zone 54")):
+        np.savez(tmp_path / "d.npz", descriptors=np.ones((1, 5), np.float32), names=np.array([name]))
+        with pytest.raises(JobError, match=rf"d\.npz: .*\\ud800\\n.*: {reason}"):
+            read_descriptors(tmp_path / "d.npz", 10)
+
+
 def test_damaged_shards_lose_their_photos_and_a_damaged_table_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
