@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,11 @@ def test_colours_go_from_green_over_yellow_to_red() -> None:
     assert [error_colour(metres) for metres in (1, 100, 5000)] == [(0, 200, 40), (255, 200, 40), (255, 0, 40)]
 
 
-def test_the_error_map_shows_near_queries_green_and_far_ones_red(tmp_path: Path) -> None:
+@pytest.mark.parametrize("span", [0, 20_000, 10_000_000])  # metres
+def test_the_error_map_shows_near_queries_green_and_far_ones_red(tmp_path: Path, span: int) -> None:
     classes = class_table()
-    queries = list_queries(write_queries(tmp_path / "q"), classes.zone)
+    classes = replace(classes, cell_north=classes.cell_north + span * (np.arange(len(classes)) == 0))
+    queries = list_queries(write_queries(tmp_path / "q", classes), classes.zone)
     ranked = classes.find(queries.east, queries.north)[:, None]
     readable = np.ones(len(queries), dtype=bool)
     outcome = assess_ranking(ranked, np.zeros(ranked.shape), readable, classes, queries)

@@ -131,7 +131,8 @@ def error_map(classes: ClassTable, queries: Queries, outcome: QueryScores, width
     for cell_east, cell_north in zip(classes.cell_east.tolist(), classes.cell_north.tolist(), strict=True):
         left, bottom = place(cell_east, cell_north)
         right, top = place(cell_east + classes.M, cell_north + classes.M)
-        draw.rectangle((left, top, right - 1, bottom - 1), fill=(235, 235, 235), outline=(215, 215, 215))
+        corner = (max(left, right - 1), max(top, bottom - 1))  # in a city of 12 km and more a cell is less than a pixel
+        draw.rectangle((left, top, *corner), fill=(235, 235, 235), outline=(215, 215, 215))
     for i in np.flatnonzero(outcome.scored):
         x, y = place(queries.east[i], queries.north[i])
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=error_colour(float(outcome.ranking.distances[i, 0])))
