@@ -62,7 +62,7 @@ class Source:
             return
         place = Path(self.place)
         if not place.exists():
-            raise JobError(f"{place}: no such folder of photos")
+            raise JobError(f"{place}: no such {'list' if self.is_list else 'folder of photos'}")
         if not self.is_list and out.resolve().is_relative_to(place.resolve()):
             raise JobError(f"{out}: lies inside the source {place}; choose another folder")
 

@@ -415,6 +415,7 @@ def test_what_cannot_be_added_is_refused_and_changes_nothing(begun, tmp_path):
     (tmp_path / "empty").mkdir()
     for place, message in (
         (tmp_path / "none", "no such folder"),
+        (tmp_path / "none.csv", "no such list"),
         (tmp_path / "empty", "no photos found"),
         (tmp_path, "inside"),
     ):
