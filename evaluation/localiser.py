@@ -138,7 +138,7 @@ def load_localiser(path: Path, device: torch.device, *, southern: bool = False) 
 def _read_config(weights: EvaluationWeights) -> TrainConfig:
     try:
         return TrainConfig.from_json(weights.config)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, JobError) as error:
         raise JobError(f"{weights.path}/config.json: no configuration of this project ({error})") from error
 
 

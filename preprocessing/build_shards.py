@@ -1,6 +1,10 @@
 """Cut street photos into classes and groups and write them as WebDataset tar shards.
 
+Names carry the place (@EAST@NORTH@ZONE@BAND@..., UTM metres), or a list does. The same command again goes on where an
+interrupted one stopped.
+
 python preprocessing/build_shards.py --source photos/train/database --out shards/city
+
 python preprocessing/build_shards.py --out shards/city --add more_photos
 """
 
@@ -29,11 +33,7 @@ ENGINES = {"process": engine.run_tasks, "ray": ray_engine.run_tasks}
 
 @dataclass(frozen=True)
 class Arguments:
-    """Cut street photos into classes and groups and write them as WebDataset tar shards.
-
-    Names carry the place (@EAST@NORTH@ZONE@BAND@..., UTM metres), or a list does. The same command again goes on
-    where an interrupted one stopped.
-    """
+    """What the command line says."""
 
     out: str
     """Folder or URL (s3://bucket/city) of the data set: a new one, or one that this command began."""
@@ -100,6 +100,8 @@ class Arguments:
             raise WrongArguments("--codec gpu goes without --crops, --resize-filter lanczos and --engine ray")
         if self.source is None and not changes:
             raise WrongArguments("name the photos with --source")
+        if "" in (self.source, self.add):
+            raise WrongArguments("--source and --add take a folder, a list or a URL, and none has an empty name")
         if self.task_index is not None and not 0 <= self.task_index < (self.task_count or 0):
             raise WrongArguments("--task-index must be from 0 to below --task-count")
         if self.task_count is not None and self.task_index is None and not self.finish:
@@ -107,7 +109,7 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments)
+    arguments = tyro.cli(Arguments, description=__doc__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
     machinery = Machinery(arguments.workers, arguments.max_bad_share, ENGINES[arguments.engine])

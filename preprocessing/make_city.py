@@ -1,6 +1,9 @@
 """Render a procedural city as street-level photos, named and laid out as SF-XL.
 
-Example: python preprocessing/make_city.py --out city --seed 0 --blocks 3 --size 512 --years 3
+Writes train/database/LATITUDE/, val/queries/ and test/queries/, and city.json with settings and counts. The same
+settings give the same bytes, whatever the number of workers; an interrupted run goes on.
+
+python preprocessing/make_city.py --out city --seed 0 --blocks 3 --size 512 --years 3
 """
 
 from __future__ import annotations
@@ -19,11 +22,7 @@ from shards.console import WrongArguments, entry
 
 @dataclass(frozen=True)
 class Arguments:
-    """Render a procedural city as street-level photos, named and laid out as SF-XL.
-
-    Writes train/database/LATITUDE/, val/queries/ and test/queries/, and city.json with settings and counts.
-    The same settings give the same bytes, whatever the number of workers; an interrupted run goes on.
-    """
+    """What the command line says."""
 
     out: Path
     """Folder to write; new or empty, or holding this very city."""
@@ -37,7 +36,7 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=Arguments.__doc__)
+    arguments = tyro.cli(Arguments, description=__doc__)
     render_city(arguments.out, arguments.city, arguments.workers)
 
 

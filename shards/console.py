@@ -15,6 +15,13 @@ class WrongArguments(JobError):
     """The command line asks for something that cannot be; the exit code is 2."""
 
 
+def check_arguments(wrong: dict[str, bool]) -> None:
+    """Raise `WrongArguments` with the first message, which names the flag and what is right, whose condition holds."""
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise WrongArguments(message)
+
+
 def exit_code(error: JobError) -> int:
     """What a program that `error` stops exits with."""
     return 2 if isinstance(error, WrongArguments) else 1

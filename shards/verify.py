@@ -1,6 +1,9 @@
 """Verify a data set byte for byte; with --repair, rebuild just what is broken from the photos.
 
+Prints a line for each problem. Exits with 0 where the data set is sound, 1 where it is not.
+
 python shards/verify.py shards/city
+
 python shards/verify.py shards/city --repair --source photos/train/database
 """
 
@@ -23,10 +26,7 @@ from shards.verification import Report, verify
 
 @dataclass(frozen=True)
 class Arguments:
-    """Verify a data set byte for byte; with --repair, rebuild just what is broken from the photos.
-
-    Prints a line for each problem. Exits with 0 where the data set is sound, 1 where it is not.
-    """
+    """What the command line says."""
 
     dataset: Annotated[str, tyro.conf.Positional]
     """Folder or URL of the data set; from a URL, each shard is fetched, checked and dropped."""
@@ -52,7 +52,7 @@ class Arguments:
 
 
 def main() -> int:
-    arguments = tyro.cli(Arguments)
+    arguments = tyro.cli(Arguments, description=__doc__)
     if is_url(arguments.dataset):
         return _verify_at_url(Store.at(arguments.dataset), arguments.workers)
     dataset = Path(arguments.dataset)

@@ -15,7 +15,7 @@ from tiny_run import write_run
 from evaluation import ranking
 from evaluation.localiser import Localiser
 from evaluation.ranking import RANKING_FORMS
-from shards.console import JobError
+from shards.console import JobError, exit_code
 from training.checkpoint import load_for_evaluation
 from training.heads import ScoreForm, make_head
 from training.queries import find_photos
@@ -161,8 +161,10 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_a_clear_error(tmp_path: Path) ->
         Localiser(replace(weights, heads={0: weights.heads[0]}), CPU)
     with pytest.raises(JobError, match="group 0 does not fit the class map"):
         Localiser(replace(weights, classes=class_table(8)), CPU)
-    with pytest.raises(JobError, match="no configuration of this project"):
-        Localiser(replace(weights, config={"epochs": "many"}), CPU)
+    for config in ({"epochs": "many"}, weights.config | {"lr": -1.0}):
+        with pytest.raises(JobError, match="no configuration of this project") as refused:
+            Localiser(replace(weights, config=config), CPU)
+        assert exit_code(refused.value) == 1
 
 
 def test_a_folder_that_is_no_checkpoint_or_is_damaged_is_a_clear_error(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from evaluation import retrieve
 from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images, read_descriptors
 from evaluation.searchers import CellSearcher, FaissSearcher
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from shards.layout import shard_tables
 
 METHODS = ("exhaustive", "ivf", "hnsw", "within-cells")
@@ -266,3 +266,10 @@ def test_a_missing_faiss_is_told_before_anything_is_read_or_written(
     with pytest.raises(JobError, match=r"FAISS is not installed: pip install .*\[retrieval\]"):
         run_here(monkeypatch, *words, "--out", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--top-cells", "0"], ["--threshold", "inf"], ["--batch-size", "0"]])
+def test_wrong_arguments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    places = ("--checkpoint", tmp_path, "--database", tmp_path, "--queries", tmp_path, "--out", tmp_path / "out")
+    with pytest.raises(WrongArguments, match=f"^{words[0]}: "):
+        run_here(monkeypatch, *places, *words)
