@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from shards.classes import ClassTable
+from shards.classes import ClassTable, cell_index
 
 _CHUNK = 1 << 22
 
@@ -33,9 +33,7 @@ class CellIndex:
     def holding(self, east: np.ndarray, north: np.ndarray) -> np.ndarray:
         """Table row of the class whose cell holds each point (float64 [Q], metres); -1 outside, or for NaN."""
         known = np.isfinite(east) & np.isfinite(north)
-        cells = [
-            np.floor(np.where(known, v, 0) / self.classes.M).astype(np.int64) * self.classes.M for v in (east, north)
-        ]
+        cells = [cell_index(np.where(known, v, 0), self.classes.M) * self.classes.M for v in (east, north)]
         return np.where(known, self.find(*cells), -1)
 
     def count_near(self, east: np.ndarray, north: np.ndarray, radius: float) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The class table: which cell of the map each label of each group stands for."""
+"""Cells and groups of the map, and the class table: which cell each label of each group stands for."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -19,6 +19,24 @@ _COLUMNS = {
     "cell_north": np.int64,
     "images": np.int64,
 }
+_STEP = 1 << 20
+
+
+def cell_index(metres: np.ndarray, M: int) -> np.ndarray:
+    """`floor(metres / M)` exactly, int64, same shape: the quotient's rounding never moves a point over an edge."""
+    out = np.empty(np.shape(metres), np.int64)
+    flat = out.reshape(-1)
+    for first in range(0, flat.size, _STEP):  # in steps, since 41 million photos leave no memory to waste
+        part = np.ravel(metres)[first : first + _STEP]
+        index = np.floor(part / M)
+        index -= index * M > part
+        flat[first : first + _STEP] = index
+    return out
+
+
+def group_of(east_index: np.ndarray, north_index: np.ndarray, N: int) -> np.ndarray:
+    """The group of each cell, by its position (int64 [n]) in the grid of cells."""
+    return (east_index % N) * N + north_index % N
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +94,6 @@ class ClassTable:
     def take(self, rows: np.ndarray) -> "ClassTable":
         """The classes in `rows` (int [K]), in that order."""
         return replace(self, **{name: getattr(self, name)[rows] for name in _COLUMNS})
-
-    def find(self, east: np.ndarray, north: np.ndarray) -> np.ndarray:
-        """The row of the class whose cell holds each point (metres, [Q]), int64 [Q]; -1 outside every class."""
-        cells = np.stack([np.floor(np.asarray(xy, np.float64) / self.M) * self.M for xy in (east, north)], axis=1)
-        rows = {
-            cell: row for row, cell in enumerate(zip(self.cell_east.tolist(), self.cell_north.tolist(), strict=True))
-        }
-        return np.array([rows.get((int(e), int(n)), -1) for e, n in cells], np.int64)
 
     def fingerprint(self) -> str:
         """A hash of which cell has which label (not of the image counts): equal for interchangeable class maps."""
