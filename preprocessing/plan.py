@@ -23,6 +23,7 @@ from preprocessing.sources import turns
 from shards.classes import ClassTable
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
+from shards.names import PHOTO_EXTENSIONS
 from shards.plane import Places
 
 _STEP = 1 << 20
@@ -174,7 +175,7 @@ def when_and_whither(places: Places, rows: np.ndarray) -> tuple[list[float | Non
 def make_plan(listing: Listing, settings: Settings) -> Plan:
     """Plan a data set; raises `JobError` where there is nothing to make one of."""
     if not len(listing):
-        raise JobError(f"{listing.root}: no photos found (.jpg, .jpeg, .png in all folders below)")
+        raise JobError(f"{listing.root}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
     places, zone, names, named_bad = locate(listing, settings.zone)
     bad = [*listing.bad, *named_bad]
     finite = np.isfinite(places.east)

@@ -14,6 +14,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+PHOTO_EXTENSIONS = (".jpg", ".jpeg", ".png")
+"""What the names of files that are taken for photos end in, in any case."""
+
 _BAND = re.compile("[C-HJ-NP-X]")
 _NUMBER = re.compile(r"[+-]?\d{1,12}(\.\d*)?")
 _CHUNK = 1 << 14
