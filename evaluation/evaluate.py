@@ -11,7 +11,6 @@ accelerate launch evaluation/evaluate.py --checkpoints RUN --queries PHOTOS --ou
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from evaluation.query_set import Settings
 from evaluation.ranking import OWN_FORMS, RankingForm
 from evaluation.sample_photos import SamplePhotos
 from shards.console import check_arguments, entry
+from shards.workers import cores_of_process
 from training.one_voice import one_voice, parse_arguments
 from training.scoring import RECALL_NS, THRESHOLD_METRES
 
@@ -96,11 +96,6 @@ def main() -> int:
             return 0
         write_results(results, report=arguments.report, samples=samples)
     return 1 if results.failed else 0
-
-
-def cores_of_process() -> int:
-    """Cores for each process of this host's launch."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 if __name__ == "__main__":

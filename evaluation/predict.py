@@ -8,7 +8,6 @@ python evaluation/predict.py --checkpoint RUN photo.jpg [more photos, folders, "
 from __future__ import annotations
 
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import tyro
 from evaluation.answer_photos import Request, answer_photos, find_all, to_geojson, to_json, to_table
 from evaluation.localiser import choose_device, load_localiser
 from shards.console import JobError, check_arguments, entry, printable
+from shards.workers import cores_of_process
 from training.scoring import THRESHOLD_METRES
 
 
@@ -65,7 +65,7 @@ def main() -> int:
     localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
     if arguments.geojson and not localiser.classes.zone:
         raise JobError(f"{arguments.checkpoint}: its classes have no UTM zone, so no degrees; use --json")
-    threads = len(os.sched_getaffinity(0))
+    threads = cores_of_process()
     request = Request(arguments.top, arguments.apart, arguments.batch_size, threads)
     answered, unreadable = answer_photos(localiser, paths, request)
     failures += unreadable

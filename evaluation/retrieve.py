@@ -9,7 +9,6 @@ python evaluation/retrieve.py --checkpoint RUN --database DIR --queries PHOTOS -
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from evaluation.result_files import prepare_folder, write_json
 from evaluation.searchers import CellSearcher, FaissSearcher, Searcher, load_faiss
 from shards.console import JobError, check_arguments, entry, format_bytes, printable
 from shards.provenance import provenance
+from shards.workers import cores_of_process
 from training.scoring import RECALL_NS, THRESHOLD_METRES, recall_at
 
 Method = Literal["exhaustive", "ivf", "hnsw", "within-cells"]
@@ -88,7 +88,7 @@ def main() -> None:
     load_faiss()  # before the database is described, which takes hours where it is large
     prepare_folder(arguments.out)
     localiser = load_localiser(arguments.checkpoint, choose_device(cpu=arguments.cpu))
-    reading = {"batch_size": arguments.batch_size, "threads": len(os.sched_getaffinity(0))}
+    reading = {"batch_size": arguments.batch_size, "threads": cores_of_process()}
     queries = describe_photos(localiser, arguments.queries, _warn, **reading)
     vectors = _other_descriptors(arguments.query_descriptors, queries) or queries
     database = database_images(localiser, arguments.database, arguments.out / "database.npz", _warn, **reading)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import ipaddress
 import math
-import os
 import socket
 import sys
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from evaluation.localiser import Localiser, choose_device, load_localiser
 from evaluation.sample_photos import SamplePhotos
 from evaluation.uploads import Limits
 from shards.console import JobError, check_arguments, entry, format_count, printable
+from shards.workers import cores_of_process
 from training.scoring import THRESHOLD_METRES
 
 _DECODERS = 4
@@ -88,7 +88,7 @@ def main() -> None:
     device = choose_device(cpu=arguments.cpu)
     localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
     known = KnownPhotos(SamplePhotos.open(arguments.shards), localiser.classes)
-    threads = min(len(os.sched_getaffinity(0)), _DECODERS)
+    threads = min(cores_of_process(), _DECODERS)
     request = Request(arguments.top, arguments.apart, threads=threads)
     limits = Limits(round(arguments.max_megabytes * 1e6), round(arguments.max_megapixels * 1e6))
     queue = AnswerQueue(localiser, request, limits, arguments.at_once)

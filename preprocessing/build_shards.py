@@ -8,7 +8,6 @@ python preprocessing/build_shards.py --source photos/train/database --out shards
 python preprocessing/build_shards.py --out shards/city --add more_photos
 """
 
-import os
 import signal
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -27,6 +26,7 @@ from preprocessing.summaries import print_forecast, print_gain, print_recovery, 
 from preprocessing.updates import add, retry_quarantined
 from shards.console import WrongArguments, entry, format_count
 from shards.soundness import damaged_tables_named
+from shards.workers import cores_of_process
 
 ENGINES = {"process": engine.run_tasks, "ray": ray_engine.run_tasks}
 
@@ -78,7 +78,7 @@ class Arguments:
     """Finish the data set after all tasks, or say which shards are missing."""
     engine: Literal["process", "ray"] = "process"
     """process: on this machine; ray: on the Ray cluster of RAY_ADDRESS (or a local one), over shared folders."""
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = cores_of_process()
     """Processes that resize; the default is one for each core. (ray: as many as the cluster has cores.)"""
     max_bad_share: float | None = None
     """Stop when more than this share of the photos is bad (default: 0.01, but not for fewer than 25 photos)."""

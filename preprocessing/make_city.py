@@ -8,7 +8,6 @@ python preprocessing/make_city.py --out city --seed 0 --blocks 3 --size 512 --ye
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +17,7 @@ import tyro
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
 from shards.console import WrongArguments, entry
+from shards.workers import cores_of_process
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Arguments:
     out: Path
     """Folder to write; new or empty, or holding this very city."""
     city: Annotated[CitySettings, tyro.conf.arg(name="")] = field(default_factory=CitySettings)
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = cores_of_process()
     """Processes that render; the default is one for each core."""
 
     def __post_init__(self) -> None:

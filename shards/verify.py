@@ -7,7 +7,6 @@ python shards/verify.py shards/city
 python shards/verify.py shards/city --repair --source photos/train/database
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +21,7 @@ from shards.repair import repair
 from shards.soundness import Problem
 from shards.store import Store, is_url
 from shards.verification import Report, verify
+from shards.workers import cores_of_process
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Arguments:
 
     dataset: Annotated[str, tyro.conf.Positional]
     """Folder or URL of the data set; from a URL, each shard is fetched, checked and dropped."""
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = cores_of_process()
     """Processes that check shards; the default is one for each core."""
     repair: bool = False
     """Rebuild what is broken, then verify again. Files that do not belong there move to a folder beside."""
