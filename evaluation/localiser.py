@@ -15,7 +15,7 @@ from evaluation.ranking import Answers, ClassRanker, RankingForm
 from shards.classes import ClassTable
 from shards.console import JobError, printable
 from training.checkpoint import EvaluationWeights, load_for_evaluation
-from training.heads import Head, ScoreForm, make_head
+from training.heads import Head, ScoreForm
 from training.memory import keep_freed_memory
 from training.model import GeoModel, fold_batch_norms
 from training.presets import TrainConfig
@@ -160,7 +160,7 @@ def _build_heads(weights: EvaluationWeights, config: TrainConfig, model: GeoMode
         )
     heads = {}
     for group in classes.groups:
-        head = make_head(config.head, model.descriptor_dim, classes.count(group), config.s, config.m)
+        head = Head(config.head, model.descriptor_dim, classes.count(group), config.s, config.m)
         try:
             head.load_state_dict(weights.heads[group])
         except RuntimeError as error:

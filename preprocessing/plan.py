@@ -128,10 +128,6 @@ class Plan:
             for number in range(math.ceil(size / SHARD_SAMPLES))
         ]
 
-    def shard_count(self) -> int:
-        """How many shards there will be."""
-        return len(self.shards())
-
     def tasks(self) -> Iterator[ShardTask]:
         """The shards to write, in order of group and number."""
         return (self.task(group, number) for group, number, _ in self.shards())

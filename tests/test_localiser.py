@@ -17,7 +17,7 @@ from evaluation.localiser import Localiser
 from evaluation.ranking import RANKING_FORMS
 from shards.console import JobError, exit_code
 from training.checkpoint import load_for_evaluation
-from training.heads import ScoreForm, make_head
+from training.heads import Head, ScoreForm
 from training.queries import find_photos
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def test_uncertainty_is_the_radius_that_holds_68_percent(localiser: Localiser) -
 def test_ranking_a_hundred_queries_at_once_gives_the_scores_of_one_at_a_time() -> None:
     torch.manual_seed(0)
     classes = class_table(side=70)
-    heads = {group: make_head("AAMC", 64, classes.count(group)) for group in classes.groups}
+    heads = {group: Head("AAMC", 64, classes.count(group)) for group in classes.groups}
     ranker = ranking.ClassRanker(heads, classes, CPU)
     vectors = torch.nn.functional.normalize(torch.randn(100, 64), dim=1)
     together = ranker.rank(vectors, forms=RANKING_FORMS)
