@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 
 from shards.classes import ClassTable, cell_index
@@ -98,14 +96,3 @@ class CellIndex:
         column, row = (cell_east - self.first_east) // M, (cell_north - self.first_north) // M
         inside = (column >= 0) & (column < self.columns) & (row >= 0) & (row < self.rows)
         return np.where(inside, column * self.rows + row, -1)
-
-    @cached_property
-    def bounds(self) -> tuple[int, int, int, int]:
-        """West, south, east and north edge of all cells, metres."""
-        M = self.classes.M
-        return (
-            self.first_east,
-            self.first_north,
-            self.first_east + self.columns * M,
-            self.first_north + self.rows * M,
-        )

@@ -78,10 +78,9 @@ class ClassTable:
         """Northing that each class predicts, float64 [C]."""
         return (self.cell_north + self.M // 2).astype(np.float64)
 
-    def centers(self, group: int | None = None) -> np.ndarray:
-        """Easting and northing of the classes' predictions in metres, float64 [C, 2], of one group or of all."""
-        table = self if group is None else self.of_group(group)
-        return np.stack([table.center_east, table.center_north], axis=1)
+    def centers(self) -> np.ndarray:
+        """Easting and northing of the classes' predictions in metres, float64 [C, 2]."""
+        return np.stack([self.center_east, self.center_north], axis=1)
 
     def of_group(self, group: int) -> "ClassTable":
         """The classes of one group; row i has label i."""

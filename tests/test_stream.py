@@ -1,6 +1,7 @@
 """The stream mode: windows are pure functions, keep the distribution, and read each run once."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -108,7 +109,7 @@ def test_random_numbers_of_one_purpose_serve_no_other(index, monkeypatch):
 
     for module in ("shards.sampler", "shards.stream"):
         monkeypatch.setattr(f"{module}.philox", record)
-    purposes = (
+    purposes: tuple[Callable[[int], object], ...] = (
         lambda step: make_window(index, np.array([[0, 1] * 8] * 4), seed=1, first_step=4 * step, run=4),
         lambda step: colour_changes(1, step, np.arange(4), 0.1),
         *(partial(uniforms, 1, slots=np.arange(4), key=attempt) for attempt in range(3)),

@@ -238,10 +238,9 @@ def assess_ranking(
     classes: ClassTable,
     queries: Queries,
     ns: Sequence[int] = RECALL_NS,
-    threshold: float = THRESHOLD_METRES,
 ) -> QueryScores:
     """Distances and LR@N of a finished ranking (int64 [Q, K] table rows, float32 [Q, K] scores), the latter over the
     queries that are readable and have a position."""
     distances = cell_distances(class_index, classes, queries.east, queries.north)
     scored = readable & queries.located
-    return QueryScores(Ranking(class_index, scores, distances), scored, recall_at(distances[scored], ns, threshold))
+    return QueryScores(Ranking(class_index, scores, distances), scored, recall_at(distances[scored], ns))
