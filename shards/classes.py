@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.console import JobError
+from shards.console import JobError, is_systems, one_line
 from shards.files import atomic_path
 
 _COLUMNS = {
@@ -128,6 +128,8 @@ class ClassTable:
             columns = {name: table[name].to_numpy().astype(kind) for name, kind in _COLUMNS.items()}
         except FileNotFoundError:
             raise JobError(f"{path}: no such class table") from None
-        except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-            raise JobError(f"{path}: not a class table ({error})") from None
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            if is_systems(error):
+                raise
+            raise JobError(f"{path}: not a class table ({one_line(error)})") from None
         return ClassTable(M, N, zone, **columns, southern=southern)

@@ -46,7 +46,7 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.errno is None:
+        if not is_systems(error):
             raise
         code = _fail(describe_os_error(error))
     if sys.stdout:  # None where it was closed from the start
@@ -66,6 +66,12 @@ def describe_os_error(error: OSError) -> str:
         errno.EROFS: "; choose a folder that can be written to",
     }.get(error.errno or 0, "")
     return f"{where}{what}{advice}"
+
+
+def is_systems(error: BaseException) -> bool:
+    """Whether an error is the operating system's own (permissions, a full disk): pyarrow says of many a damaged file
+    that it is an `OSError` too, of no number."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 def one_line(error: BaseException) -> str:

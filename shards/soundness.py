@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from shards.checksums import checksum
 from shards.classes import ClassTable
-from shards.console import JobError, format_count, one_line, printable
+from shards.console import JobError, format_count, is_systems, one_line, printable
 from shards.index import gather
 from shards.layout import INDEX, SAMPLE_COLUMNS, group_name, shard_numbers
 from shards.writer import TAR_BLOCK, ShardWriter
@@ -181,7 +181,7 @@ def damaged_tables_named(place: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's: a full disk, permissions
+        if is_systems(error):
             raise
         raise JobError(f"{place}: a table is damaged ({one_line(error)}); run shards/verify.py {place}") from None
 

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import utm
+from photos import with_spoilt_footer
 from tiny import SOUTH, WEST, class_table, write_dataset, write_queries
 from tiny_run import write_run
 
@@ -140,9 +141,12 @@ def test_damaged_shards_lose_their_photos_and_a_damaged_table_is_one_line(
     said = capsys.readouterr().err
     assert said.count("fails its checksum") == said.count("No such file") == 1
     assert "41 photos left out" in said
-    first.write_bytes(first.read_bytes()[:-9])
-    with pytest.raises(JobError, match=f"{first}: damaged"):
-        run_here(monkeypatch, *words)
+    whole = first.read_bytes()
+    (tmp_path / "out" / "database.npz").unlink()
+    for spoilt in (whole[:-9], with_spoilt_footer(whole)):
+        first.write_bytes(spoilt)
+        with pytest.raises(JobError, match=f"{first}: damaged"):
+            run_here(monkeypatch, *words)
 
 
 def test_descriptors_of_another_model_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
