@@ -25,7 +25,7 @@ TEMPERATURES = tuple(2 ** (step / 12) for step in range(-24, 49))  # 0.25 to 16,
 
 @dataclass(frozen=True)
 class Calibration:
-    """The outcome on the `count` queries of the folder `queries`.
+    """The outcome on the `count` queries of `queries`, a folder or a list.
 
     `form` has the highest LR@1; by form: `temperatures`, `lr_at_1` in percent, and the expected calibration error in
     points at temperature 1 and at the fitted one.

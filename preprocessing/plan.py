@@ -23,7 +23,7 @@ from preprocessing.sources import turns
 from shards.classes import ClassTable
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
-from shards.names import PHOTO_EXTENSIONS
+from shards.names import PHOTO_EXTENSIONS, string_bytes
 from shards.plane import Places
 
 _STEP = 1 << 20
@@ -278,8 +278,7 @@ def _fingerprint(listing: Listing, settings: Settings) -> str:
 
 
 def _hash_strings(digest: "hashlib._Hash", texts: pa.Array) -> None:
-    _, offsets, data = texts.buffers()
-    ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    ends, data = string_bytes(texts)
     for first in range(0, len(ends) - 1, 1 << 20):
         digest.update(np.diff(ends[first : first + (1 << 20) + 1]).tobytes())
     if data:
