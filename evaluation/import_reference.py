@@ -20,7 +20,7 @@ from torch import Tensor
 
 from evaluation.reference_classes import PythonHashing, reference_table
 from shards.classes import ClassTable
-from shards.console import JobError, check_arguments, entry, format_count
+from shards.console import JobError, check_arguments, entry, first_line, format_count, last_line
 from shards.provenance import provenance
 from training.backbones import BackboneName
 from training.checkpoint import Checkpoint, TrainingState, save_checkpoint
@@ -95,8 +95,7 @@ def read_reference(path: Path) -> tuple[dict[str, Tensor], list[dict[str, Tensor
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
         model, heads = state["model_state_dict"], state["classifiers_state_dict"]
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise JobError(f"{path}: no checkpoint of the reference code ({reason})") from error
+        raise JobError(f"{path}: no checkpoint of the reference code ({first_line(error)})") from error
     if not isinstance(model, Mapping) or not isinstance(heads, list) or not heads:
         raise JobError(f"{path}: no checkpoint of the reference code (no weights of a model and of heads)")
     return {name.removeprefix("module."): tensor for name, tensor in model.items()}, [dict(head) for head in heads]
@@ -136,8 +135,9 @@ def convert(
     try:
         built.load_state_dict(renamed)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise JobError(f"{arguments.checkpoint}: its weights do not fit a {config.backbone} ({reason})") from error
+        raise JobError(
+            f"{arguments.checkpoint}: its weights do not fit a {config.backbone} ({last_line(error)})"
+        ) from error
     origin = {
         "file": arguments.checkpoint.name,
         "python_hashing": arguments.hashing,
