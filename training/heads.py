@@ -208,8 +208,8 @@ def _over_ranks(plain: Tensor, best: Tensor, rest: Tensor, group: dist.ProcessGr
 class Head(nn.Module):
     """A classifier over the cells of one group: `weight` [classes, dim], and `bias` [classes] for FC_CE.
 
-    Divide&Classify, section 3; `s` and `m` as its reference sets them. With a `part` (a range of the classes)
-    the parameters are those rows of the whole head's, initial values included. Raises ValueError for an
+    Divide&Classify, section 3; `s` and `m` as its reference sets them (FC_CE ignores both). With a `part` (a range of
+    the classes) the parameters are those rows of the whole head's, initial values included. Raises ValueError for an
     unknown kind, no classes, or a scale or margin that is out of range.
     """
 
@@ -294,8 +294,3 @@ class Head(nn.Module):
         """Kind, size and margin, as `print(head)` shows them."""
         margin = self.margin
         return f"{margin.kind}, dim={self.dim}, classes={self.classes}, s={margin.s}, m={margin.m}"
-
-
-def make_head(kind: HeadKind, dim: int, classes: int, s: float = 100.0, m: float = 0.2) -> Head:
-    """A head of `kind` over `classes` cells for descriptors of `dim` numbers; FC_CE ignores `s` and `m`."""
-    return Head(kind, dim, classes, s, m)
