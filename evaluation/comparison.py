@@ -86,23 +86,28 @@ def evaluate_all(job: Job, world: World) -> Results | None:
     results = Results(job)
     silent = Results(job)
     for path in job.checkpoints:
-        notes = results if world.is_main else silent
-        localiser = _load(path, notes, world)
-        if localiser is None:
-            continue
-        _calibrate(localiser, path, notes, world)
-        notes.calibrations[str(path)] = localiser.calibration
-        form = job.form or localiser.form
-        for source in job.query_sets:
-            queries = _list(source, localiser, world)
-            if isinstance(queries, str):
-                if world.is_main:
-                    notes.error(queries)
-                continue
-            outcome = evaluate_set(localiser, str(path), queries, form, job.settings, world)
-            if outcome is not None:
-                _add(outcome, results)
+        _evaluate_checkpoint(path, results, results if world.is_main else silent, world)
     return results if world.is_main else None
+
+
+def _evaluate_checkpoint(path: Path, results: Results, notes: Results, world: World) -> None:
+    """One checkpoint on every query set; its weights are let go before those of the next are read."""
+    job = results.job
+    localiser = _load(path, notes, world)
+    if localiser is None:
+        return
+    _calibrate(localiser, path, notes, world)
+    notes.calibrations[str(path)] = localiser.calibration
+    form = job.form or localiser.form
+    for folder in job.query_sets:
+        queries = _list(folder, localiser, world)
+        if isinstance(queries, str):
+            if world.is_main:
+                notes.error(queries)
+            continue
+        outcome = evaluate_set(localiser, str(path), queries, form, job.settings, world)
+        if outcome is not None:
+            _add(outcome, results)
 
 
 def _load(path: Path, notes: Results, world: World) -> Localiser | None:

@@ -72,7 +72,8 @@ def describe_photos(
     """Descriptors of the photos of a folder, named by their UTM position, or of a list; those without a place are said
     and left out."""
     queries = list_queries(source, localiser.classes.zone, southern=localiser.classes.southern)
-    described = localiser.describe(queries.paths, batch_size=batch_size, threads=threads)
+    title = f"describing {source}"
+    described = localiser.describe(queries.paths, batch_size=batch_size, threads=threads, title=title)
     unlocated = queries.unlocated(described.readable)
     for aside in (*queries.set_aside[:5], *described.failures[:5], *unlocated[:5]):
         say(f"{aside.path}: left out: {aside.reason}")
@@ -137,7 +138,8 @@ def describe_shards(
         threads=threads,
         on_failure=lambda i, reason: failures.update({f"{photos[i].tar}: {reason}": None}),
     )
-    described = describe_batches(localiser.model, batches, len(photos), device=localiser.device)
+    title = f"describing {dataset}"
+    described = describe_batches(localiser.model, batches, len(photos), device=localiser.device, title=title)
     kept = np.flatnonzero(described.readable)
     for reason in list(failures)[:5]:
         say(f"left out: {reason}")

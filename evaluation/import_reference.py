@@ -66,13 +66,11 @@ def main() -> None:
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise JobError(f"--out {arguments.out}: exists already; name a new folder")
     paths = read_train_list(arguments.train_list)
+    print(format_count(len(paths), "training path"), flush=True)
     order, classes = reference_table(paths, arguments.M, arguments.N, arguments.min_images, arguments.hashing)
     model, heads = read_reference(arguments.checkpoint)
     path = save_checkpoint(arguments.out, convert(arguments, model, heads, order, classes))
-    print(
-        f"{format_count(len(classes), 'class')} in {format_count(len(order), 'group')} "
-        f"from {format_count(len(paths), 'training path')}; written to {path}"
-    )
+    print(f"{format_count(len(classes), 'class')} in {format_count(len(order), 'group')}; written to {path}")
 
 
 def read_train_list(path: Path) -> list[str]:

@@ -87,8 +87,11 @@ class Localiser:
         """Shorter side in pixels that photos are resized to."""
         return query_size(self.config.image_size)
 
-    def describe(self, paths: Sequence[Path], *, batch_size: int = 32, threads: int = 1) -> Descriptors:
-        """Descriptors of photos, in batches of one shape; unreadable photos are listed with their reasons."""
+    def describe(
+        self, paths: Sequence[Path], *, batch_size: int = 32, threads: int = 1, title: str | None = None
+    ) -> Descriptors:
+        """Descriptors of photos, in batches of one shape; unreadable photos are listed with their reasons. With a
+        `title`, progress is shown under it where it takes long."""
         return describe_queries(
             self.model,
             paths,
@@ -96,6 +99,7 @@ class Localiser:
             batch_size=batch_size,
             device=self.device,
             threads=threads,
+            title=title,
         )
 
     def answer(

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from evaluation.calibration import TEMPERATURES, Calibration, fit
+from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from evaluation.measures import (
     accuracy_by_group,
@@ -27,7 +28,7 @@ from evaluation.ranking import OWN_FORMS, RANKING_FORMS, Answers, RankingForm
 from shards.classes import ClassTable
 from training.distributed import World
 from training.queries import Queries, SetAside
-from training.scoring import RECALL_NS, THRESHOLD_METRES, cell_distances, recall_at
+from training.scoring import RECALL_NS, THRESHOLD_METRES, Descriptors, cell_distances, recall_at
 
 _LATENCY_QUERIES = 10
 
@@ -66,7 +67,8 @@ class Outcome:
     checkpoint: str
     checkpoint_step: str
     classes: ClassTable
-    localiser: Localiser
+    index: CellIndex
+    calibration: Calibration | None
     queries: Queries
     form: RankingForm
     answers: dict[RankingForm, Answers]
@@ -87,7 +89,7 @@ class Outcome:
     def fitted(self) -> bool:
         """Form and confidence were fitted to these very queries, which flatters both: to a set of this name, or to the
         same photos by another."""
-        found = self.localiser.calibration
+        found = self.calibration
         if found is None:
             return False
         return (
@@ -129,7 +131,7 @@ class Outcome:
             **recalls[self.form],
             "chance": _by_name(chance_recall(self.near[scored], len(self.classes), settings.ns)),
             "ceiling": percent(self.near[scored] > 0),
-            "outside_every_class": percent(self.localiser.index.holding(east, north) < 0),
+            "outside_every_class": percent(self.index.holding(east, north) < 0),
             **error_quantiles(self.errors[scored]),
             "forms": recalls,
             "threshold_m": settings.threshold,
@@ -148,11 +150,11 @@ class Outcome:
             "latency_ms": self.timing.latency,
             "processes": self.timing.processes,
             "device": self.timing.device,
-            "temperature": self.localiser.temperature(self.form),
+            "temperature": self.calibration.temperatures.get(self.form) if self.calibration else None,
             "calibration_error": calibration_error,
             "calibration": as_rows(table),
             "by_group": accuracy_by_group(
-                self.localiser.index, east, north, self.own.rows[scored, 0], self.right[scored]
+                self.index, east, north, self.own.rows[scored, 0], self.right[scored]
             ),
             "curve": recall_curve(self.distances[self.form][scored], settings.ns),
         }
@@ -170,7 +172,7 @@ def evaluate_set(
     paths = [queries.paths[i] for i in mine]
     forms = tuple(dict.fromkeys((form, *settings.forms)))
     begun = time.perf_counter()
-    described = localiser.describe(paths, batch_size=settings.batch_size, threads=settings.threads)
+    described = _describe(localiser, queries, paths, settings, world)
     described_at = time.perf_counter()
     vectors = described.vectors
     answers = localiser.answer(
@@ -193,7 +195,8 @@ def evaluate_set(
         checkpoint=checkpoint,
         checkpoint_step=localiser.path.name,
         classes=localiser.classes,
-        localiser=localiser,
+        index=localiser.index,
+        calibration=localiser.calibration,
         queries=queries,
         form=form,
         answers=merged,
@@ -217,7 +220,7 @@ def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world:
     """
     located = np.flatnonzero(queries.located)[world.rank :: world.size]
     paths = [queries.paths[i] for i in located]
-    described = localiser.describe(paths, batch_size=settings.batch_size, threads=settings.threads)
+    described = _describe(localiser, queries, paths, settings, world)
     kept = located[described.readable]
     own: dict[RankingForm, tuple[np.ndarray, np.ndarray]] = {}
     if len(kept):
@@ -240,6 +243,13 @@ def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world:
         }
         fitted = fit(answers, str(queries.source), localiser.trained_form, queries.fingerprint())
     return world.gather(fitted)[0]
+
+
+def _describe(
+    localiser: Localiser, queries: Queries, paths: Sequence[Path], settings: Settings, world: World
+) -> Descriptors:
+    title = f"{localiser.path.name} describes {queries.source}" if world.is_main else None
+    return localiser.describe(paths, batch_size=settings.batch_size, threads=settings.threads, title=title)
 
 
 def _merge(parts: Sequence[tuple[np.ndarray, Answers]], count: int) -> Answers:

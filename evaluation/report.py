@@ -135,7 +135,7 @@ def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos, warn: Callable
     rows = {"answer": int(outcome.own.rows[i, 0])}
     if not outcome.right[i]:
         east, north = outcome.queries.east[i : i + 1], outcome.queries.north[i : i + 1]
-        rows["truth"] = int(outcome.localiser.index.holding(east, north)[0])
+        rows["truth"] = int(outcome.index.holding(east, north)[0])
     heading = _heading(outcome.queries.paths[i])
     photos = {}
     for name, row in rows.items():

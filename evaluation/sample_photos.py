@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ class SamplePhotos:
     def __init__(self, dataset: Dataset | None) -> None:
         self.dataset = dataset
         self.tables: dict[int, list[Path]] = {}
+        self.spans: dict[int, list[tuple[int, int]]] = {}
         if dataset is None:
             return
         classes = dataset.classes
@@ -82,13 +84,35 @@ class SamplePhotos:
             return
         classes, row = self.dataset.classes, self.rows[cell]
         label = int(classes.label[row])
-        for path in self.tables.get(int(classes.group[row]), []):
-            try:
-                table = pq.read_table(path, columns=[*_FACTS, "offset", "size"], filters=[("label", "==", label)])
-            except pa.ArrowInvalid as error:
-                raise OSError(f"{path}: damaged ({error}); python shards/verify.py names all damage") from error
-            if len(table):
-                yield table, path.with_suffix(".tar")
+        group = int(classes.group[row])
+        tables = self.tables.get(group, [])
+        if group not in self.spans:
+            self.spans[group] = [_labels_within(path) for path in tables]
+        for path, (lowest, highest) in zip(tables, self.spans[group], strict=True):
+            if lowest <= label <= highest:
+                with _damage_named(path):
+                    table = pq.read_table(path, columns=[*_FACTS, "offset", "size"], filters=[("label", "==", label)])
+                if len(table):
+                    yield table, path.with_suffix(".tar")
+
+
+def _labels_within(table: Path) -> tuple[int, int]:
+    """The lowest and the highest label of a shard's samples, by the footer of its table."""
+    with _damage_named(table):
+        facts = pq.read_metadata(table)
+        label = facts.schema.names.index("label")
+        spans = [facts.row_group(i).column(label).statistics for i in range(facts.num_row_groups)]
+    if any(span is None or not span.has_min_max for span in spans):  # another program's table may tell nothing
+        return 0, np.iinfo(np.int32).max
+    return min((span.min for span in spans), default=0), max((span.max for span in spans), default=-1)
+
+
+@contextmanager
+def _damage_named(table: Path) -> Iterator[None]:
+    try:
+        yield
+    except pa.ArrowInvalid as error:
+        raise OSError(f"{table}: damaged ({error}); python shards/verify.py names all damage") from error
 
 
 def _read(table: pa.Table, tar: Path, i: int) -> bytes:

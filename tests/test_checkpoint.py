@@ -66,6 +66,18 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(loaded.heads[3]["bias"], saved.heads[3]["bias"])
 
 
+def test_weights_are_saved_without_a_copy_of_them_in_memory_but_for_those_that_share_it(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(7)
+    large = torch.randn(1000, 1000)
+    checkpoint.model.update({"large": large, "row": large[5]})
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        path = save_checkpoint(tmp_path, checkpoint)
+    assert sum(max(event.self_cpu_memory_usage, 0) for event in profile.events()) < 100_000
+    loaded = load_checkpoint(path).model
+    assert torch.equal(loaded["large"], large)
+    assert torch.equal(loaded["row"], large[5])
+
+
 def test_optimizer_state_survives_without_pickle(tmp_path: Path) -> None:
     parameter = torch.nn.Parameter(torch.randn(3))
     optimizer = torch.optim.Adam([parameter], lr=0.1)

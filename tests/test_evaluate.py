@@ -1,24 +1,31 @@
 """evaluation/evaluate.py as a user runs it: its files, what it leaves out and says, and its exit codes."""
 
 import csv
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tiny import ROOT, SOUTH, WEST, class_table, write_queries
+import torch
+from tiny import ROOT, SOUTH, WEST, ZONE, class_table, write_queries
 from tiny_run import write_run
 
 from evaluation import evaluate
+from evaluation.localiser import Localiser
+from evaluation.query_set import Settings, evaluate_set
 from evaluation.ranking import RANKING_FORMS
 from evaluation.result_files import is_southern
 from shards.console import JobError, WrongArguments
 from shards.names import PhotoName, format_name, parse_name
+from training.distributed import World
+from training.queries import list_queries
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +65,19 @@ def test_a_row_has_lr_at_n_beside_chance_and_ceiling(
     printed = capsys.readouterr().out
     assert "chance" in printed
     assert f"{row['lr_at_1']:.1f}" in printed
+
+
+def test_the_outcome_of_a_checkpoint_lets_its_weights_go(run_and_queries: tuple[Path, Path]) -> None:
+    run, folder = run_and_queries
+    device = torch.device("cpu")
+    localiser = Localiser.load(run, device)
+    heads = [weakref.ref(head.weight) for head in localiser.heads.values()]
+    outcome = evaluate_set(localiser, "run", list_queries(folder, ZONE), "cosine", Settings(), World(0, 1, device))
+    del localiser
+    gc.collect()
+    assert outcome is not None
+    assert outcome.row()["lr_at_1"] > 80
+    assert not any(head() is not None for head in heads)
 
 
 def test_csv_and_parquet_say_the_same_as_json(

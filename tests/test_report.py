@@ -4,10 +4,13 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 from browser import BROWSER, FLAGS, Page
@@ -16,6 +19,7 @@ from tiny_run import write_run
 
 from evaluation import evaluate
 from evaluation.pages import to_script
+from evaluation.sample_photos import SamplePhotos
 from evaluation.thumbnails import data_url, thumbnails
 from shards.layout import shard_tables
 
@@ -154,6 +158,26 @@ def test_photos_of_cells_that_cannot_be_had_are_said_and_the_report_is_written(
         assert evaluate.main() == 0
         assert said in capsys.readouterr().err
         assert said in (out / "report.html").read_text()
+
+
+def test_a_photo_of_a_cell_is_sought_in_the_shards_that_have_the_cell_alone(tmp_path: Path) -> None:
+    classes = class_table(side=8)
+    dataset = write_dataset(tmp_path / "city", classes)
+    (table,) = shard_tables(dataset.path)[:1]
+    samples = pq.read_table(table)
+    half = classes.count(0) // 2
+    second = table.with_name("group-00-000001.parquet")
+    low, high = (samples.filter(chosen) for chosen in (pc.field("label") < half, pc.field("label") >= half))
+    pq.write_table(low, table)
+    pq.write_table(high, second)
+    shutil.copy(table.with_suffix(".tar"), second.with_suffix(".tar"))
+    photos = SamplePhotos(dataset)
+    cells = [(int(classes.cell_east[row]), int(classes.cell_north[row])) for row in (0, half)]
+    assert [len(photos.some_of_cell(cell, classes.M, 20)) for cell in cells] == [10, 10]
+    second.unlink()  # with thousands of shards in a group, looking into each of them takes seconds
+    assert photos.of_cell(cells[0], classes.M) is not None
+    with pytest.raises(FileNotFoundError):
+        photos.of_cell(cells[1], classes.M)
 
 
 def test_thumbnails_stay_within_their_budget_and_cover_the_list_evenly(tmp_path: Path) -> None:

@@ -149,8 +149,14 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    # safetensors refuses tensors that share memory, as tied weights and views do.
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    own: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for name, tensor in tensors.items():
+        own[name] = tensor.detach().cpu().contiguous()
+        if own[name].untyped_storage().data_ptr() in taken:  # tied weights and views, which safetensors refuses
+            own[name] = own[name].clone()
+        taken.add(own[name].untyped_storage().data_ptr())
+    save_file(own, path)
 
 
 def _describe(path: Path) -> dict[str, int]:

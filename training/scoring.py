@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from shards.classes import ClassTable
 from training.heads import Head, ScoreForm
@@ -23,6 +24,7 @@ RECALL_NS = (1, 5, 10, 20)
 THRESHOLD_METRES = 25.0
 STRIP = 32  # adjacent classes whose highest score is taken first, when the best of many are wanted
 SCORES_IN_MEMORY = 1 << 25  # 128 MB
+_PATIENCE_SECONDS = 5.0
 _SCORES_IN_CACHE = 1 << 19  # 2 MB, beside the weights that make them
 
 
@@ -69,8 +71,10 @@ def describe_queries(
     batch_size: int,
     device: torch.device,
     threads: int,
+    title: str | None = None,
 ) -> Descriptors:
-    """Unit descriptors of the photos at `paths`, in their order, in batches of same-shaped photos."""
+    """Unit descriptors of the photos at `paths`, in their order, in batches of same-shaped photos; `title` as in
+    `describe_batches`."""
     failures: list[SetAside] = []
     batches = read_queries(
         paths,
@@ -79,7 +83,7 @@ def describe_queries(
         threads=threads,
         on_failure=lambda index, reason: failures.append(SetAside(paths[index], reason)),
     )
-    return describe_batches(model, batches, len(paths), device=device, failures=failures)
+    return describe_batches(model, batches, len(paths), device=device, failures=failures, title=title)
 
 
 @torch.inference_mode()
@@ -90,13 +94,18 @@ def describe_batches(
     *,
     device: torch.device,
     failures: list[SetAside] | None = None,
+    title: str | None = None,
 ) -> Descriptors:
-    """Descriptors of `count` queries that come as decoded batches; the model is left in the mode it was in."""
+    """Descriptors of `count` queries that come as decoded batches; the model is left in the mode it was in.
+
+    With a `title`, progress is shown under it from the fifth second on.
+    """
     vectors: Tensor | None = None
     readable = np.zeros(count, dtype=bool)
     was_training = model.training
     if was_training:
         model.eval()
+    bar = tqdm(desc=title, total=count, unit=" photos", unit_scale=True, delay=_PATIENCE_SECONDS, disable=title is None)
     try:
         for batch in batches:
             described = model(to_input(torch.from_numpy(batch.images).to(device))).float().cpu()
@@ -104,7 +113,9 @@ def describe_batches(
                 vectors = torch.zeros(count, described.shape[1])
             vectors[torch.from_numpy(batch.indices)] = described
             readable[batch.indices] = True
+            bar.update(len(batch.indices))
     finally:
+        bar.close()
         if was_training:
             model.train()
     return Descriptors(torch.zeros(count, 1) if vectors is None else vectors, readable, tuple(failures or ()))
