@@ -204,7 +204,7 @@ def write_results(results: Results, *, report: bool = True, samples: SamplePhoto
         return
     for outcome in results.outcomes:
         if report and samples.dataset is not None and not samples.covers(outcome.classes):
-            results.warn(f"--shards {samples.dataset.path}: has none of the cells of {outcome.checkpoint}")
+            results.warn(f"--shards {samples.dataset.place}: has none of the cells of {outcome.checkpoint}")
     facts: dict[str, Any] = {
         "settings": asdict(results.job.settings),
         "calibrations": {path: asdict(some) if some else None for path, some in results.calibrations.items()},

@@ -46,8 +46,8 @@ class Arguments:
     val_queries: Path | None = None
     """Validation queries that choose the form of the main figures and calibrate the confidence, which is stored with
     the checkpoint; the default is those of its training, if they are still there and nothing is stored yet."""
-    shards: Path | None = None
-    """Data set whose photos illustrate the report's failures."""
+    shards: str | None = None
+    """Data set (folder or URL) whose photos illustrate the report's failures."""
     report: bool = True
     """Write report.html; without it, one of earlier results in the folder is removed."""
     batch_size: int = 32

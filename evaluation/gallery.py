@@ -18,12 +18,13 @@ import pyarrow.parquet as pq
 
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
-from evaluation.sample_photos import read_jpeg
 from shards.console import JobError, format_count, is_systems, one_line, printable
+from shards.dataset import Dataset
 from shards.files import atomic_path
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
 from shards.photo_list import is_list
+from shards.store import is_url
 from training.queries import bring_into_zone, list_queries, places_of_names, read_queries
 from training.scoring import describe_batches
 
@@ -91,6 +92,7 @@ def describe_photos(
 class ShardPhoto:
     """A photo in a shard, by what its sample table says; opens as a file does."""
 
+    dataset: Dataset
     tar: Path
     name: str
     offset: int
@@ -100,7 +102,7 @@ class ShardPhoto:
     def open(self, mode: Literal["rb"], /) -> BinaryIO:
         """Its JPEG; OSError where that cannot be read or fails its checksum."""
         try:
-            jpeg = read_jpeg(self.tar, self.offset, self.size)
+            jpeg = self.dataset.jpeg(self.tar, self.offset, self.size)
         except OSError as error:
             raise OSError(error.strerror or str(error)) from error
         if zlib.crc32(jpeg) != self.crc32:
@@ -109,24 +111,24 @@ class ShardPhoto:
 
 
 def describe_shards(
-    localiser: Localiser, dataset: Path, say: Callable[[str], None], *, batch_size: int, threads: int
+    localiser: Localiser, dataset: Dataset, say: Callable[[str], None], *, batch_size: int, threads: int
 ) -> Images:
     """Descriptors of all photos in the shards of a data set; damaged ones are said and left out.
 
     Raises JobError for a table of samples that cannot be read, and where no photo can.
     """
     tables = []
-    for path in shard_tables(dataset):
+    for path in shard_tables(dataset.path):
         try:
             table = pq.read_table(path, columns=["east", "north", "key", "offset", "size", "crc32"])
         except (pa.ArrowException, OSError, KeyError) as error:
             if is_systems(error):
                 raise
-            way_out = f"mend it: python shards/verify.py {dataset} --repair"
+            way_out = f"mend it: python shards/verify.py {dataset.place} --repair"
             raise JobError(f"{path}: damaged ({one_line(error)}); {way_out}") from error
         tables.append((path.with_suffix(".tar"), table))
     photos = [
-        ShardPhoto(tar, f"{tar.stem}/{key}", *place)
+        ShardPhoto(dataset, tar, f"{tar.stem}/{key}", *place)
         for tar, table in tables
         for key, *place in zip(*(table[name].to_pylist() for name in ("key", "offset", "size", "crc32")), strict=True)
     ]
@@ -138,16 +140,16 @@ def describe_shards(
         threads=threads,
         on_failure=lambda i, reason: failures.update({f"{photos[i].tar}: {reason}": None}),
     )
-    title = f"describing {dataset}"
+    title = f"describing {dataset.place}"
     described = describe_batches(localiser.model, batches, len(photos), device=localiser.device, title=title)
     kept = np.flatnonzero(described.readable)
     for reason in list(failures)[:5]:
         say(f"left out: {reason}")
     if failures:
         missing = format_count(len(photos) - len(kept), "photo")
-        say(f"{dataset}: {missing} left out; mend them: python shards/verify.py {dataset} --repair")
+        say(f"{dataset.place}: {missing} left out; mend them: python shards/verify.py {dataset.place} --repair")
     if len(kept) == 0:
-        raise JobError(f"{dataset}: no readable photo")
+        raise JobError(f"{dataset.place}: no readable photo")
     east, north = (np.concatenate([table[name].to_numpy() for _, table in tables])[kept] for name in ("east", "north"))
     return Images(described.vectors.numpy()[kept], east, north, tuple(photos[i].name for i in kept))
 
@@ -196,7 +198,7 @@ def read_descriptors(path: Path, zone: int = 0) -> Images:
 
 def database_images(
     localiser: Localiser,
-    database: Path,
+    database: str,
     cache: Path,
     say: Callable[[str], None],
     *,
@@ -204,17 +206,19 @@ def database_images(
     threads: int = 1,
 ) -> Images:
     """The database's descriptors: read from a file or from `cache`, or made of the photos of a folder, a list or a data
-    set and kept in `cache`."""
-    if database.is_file() and not is_list(database):
-        return read_descriptors(database, localiser.classes.zone)
-    fingerprint = _fingerprint(localiser, database)
+    set (in a folder or at a URL) and kept in `cache`."""
+    path = Path(database)
+    if path.is_file() and not is_list(path):
+        return read_descriptors(path, localiser.classes.zone)
+    dataset = Dataset.open(database) if is_url(database) or (path / MANIFEST).exists() else None
+    fingerprint = _fingerprint(localiser, dataset.path if dataset else path)
     if (found := _from_cache(cache, fingerprint)) is not None:
         say(f"{cache}: {len(found):,} descriptors made before")
         return found
-    if (database / MANIFEST).exists():
-        images = describe_shards(localiser, database, say, batch_size=batch_size, threads=threads)
+    if dataset:
+        images = describe_shards(localiser, dataset, say, batch_size=batch_size, threads=threads)
     else:
-        images = describe_photos(localiser, database, say, batch_size=batch_size, threads=threads)
+        images = describe_photos(localiser, path, say, batch_size=batch_size, threads=threads)
     with atomic_path(cache) as partial, partial.open("wb") as file:
         np.savez(
             file, descriptors=images.vectors, east=images.east, north=images.north, names=np.array(images.names),

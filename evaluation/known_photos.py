@@ -33,7 +33,7 @@ class KnownPhotos:
         self.samples = samples
         self.classes = classes
         if samples.dataset is not None and not samples.covers(classes):
-            raise JobError(f"--shards {samples.dataset.path}: has none of the checkpoint's cells")
+            raise JobError(f"--shards {samples.dataset.place}: has none of the checkpoint's cells")
 
     def __bool__(self) -> bool:
         return self.samples.dataset is not None

@@ -153,9 +153,7 @@ class Outcome:
             "temperature": self.calibration.temperatures.get(self.form) if self.calibration else None,
             "calibration_error": calibration_error,
             "calibration": as_rows(table),
-            "by_group": accuracy_by_group(
-                self.index, east, north, self.own.rows[scored, 0], self.right[scored]
-            ),
+            "by_group": accuracy_by_group(self.index, east, north, self.own.rows[scored, 0], self.right[scored]),
             "curve": recall_curve(self.distances[self.form][scored], settings.ns),
         }
 

@@ -38,9 +38,9 @@ class Arguments:
 
     checkpoint: Path
     """Run (its best checkpoint is taken) or a single checkpoint folder."""
-    database: Path
-    """Folder of photos named by UTM position, a list (.csv, .parquet) with their places, a data set of shards, or
-    descriptors (.npz, or .npy beside .txt)."""
+    database: str
+    """Folder of photos named by UTM position, a list (.csv, .parquet) with their places, a data set of shards (folder
+    or URL), or descriptors (.npz, or .npy beside .txt)."""
     queries: Path
     """Folder of query photos named by UTM position, or a list (.csv, .parquet) with their places."""
     out: Path

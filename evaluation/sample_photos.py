@@ -53,9 +53,9 @@ class SamplePhotos:
         return (theirs.M, theirs.zone) == (classes.M, classes.zone) and not self.rows.keys().isdisjoint(cells)
 
     @classmethod
-    def open(cls, path: Path | None) -> SamplePhotos:
-        """The photos of the data set at `path`, None for no photos; raises JobError where it is no data set."""
-        return cls(None if path is None else Dataset.open(path))
+    def open(cls, place: str | None) -> SamplePhotos:
+        """The photos of the data set in a folder or at a URL (None: no photos); JobError where there is none."""
+        return cls(None if place is None else Dataset.open(place))
 
     def of_cell(self, cell: tuple[int, int], M: int, heading: float | None = None) -> bytes | None:
         """A JPEG of the cell with this lower-left corner (metres) and side `M`; None where there is none.
@@ -66,7 +66,7 @@ class SamplePhotos:
         for table, tar in self._photos(cell, M):
             headings = table["heading"].to_numpy().astype(np.float64)
             turn = np.abs((headings - (heading or 0.0) + 180) % 360 - 180)
-            return _read(table, tar, int(np.argmin(np.where(np.isfinite(turn), turn, 360))))
+            return self._read(table, tar, int(np.argmin(np.where(np.isfinite(turn), turn, 360))))
         return None
 
     def some_of_cell(self, cell: tuple[int, int], M: int, most: int) -> list[SamplePhoto]:
@@ -74,9 +74,13 @@ class SamplePhotos:
         found = [(table, tar, i) for table, tar in self._photos(cell, M) for i in range(len(table))]
         spread = np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int)
         return [
-            SamplePhoto(_read(table, tar, i), *(table[name][i].as_py() for name in _FACTS))
+            SamplePhoto(self._read(table, tar, i), *(table[name][i].as_py() for name in _FACTS))
             for table, tar, i in (found[at] for at in spread)
         ]
+
+    def _read(self, table: pa.Table, tar: Path, i: int) -> bytes:
+        assert self.dataset is not None
+        return self.dataset.jpeg(tar, table["offset"][i].as_py(), table["size"][i].as_py())
 
     def _photos(self, cell: tuple[int, int], M: int) -> Iterator[tuple[pa.Table, Path]]:
         """The cell's samples of each shard that has some, and the shard's tar."""
@@ -113,14 +117,3 @@ def _damage_named(table: Path) -> Iterator[None]:
         yield
     except pa.ArrowInvalid as error:
         raise OSError(f"{table}: damaged ({error}); python shards/verify.py names all damage") from error
-
-
-def _read(table: pa.Table, tar: Path, i: int) -> bytes:
-    return read_jpeg(tar, table["offset"][i].as_py(), table["size"][i].as_py())
-
-
-def read_jpeg(tar: Path, offset: int, size: int) -> bytes:
-    """The bytes of a photo in a shard, unchecked; raises OSError."""
-    with tar.open("rb") as file:
-        file.seek(offset)
-        return file.read(size)

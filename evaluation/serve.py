@@ -43,8 +43,8 @@ class Arguments:
 
     checkpoint: Path
     """Run (its best checkpoint is taken) or a single checkpoint folder."""
-    shards: Path | None = None
-    """Data set whose photos are shown beside the answers."""
+    shards: str | None = None
+    """Data set (folder or URL) whose photos are shown beside the answers."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every one, so that others can use the page (there is no password)."""
     port: int = 8000

@@ -101,6 +101,17 @@ class Dataset:
         """The folder or the URL, for messages."""
         return self.store.url if self.store else str(self.path)
 
+    def jpeg(self, tar: Path, offset: int, size: int) -> bytes:
+        """The bytes of a photo in a shard (`tar`: its path below `path`), unchecked.
+
+        Raises `OSError` where it cannot be read, `JobError` where the store of the data set is out of reach.
+        """
+        if self.store:
+            return self.store.read_range(tar.relative_to(self.path).as_posix(), offset, size)
+        with tar.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
     def reader(self, index: dict[int, GroupIndex]) -> ShardReader:
         """What reads the photos of an index of this data set."""
         return RangeReader(index, self.store) if self.store else ShardReader(index)

@@ -180,6 +180,23 @@ def test_a_photo_of_a_cell_is_sought_in_the_shards_that_have_the_cell_alone(tmp_
         photos.of_cell(cells[1], classes.M)
 
 
+def test_photos_of_a_cell_come_from_a_data_set_at_a_url_as_from_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIVIDE_AND_CLASSIFY_CACHE", str(tmp_path / "cache"))
+    dataset = write_dataset(tmp_path / "city")
+    here, there = SamplePhotos.open(str(dataset.path)), SamplePhotos.open(f"file://{dataset.path}")
+    assert there.dataset is not None
+    assert not list(there.dataset.path.rglob("*.tar"))
+    cell = (int(dataset.classes.cell_east[3]), int(dataset.classes.cell_north[3]))
+    local = here.of_cell(cell, dataset.classes.M, 90)
+    assert local is not None
+    assert there.of_cell(cell, dataset.classes.M, 90) == local
+    some, expected = (photos.some_of_cell(cell, dataset.classes.M, 4) for photos in (there, here))
+    assert len(expected) == 4
+    assert [photo.jpeg for photo in some] == [photo.jpeg for photo in expected]
+
+
 def test_thumbnails_stay_within_their_budget_and_cover_the_list_evenly(tmp_path: Path) -> None:
     paths = []
     for i in range(300):

@@ -101,16 +101,20 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     retrieve.main()
 
 
-@pytest.mark.parametrize("from_shards", [False, True])
+@pytest.mark.parametrize("kind", ["photos", "shards", "shards at a URL"])
 def test_a_table_compares_the_ways_of_searching(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], from_shards: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
+    monkeypatch.setenv("DIVIDE_AND_CLASSIFY_CACHE", str(tmp_path / "cache"))
     run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    from_shards = kind != "photos"
     if from_shards:
-        database = write_dataset(tmp_path / "shards").path
+        place = write_dataset(tmp_path / "shards").path
+        database = f"file://{place}" if kind.endswith("URL") else str(place)
     else:
-        database = write_queries(tmp_path / "database", each=3)
-        (database / "plain.jpg").write_bytes(next(queries.iterdir()).read_bytes())
+        folder = write_queries(tmp_path / "database", each=3)
+        (folder / "plain.jpg").write_bytes(next(queries.iterdir()).read_bytes())
+        database = str(folder)
     words = ["--checkpoint", run, "--database", database, "--queries", queries, "--out", tmp_path / "out"]
     run_here(monkeypatch, *words)
     rows = json.loads((tmp_path / "out" / "retrieval.json").read_text())["rows"]
