@@ -126,7 +126,7 @@ def _searcher(method: Method, localiser: Localiser, gallery: Gallery, arguments:
         return CellSearcher(gallery, *class_weights(localiser), arguments.top_cells)
     faiss = load_faiss()
     print(f"{method}: indexing {format_count(len(gallery.images), 'image')}", file=sys.stderr)
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+    faiss.omp_set_num_threads(cores_of_process())
     searcher = FaissSearcher(gallery, method)
     faiss.omp_set_num_threads(1)
     return searcher

@@ -114,7 +114,7 @@ def test_ranking_a_hundred_queries_at_once_gives_the_scores_of_one_at_a_time() -
 
 def test_ranking_many_queries_takes_the_memory_of_their_scores_once() -> None:
     classes = class_table(side=120)
-    heads = {group: make_head("AAMC", 4, classes.count(group), 30.0, 0.1) for group in classes.groups}
+    heads = {group: Head("AAMC", 4, classes.count(group), 30.0, 0.1) for group in classes.groups}
     ranker = ranking.ClassRanker(heads, classes, CPU)
     vectors = torch.nn.functional.normalize(torch.randn(600, 4), dim=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

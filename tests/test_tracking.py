@@ -56,7 +56,7 @@ def test_thousands_of_queries_are_smaller_dots_on_the_error_map(tmp_path: Path) 
     for times in (1, 200):
         east, north = np.tile(few.east, times), np.tile(few.north, times)
         queries = replace(few, paths=few.paths * times, names=few.names * times, east=east, north=north)
-        ranked = classes.find(east, north)[:, None]
+        ranked = CellIndex(classes).holding(east, north)[:, None]
         outcome = assess_ranking(ranked, np.zeros(ranked.shape), np.ones(len(east), bool), classes, queries)
         dots.append((error_map(classes, queries, outcome) == error_colour(3)).all(axis=2).sum())
     assert 0 < dots[1] < dots[0] / 2
