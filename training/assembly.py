@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from shards.classes import ClassTable
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from shards.dataset import Dataset
 from shards.loader import Loader
 from shards.sampler import Schedule
@@ -77,12 +77,15 @@ def check_against_world(config: TrainConfig, world: World, groups: int) -> None:
 
 
 def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerator, world: World) -> Engine:
-    """Model, heads and optimisers with their initial weights, on the device. JobError as `GeoModel` raises it."""
+    """Model, heads and optimisers with their initial weights, on the device.
+
+    JobError as `GeoModel` raises it, WrongArguments where the backbone has fewer children than --freeze-until.
+    """
     torch.manual_seed(config.seed)
     try:
         model = GeoModel(config.backbone, config.weights, config.freeze_until, config.descriptor_dim or None)
     except ValueError as error:
-        raise JobError(str(error)) from error
+        raise WrongArguments(f"--freeze-until {config.freeze_until}: {error}") from error
     if config.sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(world.device)
