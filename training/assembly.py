@@ -20,7 +20,7 @@ from shards.dataset import Dataset
 from shards.loader import Loader
 from shards.sampler import Schedule
 from shards.stream import StreamSettings
-from training.distributed import World, join_after_restart
+from training.distributed import World, join_after_restart, settle_buckets
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.memory import keep_freed_memory
@@ -98,6 +98,8 @@ def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerat
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         # Parts of a batch have two sizes at most: each gets code of its own, which beats one code for any size.
         wrapped = accelerator.prepare(torch.compile(model, dynamic=False) if config.compile else model)
+    if world.device.type == "cpu":
+        settle_buckets(wrapped)
     bank = HeadBank(classes, config, model.descriptor_dim, world)
     return Engine(config, model, wrapped, bank, world)
 

@@ -104,6 +104,19 @@ def join_after_restart(backend: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
+def settle_buckets(wrapped: nn.Module) -> None:
+    """Have DDP lay out its buckets of gradients now; by itself it does so after the first step of a process.
+
+    Gloo rounds the sums of three and more ranks by a number's place in its bucket, so that a resumed run, whose first
+    step is another one, would differ from an undisturbed one. Costs the overlap with the backward: for CPUs. All ranks
+    must call it; does nothing where `wrapped` is not in DDP.
+    """
+    reducer = getattr(wrapped, "reducer", None)
+    if reducer is not None:
+        reducer._push_all_rebuilt_params()
+        reducer._rebuild_buckets()
+
+
 class RankGroups:
     """Process groups by their set of ranks; every rank must ask for the same sets in the same order."""
 

@@ -120,6 +120,16 @@ def test_a_data_set_that_the_first_process_cannot_open_is_told_once(tmp_path: Pa
     assert "gloo" not in told  # no rank was left alone in a barrier
 
 
+def test_three_processes_that_go_on_have_the_losses_of_three_that_never_stopped(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for out, epochs in (("whole", 3), ("r", 1), ("r", 3)):
+        code, _, err = train(arguments(data[0], tmp_path / out, epochs=epochs, resume=True), processes=3)
+        assert code == 0, err
+    assert len(read_losses(tmp_path / "r")) == 24
+    assert read_losses(tmp_path / "r") == read_losses(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("place", "told_as"), [("file/r", "file/r: Not a directory"), ("r", "the checkpoint after step 8 cannot be saved")]
 )
