@@ -60,6 +60,10 @@ def work(rank: int, ranks: int, folder: Path) -> None:
     results["gradient"] = leaf.grad
     sampled.eval()
     results["unsampled"] = sampled(leaf, labels[start:stop] * 17).detach()
+    few = ShardedHead("AAMC", DIM, 20, sample_rate=0.01)
+    none = few(torch.zeros(0, DIM, requires_grad=True), labels[:0])  # a part of a batch without samples of this head
+    none.sum().backward()
+    results["none"] = (none.detach(), few.weight.grad)
     with pytest.raises(ValueError, match="1 classes cannot be split over"):
         ShardedHead("AAMC", DIM, 1)
     torch.save(results, folder / f"{rank}.pt")
@@ -111,6 +115,13 @@ def test_sampled_losses_are_those_over_the_sampled_classes(by_rank: list[dict[st
     torch.testing.assert_close(gradient, x.grad, rtol=1e-9, atol=1e-12)
     unsampled = torch.cat([results["unsampled"] for results in by_rank])
     torch.testing.assert_close(unsampled, whole(x, labels).detach(), rtol=1e-9, atol=1e-12)
+
+
+def test_a_batch_without_samples_has_no_losses_and_no_gradients(by_rank: list[dict[str, Any]]) -> None:
+    for results in by_rank:
+        losses, gradient = results["none"]
+        assert losses.shape == (0,)
+        assert not gradient.any()
 
 
 def test_parts_cover_all_classes_once() -> None:

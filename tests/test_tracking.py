@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -16,10 +17,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import class_table, configure, small_disk, train_here, write_dataset, write_queries
 
 from evaluation.cell_index import CellIndex
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from training.queries import list_queries
 from training.scoring import assess_ranking
 from training.tracking import Tracker, batch_picture, check_tracker, epoch_line, error_colour, error_map
@@ -70,7 +72,7 @@ def test_an_epochs_line_says_all_in_one_line() -> None:
 
 
 def test_an_unknown_or_missing_tracker_is_a_clear_error() -> None:
-    with pytest.raises(JobError, match="none of"):
+    with pytest.raises(WrongArguments, match="none of"):
         check_tracker("notebook")
     with pytest.raises(JobError, match="not installed"):
         check_tracker("aim")
@@ -95,6 +97,23 @@ def test_where_the_curves_cannot_be_written_a_line_says_so_and_training_goes_on(
         tracker.scalars({"loss": 1.0}, step + 1)
         tracker.finish({"loss": 1.0})
     assert said == ["the curves stop here, training goes on (No space left on device)"]
+
+
+def test_a_run_that_goes_on_keeps_its_curves_and_takes_back_what_lies_beyond(
+    shards: Path, queries: Path, tmp_path: Path
+) -> None:
+    settings = {"tracker": "tensorboard", "log_every": 4, "val_queries": queries}
+    train_here(configure(shards, tmp_path / "r", epochs=2, **settings))
+    shutil.rmtree(tmp_path / "r" / "checkpoints" / "step-00000016")  # as if a kill had come before it
+    train_here(configure(shards, tmp_path / "r", epochs=3, resume=True, **settings))
+    curves = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+    for name, steps in (
+        ("val/LR@1", [8, 16, 24]),
+        ("epoch/loss/all", [8, 16, 24]),
+        ("loss/all", [1, 5, 9, 13, 17, 21]),
+    ):
+        assert [point.step for point in curves.Scalars(name)] == steps
+    assert [point.step for point in curves.Images("val/error_map")] == [8, 16, 24]
 
 
 def fetch(address: str) -> Any:

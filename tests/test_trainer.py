@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ def test_another_class_map_is_refused_and_init_from_matches_cells(
     other = write_dataset(tmp_path / "grown", grown).path
     with pytest.raises(JobError, match="another class map"):
         train_here(configure(other, tmp_path / "r", resume=True))
-    settings = {"epochs": 1, "iterations_per_epoch": 1, "lr": 1e-9, "head_lr": 1e-9}
+    settings = {"epochs": 1, "iterations_per_epoch": 1, "lr": 1e-9, "head_lr": 1e-9, "lr_schedule": "constant"}
     trainer = train_here(configure(other, tmp_path / "new", init_from=tmp_path / "r", **settings))
     assert "8 of 16 classes" in capsys.readouterr().out
     old = class_table()
@@ -186,6 +187,30 @@ def test_another_class_map_is_refused_and_init_from_matches_cells(
             match = int(np.flatnonzero(same)[0])
             old_weight = first.engine.bank.heads[int(old.group[match])].weight[int(old.label[match])]
             torch.testing.assert_close(new_weight, old_weight, atol=1e-6, rtol=0)
+    abroad = write_dataset(tmp_path / "abroad", replace(old, zone=old.zone + 1)).path
+    train_here(configure(abroad, tmp_path / "far", init_from=tmp_path / "r", **settings))
+    assert "0 of 16 classes" in capsys.readouterr().out
+
+
+def test_the_averages_of_a_run_that_starts_from_another_begin_at_its_weights(shards: Path, tmp_path: Path) -> None:
+    train_here(configure(shards, tmp_path / "r", epochs=1))
+    settings = {"epochs": 1, "iterations_per_epoch": 1, "lr": 1e-9, "head_lr": 1e-9, "lr_schedule": "constant"}
+    train_here(configure(shards, tmp_path / "new", init_from=tmp_path / "r", ema=0.9, **settings))
+    old, new = (load_for_evaluation(tmp_path / name) for name in ("r", "new"))
+    for group in old.heads:  # of which one was trained
+        torch.testing.assert_close(new.heads[group]["weight"], old.heads[group]["weight"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(new.model["projection.weight"], old.model["projection.weight"], atol=1e-6, rtol=0)
+
+
+def test_a_best_checkpoint_that_a_kill_left_unmarked_is_marked_by_the_resumed_run(
+    shards: Path, queries: Path, tmp_path: Path
+) -> None:
+    settings = {"val_queries": queries, "epochs": 1}
+    train_here(configure(shards, tmp_path / "r", **settings))
+    mark = (tmp_path / "r" / "best.json").read_text()
+    (tmp_path / "r" / "best.json").unlink()
+    train_here(configure(shards, tmp_path / "r", resume=True, **settings))
+    assert (tmp_path / "r" / "best.json").read_text() == mark
 
 
 def test_settings_that_the_data_set_or_the_machine_cannot_serve_are_one_clear_line(
@@ -194,6 +219,7 @@ def test_settings_that_the_data_set_or_the_machine_cannot_serve_are_one_clear_li
     for settings, message in (
         ({"schedule": "joint", "batch_size": 3}, "--batch-size 3: less than one image for each of 4 groups"),
         ({"sync_bn": True}, "--sync-bn needs GPUs"),
+        ({"freeze_until": 9}, "--freeze-until 9: small_cnn has 5 children"),
         ({"shard_head": True, "head_sample_rate": 0.5}, "--head-sample-rate needs several processes"),
         ({"image_size": 7, "batch_size": 1}, "--batch-size 1: leaves parts of one image"),
         ({"image_size": 16, "batch_size": 5, "accumulate": 4}, "a larger image, or a smaller --accumulate"),

@@ -15,12 +15,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from shards.classes import ClassTable
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from shards.dataset import Dataset
 from shards.loader import Loader
 from shards.sampler import Schedule
 from shards.stream import StreamSettings
-from training.distributed import World, join_after_restart
+from training.distributed import World, join_after_restart, settle_buckets
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.memory import keep_freed_memory
@@ -77,12 +77,15 @@ def check_against_world(config: TrainConfig, world: World, groups: int) -> None:
 
 
 def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerator, world: World) -> Engine:
-    """Model, heads and optimisers with their initial weights, on the device. JobError as `GeoModel` raises it."""
+    """Model, heads and optimisers with their initial weights, on the device.
+
+    JobError as `GeoModel` raises it, WrongArguments where the backbone has fewer children than --freeze-until.
+    """
     torch.manual_seed(config.seed)
     try:
         model = GeoModel(config.backbone, config.weights, config.freeze_until, config.descriptor_dim or None)
     except ValueError as error:
-        raise JobError(str(error)) from error
+        raise WrongArguments(f"--freeze-until {config.freeze_until}: {error}") from error
     if config.sync_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(world.device)
@@ -95,6 +98,8 @@ def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerat
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         # Parts of a batch have two sizes at most: each gets code of its own, which beats one code for any size.
         wrapped = accelerator.prepare(torch.compile(model, dynamic=False) if config.compile else model)
+    if world.device.type == "cpu":
+        settle_buckets(wrapped)
     bank = HeadBank(classes, config, model.descriptor_dim, world)
     return Engine(config, model, wrapped, bank, world)
 

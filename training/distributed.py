@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards.console import JobError
+from shards.console import JobError, describe_os_error, is_systems
 
 T = TypeVar("T")
 
@@ -44,22 +44,24 @@ class World:
         return values
 
     def made_on(self, chosen: bool, make: Callable[[], T]) -> T | None:
-        """What `make` gives on the ranks that are `chosen`, None on the others; a JobError of one stops every rank."""
+        """What `make` gives on the ranks that are `chosen`, None on the others.
+
+        A JobError of one, or an error of its operating system, stops every rank with the same words.
+        """
         made, refused = None, None
         if chosen:
             try:
                 made = make()
             except JobError as error:
                 refused = str(error)
+            except OSError as error:
+                if not is_systems(error):
+                    raise
+                refused = describe_os_error(error)
         for reason in self.gather(refused):
             if reason is not None:
                 raise JobError(reason)
         return made
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.size > 1:
-            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def bring_to_main(self, tensors: dict[str, Tensor] | None, source: int) -> dict[str, Tensor]:
         """Send `tensors` from rank `source` to rank 0 one by one; rank 0 gets them on the CPU, others nothing.
@@ -100,6 +102,19 @@ def join_after_restart(backend: str) -> None:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.PrefixStore(f"restart-{attempt}", dist.TCPStore(address, port, size, is_master=False))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+def settle_buckets(wrapped: nn.Module) -> None:
+    """Have DDP lay out its buckets of gradients now; by itself it does so after the first step of a process.
+
+    Gloo rounds the sums of three and more ranks by a number's place in its bucket, so that a resumed run, whose first
+    step is another one, would differ from an undisturbed one. Costs the overlap with the backward: for CPUs. All ranks
+    must call it; does nothing where `wrapped` is not in DDP.
+    """
+    reducer = getattr(wrapped, "reducer", None)
+    if reducer is not None:
+        reducer._push_all_rebuilt_params()
+        reducer._rebuild_buckets()
 
 
 class RankGroups:

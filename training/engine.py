@@ -177,6 +177,12 @@ class Engine:
         for group in trained:
             self.bank.optimizers[group].zero_grad(set_to_none=True)
 
+    def start_averages(self) -> None:
+        """Let the running averages, if any are kept, begin at the weights as they are."""
+        if self.average is not None:
+            self.average.load(self.trained_parameters(), 0)
+            self.bank.start_averages()
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within this block model and heads hold the weights to evaluate: the running averages, if any are kept."""

@@ -142,6 +142,11 @@ class HeadBank:
             if group in self.averages:
                 self.averages[group].to(device)
 
+    def start_averages(self) -> None:
+        """Let the running averages, where the run keeps any, begin at the weights as they are."""
+        for group, average in self.averages.items():
+            average.load(dict(self.heads[group].named_parameters()), 0)
+
     def update_averages(self, groups: Iterable[int]) -> None:
         """Move the running averages of these groups' heads, where the run keeps any."""
         for group in groups:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from training.presets import TrainConfig
-
-LOWEST_RATE = 1e-6  # the paper's run ends when the model's rate is under it
+from training.presets import LOWEST_RATE, TrainConfig
 
 
 def make_adam(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Adam:

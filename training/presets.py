@@ -22,6 +22,8 @@ from training.heads import HeadKind, ScoreForm
 from training.one_voice import parse_arguments
 from training.schedules import ScheduleName
 
+LOWEST_RATE = 1e-6  # the paper's run ends when the model's rate is under it
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -198,6 +200,11 @@ def _check(config: TrainConfig) -> None:
         raise WrongArguments("--head-sample-rate needs --shard-head")
     if config.warmup_steps and config.lr_schedule == "plateau":
         raise WrongArguments("--warmup-steps needs --lr-schedule cosine or constant")
+    if config.lr_schedule == "plateau" and config.lr < LOWEST_RATE:
+        raise WrongArguments(
+            f"--lr {config.lr}: the plateau schedule ends a run whose rate is under {LOWEST_RATE}; give more, or "
+            "--lr-schedule constant"
+        )
     if config.offload_heads and (config.schedule == "joint" or config.shard_head):
         raise WrongArguments("--offload-heads needs --schedule sequential and whole heads: others are always in use")
 

@@ -66,11 +66,12 @@ def lock_run(out: Path) -> TextIO | None:
     return file
 
 
-def begin_run(out: Path, config: TrainConfig) -> None:
-    """Clear what a killed process left half-written, and record configuration and origin."""
+def begin_run(out: Path, config: TrainConfig, first_step: int) -> LossFile:
+    """Clear what a killed process left half-written, record configuration and origin, and open the list of losses."""
     remove_partials(out)
     atomic_write_json(out / CONFIG, config.to_json())
     atomic_write_json(out / "provenance.json", provenance())
+    return LossFile(out, first_step)
 
 
 class LossFile:
@@ -126,7 +127,7 @@ def start_from(other: Path, model: nn.Module, bank: HeadBank, classes: ClassTabl
 @torch.no_grad()
 def _copy_rows(weights: EvaluationWeights, bank: HeadBank, classes: ClassTable) -> int:
     theirs = weights.classes
-    if theirs.M != classes.M:
+    if (theirs.M, theirs.zone, theirs.southern) != (classes.M, classes.zone, classes.southern):
         return 0
     cells = zip(theirs.cell_east.tolist(), theirs.cell_north.tolist(), strict=True)
     row_of = {cell: row for row, cell in enumerate(cells)}
@@ -135,6 +136,8 @@ def _copy_rows(weights: EvaluationWeights, bank: HeadBank, classes: ClassTable) 
         mine = classes.of_group(group)
         pairs = zip(mine.cell_east.tolist(), mine.cell_north.tolist(), strict=True)
         rows = np.array([row_of.get(cell, -1) for cell in pairs], dtype=np.int64)
+        taken += int(np.count_nonzero(rows >= 0))
+        rows = rows[head.part.start : head.part.stop]
         for their_group in np.unique(theirs.group[rows[rows >= 0]]).tolist():
             labels = np.flatnonzero((rows >= 0) & (theirs.group[rows] == their_group))
             their_labels = torch.from_numpy(theirs.label[rows[labels]].astype(np.int64))
@@ -143,5 +146,4 @@ def _copy_rows(weights: EvaluationWeights, bank: HeadBank, classes: ClassTable) 
                 if saved is None or saved.shape[1:] != parameter.shape[1:]:
                     raise JobError(f"{weights.path}: its heads are of another kind or size than --head asks for")
                 parameter[torch.from_numpy(labels)] = saved[their_labels].to(parameter)
-            taken += len(labels)
     return taken

@@ -73,9 +73,9 @@ class ShardedHead(Head):
     def choose(self, own: Tensor, mine: Tensor) -> Tensor:
         """Rows of this part to compare with, ascending: the labels `own` where `mine`, and random ones.
 
-        At least as many as the global batch has samples, so that the labels always fit.
+        At least one, and as many as the global batch has samples, so that the labels always fit.
         """
-        count = min(len(self.weight), max(round(self.sample_rate * len(self.weight)), len(own)))
+        count = min(len(self.weight), max(round(self.sample_rate * len(self.weight)), len(own), 1))
         chance = torch.rand(len(self.weight), device=self.weight.device)
         chance.index_add_(0, own, mine.to(chance.dtype))
         return chance.topk(count).indices.sort().values

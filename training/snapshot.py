@@ -60,6 +60,9 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
     _check_fits(path, saved, before, run)
     _restore(saved, before, run)
     progress = Progress.from_json(saved.state["progress"])
+    if metric := saved.state.get("best_by"):  # a kill may have come before the mark
+        best = float(progress.best or 0.0)
+        run.world.made_on(run.world.is_main, lambda: mark_best(config.out, path, metric, best))
     if (before.val_queries is None) != (config.val_queries is None):  # LR@1 and loss are no two values of one measure
         progress.best = None
     say(f"goes on from {path} after step {progress.step:,}")
@@ -117,12 +120,13 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
     """
     average_batch_norm(run.engine.model, run.world)
     heads, head_state = run.engine.bank.collect()
-    if run.world.is_main:
-        out = run.config.out
+    out = run.config.out
+
+    def write() -> None:
         try:
             if losses is not None:
                 losses.flush()
-            path = save_checkpoint(out, _checkpoint(run, progress, heads, head_state))
+            path = save_checkpoint(out, _checkpoint(run, progress, heads, head_state, best_by))
             if best_by is not None:
                 mark_best(out, path, best_by, float(progress.best or 0.0))
             drop_old(out, run.config.keep, progress.step)
@@ -134,11 +138,16 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
                 f"the checkpoint after step {progress.step} cannot be saved ({error}); {kept}; "
                 f"{remedy} and go on with --resume"
             ) from error
-    run.world.barrier()
+
+    run.world.made_on(run.world.is_main, write)
 
 
 def _checkpoint(
-    run: RunState, progress: Progress, heads: dict[int, dict[str, Tensor]], head_state: TrainingState
+    run: RunState,
+    progress: Progress,
+    heads: dict[int, dict[str, Tensor]],
+    head_state: TrainingState,
+    best_by: str | None,
 ) -> Checkpoint:
     engine = run.engine
     average = {} if engine.average is None else engine.average.tensors
@@ -164,6 +173,7 @@ def _checkpoint(
             "world_size": run.world.size,
             "random": {"rule": "a function of seed, step and rank", "seed": run.config.seed},
             "progress": progress.to_json(),
+            "best_by": best_by,
         },
         provenance=provenance(),
     )

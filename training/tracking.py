@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw
 
 from shards.classes import ClassTable
-from shards.console import JobError, format_duration
+from shards.console import JobError, WrongArguments, format_duration
 from training.presets import TrainConfig
 from training.queries import Queries
 from training.scoring import QueryScores
@@ -24,7 +24,8 @@ _MANY = 3000  # queries on a map, from which on their dots are small: large ones
 class Tracker:
     """Curves and pictures of a run, through Accelerate's tracker named by `--tracker`; silent for "none".
 
-    Where they can no longer be written, `say` gets one line, and training goes on without them.
+    A point lies at the number of steps done. Going on after `first_step` steps takes back the points beyond it, which a
+    killed run left. Where they can no longer be written, `say` gets one line, and training goes on without them.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Tracker:
         if not self.active:
             return
         hparams = {name: _plain(value) for name, value in config.to_json().items()}
-        options = {"tensorboard": {"purge_step": first_step}} if config.tracker == "tensorboard" else {}
+        options = {"tensorboard": {"purge_step": first_step + 1}} if config.tracker == "tensorboard" else {}
         # TensorBoard gets the hyper-parameters at the end, beside the final metrics.
         start_with = None if config.tracker == "tensorboard" else hparams
         accelerator.init_trackers(PROJECT, config=start_with, init_kwargs=options)
@@ -82,13 +83,13 @@ class Tracker:
 
 
 def check_tracker(name: str) -> None:
-    """JobError where Accelerate knows no such tracker, or its package is not installed."""
+    """WrongArguments where Accelerate knows no such tracker, JobError where its package is not installed."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
     from accelerate.utils import LoggerType
 
     known = {kind.value for kind in LoggerType} - {"all"}
     if name != "none" and name not in known:
-        raise JobError(f"--tracker {name}: none of {', '.join(sorted(known))}, none")
+        raise WrongArguments(f"--tracker {name}: none of {', '.join(sorted(known))}, none")
     if name != "none":
         from accelerate.tracking import get_available_trackers
 

@@ -31,7 +31,7 @@ from training.engine import StepOutcome
 from training.interruption import Interruption
 from training.presets import TrainConfig
 from training.progress import Progress, Timing
-from training.run_folder import LossFile, begin_run, check_run_folder, lock_run, start_from
+from training.run_folder import begin_run, check_run_folder, lock_run, start_from
 from training.schedules import make_schedule
 from training.snapshot import RunState, resume_latest, save_run
 from training.tracking import Tracker, batch_picture, check_tracker, epoch_line, error_map, pace
@@ -71,7 +71,6 @@ class Trainer:
         self.run_state = RunState(config, self.classes, self.engine, self.world)
         self.progress = self._begin()
         self.tracker = Tracker(self.accelerator, config, self.progress.step, self.say)
-        self.loss_file = LossFile(config.out, self.progress.step) if self.world.is_main else None
         self.metrics: dict[str, float] = {}
         self.timing = Timing(config.batch_size)
         self.skipped_in_row = 0
@@ -83,9 +82,10 @@ class Trainer:
         progress = resume_latest(self.run_state, self.say) if self.config.resume else None
         if progress is None and self.config.init_from is not None:
             self.say(start_from(self.config.init_from, self.engine.model, self.engine.bank, self.classes))
-        if self.world.is_main:
-            begin_run(self.config.out, self.config)
+            self.engine.start_averages()
         progress = progress or Progress()
+        step = progress.step
+        self.loss_file = self.world.made_on(self.world.is_main, lambda: begin_run(self.config.out, self.config, step))
         photos = self.validator.queries.fingerprint() if self.validator else ""
         if progress.val_photos and photos and progress.val_photos != photos:
             self.say("other validation queries than before: the best checkpoint is chosen anew")
@@ -308,9 +308,9 @@ class Trainer:
         if engine.scaler.is_enabled():
             values["rate/fp16_scale"] = float(engine.scaler.get_scale())
         values |= memory_in_use(self.world.device)
-        self.tracker.scalars(values, step)
+        self.tracker.scalars(values, step + 1)
         if step % self.config.iterations_per_epoch == 0:
-            self.tracker.picture("batch", batch_picture(batch.images), step)
+            self.tracker.picture("batch", batch_picture(batch.images), step + 1)
 
     def _description(self) -> str:
         config, model = self.config, self.engine.model

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -117,6 +118,45 @@ def test_a_data_set_that_the_first_process_cannot_open_is_told_once(tmp_path: Pa
     assert code == 1
     assert told.count("its sample tables do not fit classes.parquet") == 1
     assert "gloo" not in told  # no rank was left alone in a barrier
+
+
+def test_three_processes_that_go_on_have_the_losses_of_three_that_never_stopped(
+    data: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for out, epochs in (("whole", 3), ("r", 1), ("r", 3)):
+        code, _, err = train(arguments(data[0], tmp_path / out, epochs=epochs, resume=True), processes=3)
+        assert code == 0, err
+    assert len(read_losses(tmp_path / "r")) == 24
+    assert read_losses(tmp_path / "r") == read_losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("place", "told_as"), [("file/r", "file/r: Not a directory"), ("r", "the checkpoint after step 8 cannot be saved")]
+)
+def test_a_folder_that_the_first_process_cannot_write_is_told_once(
+    data: tuple[Path, Path], tmp_path: Path, place: str, told_as: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.json").write_text("{}")
+    (tmp_path / "r" / "checkpoints").write_text("")  # a file where the folder should be
+    code, _, told = train(arguments(data[0], tmp_path / place, resume=True), processes=2)
+    assert code == 1
+    assert told.count(f"error: {told_as}" if place == "r" else told_as) == 1
+    assert "gloo" not in told
+
+
+def test_split_heads_start_from_the_rows_of_another_run(data: tuple[Path, Path], tmp_path: Path) -> None:
+    code, _, err = train(arguments(data[0], tmp_path / "r", schedule="joint", epochs=1))
+    assert code == 0, err
+    still = {"epochs": 1, "iterations_per_epoch": 1, "lr": 1e-9, "head_lr": 1e-9, "lr_schedule": "constant"}
+    words = arguments(data[0], tmp_path / "new", init_from=tmp_path / "r", schedule="joint", shard_head=True, **still)
+    code, out, err = train(words, processes=2)
+    assert code == 0, err
+    assert "16 of 16 classes" in out
+    old, new = (load_for_evaluation(tmp_path / name) for name in ("r", "new"))
+    for group, head in old.heads.items():
+        torch.testing.assert_close(new.heads[group]["weight"], head["weight"], atol=1e-6, rtol=0)
 
 
 def test_wrong_arguments_are_told_once(tmp_path: Path) -> None:
