@@ -112,7 +112,7 @@ def settle_buckets(wrapped: nn.Module) -> None:
     must call it; does nothing where `wrapped` is not in DDP.
     """
     reducer = getattr(wrapped, "reducer", None)
-    if reducer is not None:
+    if reducer is not None and hasattr(reducer, "_push_all_rebuilt_params"):  # private: of torch 2.11 to 2.14
         reducer._push_all_rebuilt_params()
         reducer._rebuild_buckets()
 
