@@ -110,6 +110,7 @@ class Localiser:
         forms: Sequence[RankingForm] | None = None,
         top_k: int = 20,
         threshold: float = THRESHOLD_METRES,
+        title: str | None = None,
     ) -> dict[RankingForm, Answers]:
         """Rank the classes for descriptors float32 [Q, D], as `ClassRanker.rank`; `forms` None: the own form."""
         return self.ranker.rank(
@@ -118,6 +119,7 @@ class Localiser:
             top_k=top_k,
             threshold=threshold,
             temperatures=self.calibration.temperatures if self.calibration else None,
+            title=title,
         )
 
 

@@ -28,7 +28,7 @@ from evaluation.ranking import RANKING_FORMS, Answers, RankingForm
 from shards.classes import ClassTable
 from training.distributed import World
 from training.queries import Queries, SetAside
-from training.scoring import RECALL_NS, THRESHOLD_METRES, Descriptors, cell_distances, recall_at
+from training.scoring import RECALL_NS, THRESHOLD_METRES, cell_distances, recall_at
 
 _LATENCY_QUERIES = 10
 
@@ -153,9 +153,7 @@ class Outcome:
             "temperature": self.calibration.temperatures.get(self.form) if self.calibration else None,
             "calibration_error": calibration_error,
             "calibration": as_rows(table),
-            "by_group": accuracy_by_group(
-                self.index, east, north, self.own.rows[scored, 0], self.right[scored]
-            ),
+            "by_group": accuracy_by_group(self.index, east, north, self.own.rows[scored, 0], self.right[scored]),
             "curve": recall_curve(self.distances[self.form][scored], settings.ns),
         }
 
@@ -172,7 +170,10 @@ def evaluate_set(
     paths = [queries.paths[i] for i in mine]
     forms = tuple(dict.fromkeys((form, *settings.forms)))
     begun = time.perf_counter()
-    described = _describe(localiser, queries, paths, settings, world)
+    title = f"{localiser.path.name}, {queries.source}" if world.is_main else None
+    described = localiser.describe(
+        paths, batch_size=settings.batch_size, threads=settings.threads, title=title and f"{title}: describing"
+    )
     described_at = time.perf_counter()
     vectors = described.vectors
     answers = localiser.answer(
@@ -180,6 +181,7 @@ def evaluate_set(
         forms=forms,
         top_k=max(settings.ns),
         threshold=settings.threshold,
+        title=title and f"{title}: ranking",
     )
     seconds = (described_at - begun, time.perf_counter() - described_at)
     everyone = world.gather((mine, answers, described.readable, described.failures, seconds))
@@ -220,7 +222,10 @@ def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world:
     """
     located = np.flatnonzero(queries.located)[world.rank :: world.size]
     paths = [queries.paths[i] for i in located]
-    described = _describe(localiser, queries, paths, settings, world)
+    title = f"{localiser.path.name}, {queries.source}" if world.is_main else None
+    described = localiser.describe(
+        paths, batch_size=settings.batch_size, threads=settings.threads, title=title and f"{title}: describing"
+    )
     kept = located[described.readable]
     own: dict[RankingForm, tuple[np.ndarray, np.ndarray]] = {}
     if len(kept):
@@ -229,6 +234,7 @@ def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world:
             forms=RANKING_FORMS,
             temperatures=TEMPERATURES,
             threshold=settings.threshold,
+            title=title and f"{title}: calibrating",
         )
         east, north = queries.east[kept], queries.north[kept]
         for form, (rows, confidence) in found.items():
@@ -243,13 +249,6 @@ def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world:
         }
         fitted = fit(answers, str(queries.source), localiser.trained_form, queries.fingerprint())
     return world.gather(fitted)[0]
-
-
-def _describe(
-    localiser: Localiser, queries: Queries, paths: Sequence[Path], settings: Settings, world: World
-) -> Descriptors:
-    title = f"{localiser.path.name} describes {queries.source}" if world.is_main else None
-    return localiser.describe(paths, batch_size=settings.batch_size, threads=settings.threads, title=title)
 
 
 def _merge(parts: Sequence[tuple[np.ndarray, Answers]], count: int) -> Answers:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evaluation.cell_index import CellIndex
 from shards.classes import ClassTable
+from shards.console import progress_bar
 from training.heads import NORM_FLOOR, Head, ScoreForm, full_precision
 from training.scoring import SCORES_IN_MEMORY, STRIP, THRESHOLD_METRES, classes_in_cache, strip_columns, strip_maxima
 
@@ -107,23 +108,23 @@ class ClassRanker:
         top_k: int = 20,
         threshold: float = THRESHOLD_METRES,
         temperatures: Mapping[RankingForm, float] | None = None,
+        title: str | None = None,
     ) -> dict[RankingForm, Answers]:
         """Rank all groups' classes for descriptors float32 [Q, D] by each of `forms`.
 
         `threshold` (metres) bounds the neighbourhood whose probability is a cell's confidence. `temperatures` (1 where
         none is given) divide the logits behind the probabilities; they change no ranking. K is `top_k`, or the number
-        of classes where there are fewer.
+        of classes where there are fewer. With a `title`, progress is shown under it where it takes long.
         """
         top_k = min(top_k, len(self.classes))
         divisors = {form: (temperatures or {}).get(form, 1.0) for form in forms}
         parts: dict[RankingForm, list[tuple[Tensor, ...]]] = {form: [] for form in forms}
-        for some in self._chunks(vectors):
-            scores = ScoredClasses(self, some, forms, set(divisors.values()))
+        for scores in self._scored(vectors, forms, set(divisors.values()), title):
             for form in forms:
                 values, columns = scores.best(form, top_k)
                 rows = self.row_of_column[columns]
                 likeliest = scores.likeliest(divisors[form])
-                pieces = rows.split(self._answers_at_once(len(some), threshold), dim=1)
+                pieces = rows.split(self._answers_at_once(len(scores.products), threshold), dim=1)
                 confidence = [scores.probability_of(self._near(piece, threshold), divisors[form]) for piece in pieces]
                 radius = [self._radius(piece, *likeliest) for piece in pieces]
                 found = (rows, values, torch.cat(confidence, dim=1), torch.cat(radius, dim=1))
@@ -132,12 +133,17 @@ class ClassRanker:
 
     @torch.inference_mode()
     def confidences(
-        self, vectors: Tensor, *, forms: Sequence[RankingForm], temperatures: Sequence[float], threshold: float
+        self,
+        vectors: Tensor,
+        *,
+        forms: Sequence[RankingForm],
+        temperatures: Sequence[float],
+        threshold: float,
+        title: str | None = None,
     ) -> dict[RankingForm, tuple[np.ndarray, np.ndarray]]:
         """The first answer's row, int64 [Q], and its confidence at each temperature, float32 [Q, T], by each form."""
         parts: dict[RankingForm, list[tuple[Tensor, Tensor]]] = {form: [] for form in forms}
-        for some in self._chunks(vectors):
-            scores = ScoredClasses(self, some, forms, set(temperatures))
+        for scores in self._scored(vectors, forms, set(temperatures), title):
             for form in forms:
                 rows = self.row_of_column[scores.best(form, 1)[1]]
                 near = self._near(rows, threshold)
@@ -148,10 +154,18 @@ class ClassRanker:
             for form, some in parts.items()
         }
 
-    def _chunks(self, vectors: Tensor) -> Iterator[Tensor]:
+    def _scored(
+        self, vectors: Tensor, forms: Sequence[RankingForm], temperatures: Collection[float], title: str | None
+    ) -> Iterator[ScoredClasses]:
+        """The scores of some queries after the other, in the same memory."""
         size = int(np.clip(SCORES_IN_MEMORY // len(self.row_of_column), 1, _QUERIES_AT_ONCE))
-        for first in range(0, len(vectors), size):
-            yield vectors[first : first + size].to(self.device)
+        # Made once: where a process keeps what it frees, a new one for each finds no room among what lies between.
+        room = torch.empty(min(size, len(vectors)), len(self.row_of_column), device=self.device)
+        with progress_bar(title, len(vectors), "photos") as bar:
+            for first in range(0, len(vectors), size):
+                some = vectors[first : first + size].to(self.device)
+                yield ScoredClasses(self, some, forms, temperatures, room[: len(some)])
+                bar.update(len(some))
 
     def _answers_at_once(self, queries: int, threshold: float) -> int:
         """For how many answers of so many photos confidence and radius are taken at once, to bound the memory."""
@@ -192,12 +206,13 @@ class ScoredClasses:
         descriptors: Tensor,
         forms: Sequence[RankingForm],
         temperatures: Collection[float],
+        room: Tensor,
     ) -> None:
         self.ranker = ranker
         self.own: ScoreForm = ranker.order_of("softmax")  # what training took for logits, but for the scale
         self.scale = ranker.margin.s
         columns = len(ranker.row_of_column)
-        self.products = descriptors.new_empty(len(descriptors), columns)
+        self.products = room
         orders = dict.fromkeys([self.own, *map(ranker.order_of, forms)])
         self.maxima = {order: descriptors.new_empty(len(descriptors), columns // STRIP) for order in orders}
         needed = {*temperatures, *([1.0] if "softmax" in forms else [])}

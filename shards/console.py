@@ -4,7 +4,9 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from tqdm import tqdm
 
 
 class JobError(Exception):
@@ -66,6 +68,11 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return describe_os_error(OSError(error.errno, error.strerror))
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def progress_bar(title: str | None, total: int, noun: str) -> Any:
+    """A bar of `total` things on stderr, from the fifth second on; None for a title: no bar."""
+    return tqdm(desc=title, total=total, unit=f" {noun}", unit_scale=True, delay=5, disable=title is None)
 
 
 def _fail(message: str, code: int = 1) -> int:

@@ -112,6 +112,17 @@ def test_ranking_a_hundred_queries_at_once_gives_the_scores_of_one_at_a_time() -
             np.testing.assert_allclose(together[form].confidence[i], alone[form].confidence[0], atol=1e-5)
 
 
+def test_ranking_many_queries_takes_the_memory_of_their_scores_once() -> None:
+    classes = class_table(side=120)
+    heads = {group: make_head("AAMC", 4, classes.count(group), 30.0, 0.1) for group in classes.groups}
+    ranker = ranking.ClassRanker(heads, classes, CPU)
+    vectors = torch.nn.functional.normalize(torch.randn(600, 4), dim=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        ranker.rank(vectors, forms=("cosine",), top_k=1)
+    scores = 4 * 256 * len(ranker.row_of_column)
+    assert sum(event.self_cpu_memory_usage == scores for event in profile.events()) == 1
+
+
 def test_photos_in_batches_score_as_they_do_one_at_a_time(localiser: Localiser, tmp_path: Path) -> None:
     folder = write_queries(tmp_path / "q")
     for east in range(3):

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from shards.classes import ClassTable
+from shards.console import progress_bar
 from training.heads import Head, ScoreForm
 from training.model import to_input
 from training.queries import Queries, QueryBatch, SetAside, read_queries
@@ -24,7 +24,6 @@ RECALL_NS = (1, 5, 10, 20)
 THRESHOLD_METRES = 25.0
 STRIP = 32  # adjacent classes whose highest score is taken first, when the best of many are wanted
 SCORES_IN_MEMORY = 1 << 25  # 128 MB
-_PATIENCE_SECONDS = 5.0
 _SCORES_IN_CACHE = 1 << 19  # 2 MB, beside the weights that make them
 
 
@@ -98,14 +97,14 @@ def describe_batches(
 ) -> Descriptors:
     """Descriptors of `count` queries that come as decoded batches; the model is left in the mode it was in.
 
-    With a `title`, progress is shown under it from the fifth second on.
+    With a `title`, progress is shown under it where it takes long.
     """
     vectors: Tensor | None = None
     readable = np.zeros(count, dtype=bool)
     was_training = model.training
     if was_training:
         model.eval()
-    bar = tqdm(desc=title, total=count, unit=" photos", unit_scale=True, delay=_PATIENCE_SECONDS, disable=title is None)
+    bar = progress_bar(title, count, "photos")
     try:
         for batch in batches:
             described = model(to_input(torch.from_numpy(batch.images).to(device))).float().cpu()
