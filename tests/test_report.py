@@ -118,6 +118,35 @@ def test_the_map_follows_wheel_drag_and_pointer_and_pointing_draws_only_what_cha
         page.close()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+def test_cells_of_less_than_two_pixels_are_drawn_as_one_picture_that_has_each_at_its_place(
+    report: Path, tmp_path: Path
+) -> None:
+    page = Page(tmp_path)
+    try:
+        page.open(report.as_uri())
+        page.wait_for("document.body?.dataset.ready === 'yes'")
+        page.evaluate("map.scale = 1 / view.cells.M; map.draw()")
+        page.evaluate(
+            "{ const kind = CanvasRenderingContext2D.prototype, fill = kind.fillRect; drawn = 0;"
+            " kind.fillRect = function (...all) { drawn++; fill.apply(this, all); } } map.draw()"
+        )
+        assert page.evaluate("view.cells.east.length") == 16
+        assert page.evaluate("drawn") < 4
+        assert page.evaluate(
+            "(() => { const { canvas, west, north } = pictureOf(view.cells), { width, height } = canvas;"
+            " const { data } = canvas.getContext('2d').getImageData(0, 0, width, height);"
+            " const at = (k) => (north - view.cells.north[k] - 1) * width + view.cells.east[k] - west;"
+            " return view.cells.east.every((_, k) => data[4 * at(k) + 3] === 255) })()"
+        )
+        page.evaluate("map.scale = 4 / view.cells.M; map.draw()")
+        assert page.evaluate("drawn") >= 16
+        assert not page.problems
+    finally:
+        page.close()
+
+
 def test_the_report_loads_nothing_from_outside(report: Path) -> None:
     text = report.read_text()
     links = set(re.findall(r"https?://[^\"'\s)]+", text))

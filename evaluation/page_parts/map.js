@@ -27,6 +27,22 @@ function boundsOf(cells) {
   return [west, south, east, north].map((v) => v * cells.M);
 }
 
+// A table of cells as a picture of a pixel each, made once: of a large city, drawing each cell anew takes half a second.
+// Null where that would be too large a picture.
+function pictureOf(cells) {
+  if (cells.picture !== undefined) return cells.picture;
+  const [west, south, east, north] = boundsOf(cells).map((v) => v / cells.M), canvas = document.createElement("canvas");
+  canvas.width = Math.round(east - west); canvas.height = Math.round(north - south);
+  if (Math.max(canvas.width, canvas.height) > 8192 || canvas.width * canvas.height > 2 ** 24) return (cells.picture = null);
+  const c = canvas.getContext("2d");
+  let group = null;
+  for (let k = 0; k < cells.east.length; k++) {
+    if (cells.group[k] !== group) c.fillStyle = groupColour((group = cells.group[k]), 1);
+    c.fillRect(Math.round(cells.east[k] - west), Math.round(north - cells.north[k] - 1), 1, 1);
+  }
+  return (cells.picture = { canvas, west, north });
+}
+
 // A map that pans and zooms by pointer, wheel, two fingers and keys; north is up. `paint(c, width, height)` draws it,
 // `find(x, y)` names the thing at a point of the canvas or null, `onHover` and `onKeep` are told of that thing. What
 // `paintOver` draws on top may follow the pointer: it alone is drawn anew when the hovered thing changes.
@@ -100,12 +116,20 @@ class CityMap {
   }
 
   drawCells(c, cells, alpha = 0.22) {
-    const { width, height } = this, side = cells.M * this.scale, gap = side > 8 ? 1 : 0;
+    const { width, height } = this, side = cells.M * this.scale, gap = side > 8 ? 1 : 0, size = Math.max(side - gap, 1);
+    const [left, bottom] = this.toScreen(0, 0), small = side < 2 ? pictureOf(cells) : null;
+    if (small) {
+      c.globalAlpha = Math.min(alpha * Math.max(side ** -2, 1), 1); c.imageSmoothingQuality = "high";
+      c.drawImage(small.canvas, left + small.west * side, bottom - small.north * side, small.canvas.width * side, small.canvas.height * side);
+      c.globalAlpha = 1;
+      return;
+    }
+    let group = null;
     for (let k = 0; k < cells.east.length; k++) {
-      const [x, y] = this.toScreen(cells.east[k] * cells.M, (cells.north[k] + 1) * cells.M);
+      const x = left + cells.east[k] * side, y = bottom - (cells.north[k] + 1) * side;
       if (x + side < 0 || y + side < 0 || x > width || y > height) continue;
-      c.fillStyle = groupColour(cells.group[k], alpha);
-      c.fillRect(x, y, Math.max(side - gap, 1), Math.max(side - gap, 1));
+      if (cells.group[k] !== group) c.fillStyle = groupColour((group = cells.group[k]), alpha);
+      c.fillRect(x, y, size, size);
     }
   }
 
