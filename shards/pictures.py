@@ -48,14 +48,15 @@ def group_colour(group: int, groups: int) -> Rgb:
 def cell_map(dataset: Dataset) -> Image.Image:
     """A map of the cells, north up: colour tells the group, a paler shade fewer images.
 
-    Where cells are too small to be told apart, the densest part is shown enlarged beside it.
+    Where cells are too small to be told apart, the densest part is shown enlarged beside it; cells that share a pixel
+    (beyond 2,400 across) mix their colours.
     """
     classes, M = dataset.classes, dataset.manifest.M
     columns = (classes.cell_east - classes.cell_east.min()) // M
     rows = (classes.cell_north.max() - classes.cell_north) // M
     colours = _cell_colours(dataset)
     extent = int(max(columns.max(), rows.max())) + 1
-    fold = -(-extent // _MAP_PIXELS)  # cells that share a pixel, across
+    fold = -(-extent // (2 * _MAP_PIXELS))  # cells that share a pixel, across
     scale = max(1, min(_LARGEST_CELL, _MAP_PIXELS // extent))
     cells = _paint(columns // fold, rows // fold, colours, scale)
     detail = _densest_part(columns, rows, colours) if scale < _DISCERNIBLE else None
@@ -73,10 +74,13 @@ def _cell_colours(dataset: Dataset) -> np.ndarray:
 
 
 def _paint(columns: np.ndarray, rows: np.ndarray, colours: np.ndarray, scale: int) -> Image.Image:
-    """Cells as squares of `scale` pixels."""
-    pixels = np.full((int(rows.max()) + 1, int(columns.max()) + 1, 3), 255, np.uint8)
-    pixels[rows, columns] = colours
-    cells = np.repeat(np.repeat(pixels, scale, 0), scale, 1)
+    """Cells as squares of `scale` pixels; those at the same place mix their colours."""
+    height, width = int(rows.max()) + 1, int(columns.max()) + 1
+    places, at, counts = np.unique(rows * width + columns, return_inverse=True, return_counts=True)
+    mixed = [np.bincount(at, weights=colour) / counts for colour in colours.T.astype(np.float64)]
+    pixels = np.full((height * width, 3), 255, np.uint8)
+    pixels[places] = np.rint(np.stack(mixed, axis=1))
+    cells = np.repeat(np.repeat(pixels.reshape(height, width, 3), scale, 0), scale, 1)
     if scale >= _DISCERNIBLE:
         cells[::scale], cells[:, ::scale] = 255, 255
     return Image.fromarray(cells)

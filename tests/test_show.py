@@ -93,8 +93,20 @@ def test_a_map_of_any_extent_has_a_bounded_size(dataset, N, cells, spread):
     rng = np.random.default_rng(0)
     east, north = (rng.integers(0, spread, cells) // 20 * 20 + 4_000_000 for _ in range(2))
     page = cell_map(with_cells(dataset, east, north, N))
-    assert max(page.size) < 1800
+    assert max(page.size) < 3000
     assert min(page.size) > 150
+
+
+@pytest.mark.parametrize(("cells", "mixed"), [(2000, False), (2600, True)])  # of 20 m, across
+def test_on_the_map_of_a_large_city_no_group_hides_the_others(dataset, cells, mixed):
+    east, north = (500_000 + 20 * np.array([*ends, cells - 1]) for ends in ([0, 1, 0, 1], [0, 0, 1, 1]))
+    page = np.asarray(cell_map(with_cells(dataset, east, north))).astype(int)
+    south_west = page[-97 - 3 : -96, 110:113].reshape(-1, 3)
+    colours = [group_colour(group, 4) for group in range(4)]
+    if mixed:
+        assert (abs(south_west - np.mean(colours, axis=0)).max(axis=1) <= 1).any()
+    else:
+        assert all((south_west == colour).all(axis=1).any() for colour in colours)
 
 
 def test_groups_have_colours_of_their_own():
