@@ -84,10 +84,10 @@ def describe_photos(
     if len(kept) == 0:
         raise JobError(f"{source}: no readable photo with coordinates")
     names = tuple(queries.names[i] for i in kept)
-    return Images(described.vectors.numpy()[kept], queries.east[kept], queries.north[kept], names)
+    return Images(_rows(described.vectors.numpy(), kept), queries.east[kept], queries.north[kept], names)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardPhoto:
     """A photo in a shard, by what its sample table says; opens as a file does."""
 
@@ -146,7 +146,12 @@ def describe_shards(
     if len(kept) == 0:
         raise JobError(f"{dataset}: no readable photo")
     east, north = (np.concatenate([table[name].to_numpy() for _, table in tables])[kept] for name in ("east", "north"))
-    return Images(described.vectors.numpy()[kept], east, north, tuple(photos[i].name for i in kept))
+    return Images(_rows(described.vectors.numpy(), kept), east, north, tuple(photos[i].name for i in kept))
+
+
+def _rows(vectors: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """`vectors[kept]`, without a copy where that is all of them: of a million photos they are gigabytes."""
+    return vectors if len(kept) == len(vectors) else vectors[kept]
 
 
 def read_descriptors(path: Path, zone: int = 0) -> Images:

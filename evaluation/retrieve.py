@@ -22,7 +22,7 @@ from evaluation.gallery import Gallery, Images, database_images, describe_photos
 from evaluation.localiser import Localiser, choose_device, load_localiser
 from evaluation.result_files import prepare_folder, write_json
 from evaluation.searchers import CellSearcher, FaissSearcher, Searcher, load_faiss
-from shards.console import JobError, entry, format_bytes, printable
+from shards.console import JobError, entry, format_bytes, format_count, printable
 from shards.provenance import provenance
 from training.scoring import RECALL_NS, THRESHOLD_METRES, recall_at
 
@@ -93,9 +93,10 @@ def main() -> None:
             f"{database.vectors.shape[1]}; give --query-descriptors by the same model"
         )
     gallery = Gallery.of(database, localiser.index)
-    if gallery.outside == len(database) and "within-cells" in arguments.methods:
+    del database  # gigabytes, of which the gallery has its own
+    if gallery.outside == len(gallery.images) and "within-cells" in arguments.methods:
         raise JobError(
-            f"{arguments.database}: none of its {len(database):,} images lies in a cell of {arguments.checkpoint}"
+            f"{arguments.database}: none of its {len(gallery.images):,} images lies in a cell of {arguments.checkpoint}"
         )
     rows = compare(localiser, gallery, queries, vectors.vectors, arguments)
     facts = {"settings": {k: str(v) for k, v in asdict(arguments).items()}, "provenance": provenance()}
@@ -108,16 +109,21 @@ def compare(
 ) -> list[Row]:
     """One row for every way of searching; `vectors` float32 [Q, D] are the queries' descriptors for retrieval."""
     torch.set_num_threads(1)
-    rows = []
-    for method in arguments.methods:
-        searcher: Searcher
-        if method == "within-cells":
-            searcher = CellSearcher(gallery, *class_weights(localiser), arguments.top_cells)
-        else:
-            searcher = FaissSearcher(gallery, method)
-            load_faiss().omp_set_num_threads(1)
-        rows.append(measure(searcher, gallery, queries, vectors, arguments.threshold))
-    return rows
+    return [
+        measure(_searcher(method, localiser, gallery, arguments), gallery, queries, vectors, arguments.threshold)
+        for method in arguments.methods
+    ]
+
+
+def _searcher(method: Method, localiser: Localiser, gallery: Gallery, arguments: Arguments) -> Searcher:
+    if method == "within-cells":
+        return CellSearcher(gallery, *class_weights(localiser), arguments.top_cells)
+    faiss = load_faiss()
+    print(f"{method}: indexing {format_count(len(gallery.images), 'image')}", file=sys.stderr)
+    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+    searcher = FaissSearcher(gallery, method)
+    faiss.omp_set_num_threads(1)
+    return searcher
 
 
 def class_weights(localiser: Localiser) -> tuple[torch.Tensor, torch.Tensor | None]:
