@@ -78,14 +78,14 @@ def print_gain(done: tuple[Summary, Gain] | None, out: str) -> None:
         f"added       {format_count(gain.images, 'image')} to classes; {format_count(gain.new)} photos were new, "
         f"{format_count(gain.known)} known before"
     )
-    print(f"new classes {len(gain.classes)}")
+    print(f"new classes {format_count(len(gain.classes))}")
     rows = zip(
         *(getattr(gain.classes, name).tolist() for name in ("group", "label", "cell_east", "cell_north")), strict=True
     )
     for group, label, east, north in list(rows)[:_LISTED_CLASSES]:
         print(f"            group {group}, label {label}: the cell at {east} east, {north} north")
-    if len(gain.classes) > _LISTED_CLASSES:
-        print(f"            and {len(gain.classes) - _LISTED_CLASSES} more, the last labels in classes.parquet")
+    if (more := len(gain.classes) - _LISTED_CLASSES) > 0:
+        print(f"            and {format_count(more)} more, the last labels in classes.parquet")
 
 
 def _describe_small_cells(plan: Plan) -> str:
