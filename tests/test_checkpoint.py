@@ -78,6 +78,11 @@ def test_weights_are_saved_without_a_copy_of_them_in_memory_but_for_those_that_s
     assert torch.equal(loaded["row"], large[5])
 
 
+def test_whoever_may_read_one_file_of_a_checkpoint_may_read_all(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, make_checkpoint(7))
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1
+
+
 def test_optimizer_state_survives_without_pickle(tmp_path: Path) -> None:
     parameter = torch.nn.Parameter(torch.randn(3))
     optimizer = torch.optim.Adam([parameter], lr=0.1)

@@ -156,7 +156,10 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         if own[name].untyped_storage().data_ptr() in taken:  # tied weights and views, which safetensors refuses
             own[name] = own[name].clone()
         taken.add(own[name].untyped_storage().data_ptr())
+    path.touch()
+    mode = path.stat().st_mode
     save_file(own, path)
+    path.chmod(mode)  # safetensors lets nobody but the owner read it, whatever the umask
 
 
 def _describe(path: Path) -> dict[str, int]:
