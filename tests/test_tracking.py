@@ -48,6 +48,19 @@ def test_the_error_map_shows_near_queries_green_and_far_ones_red(tmp_path: Path,
     assert not (picture == error_colour(5000)).all(axis=2).any()
 
 
+def test_thousands_of_queries_are_smaller_dots_on_the_error_map(tmp_path: Path) -> None:
+    classes = class_table()
+    few = list_queries(write_queries(tmp_path / "q", classes), classes.zone)
+    dots = []
+    for times in (1, 200):
+        east, north = np.tile(few.east, times), np.tile(few.north, times)
+        queries = replace(few, paths=few.paths * times, names=few.names * times, east=east, north=north)
+        ranked = classes.find(east, north)[:, None]
+        outcome = assess_ranking(ranked, np.zeros(ranked.shape), np.ones(len(east), bool), classes, queries)
+        dots.append((error_map(classes, queries, outcome) == error_colour(3)).all(axis=2).sum())
+    assert 0 < dots[1] < dots[0] / 2
+
+
 def test_an_epochs_line_says_all_in_one_line() -> None:
     line = epoch_line(
         1, 10, "group 1", loss=2.5, accuracy=12.34, rate=1234.5, wait_share=0.031, recall=56.78, seconds_left=200

@@ -19,6 +19,7 @@ from training.queries import Queries
 from training.scoring import QueryScores
 
 PROJECT = "tensorboard"
+_MANY = 3000  # queries on a map, from which on their dots are small: large ones hide each other
 
 
 class Tracker:
@@ -133,9 +134,12 @@ def error_map(classes: ClassTable, queries: Queries, outcome: QueryScores, width
         right, top = place(cell_east + classes.M, cell_north + classes.M)
         corner = (max(left, right - 1), max(top, bottom - 1))  # in a city of 12 km and more a cell is less than a pixel
         draw.rectangle((left, top, *corner), fill=(235, 235, 235), outline=(215, 215, 215))
+    radius = 3 if outcome.scored.sum() <= _MANY else 1
     for i in np.flatnonzero(outcome.scored):
         x, y = place(queries.east[i], queries.north[i])
-        draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=error_colour(float(outcome.ranking.distances[i, 0])))
+        draw.ellipse(
+            (x - radius, y - radius, x + radius, y + radius), fill=error_colour(float(outcome.ranking.distances[i, 0]))
+        )
     return np.asarray(image)
 
 
