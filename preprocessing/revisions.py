@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,21 @@ class Revision:
 
     def shards(self) -> list[tuple[int, int]]:
         """Group and number of every new shard, in order."""
-        pairs = zip(*(self.samples[name].to_pylist() for name in ("group", "number")), strict=True)
-        return list(dict.fromkeys(pairs))
+        starts = self._starts()[:-1]
+        return list(zip(*(self.samples[name].to_numpy()[starts].tolist() for name in ("group", "number")), strict=True))
 
     def tasks(self) -> Iterator[ShardTask]:
         """The new shards, in order of group and number."""
         names = ("source", "label", "east", "north", "heading", "timestamp")
-        group_of, number_of = self.samples["group"].to_numpy(), self.samples["number"].to_numpy()
-        for group, number in self.shards():
-            rows = np.flatnonzero((group_of == group) & (number_of == number))
-            columns = self.samples.take(pa.array(rows)).to_pydict()
+        for (group, number), (first, last) in zip(self.shards(), pairwise(self._starts().tolist()), strict=True):
+            columns = self.samples.slice(first, last - first).to_pydict()
             yield ShardTask(group, number, number * SHARD_SAMPLES, *(columns[name] for name in names))
+
+    def _starts(self) -> np.ndarray:
+        """The first sample of every new shard, and the end of the last, int64 [shards + 1]."""
+        group, number = (self.samples[name].to_numpy() for name in ("group", "number"))
+        begins = np.flatnonzero((np.diff(group) != 0) | (np.diff(number) != 0)) + 1
+        return np.concatenate([[0], begins, [len(group)]]) if len(group) else np.zeros(1, np.int64)
 
 
 def revisions(out: Path) -> list[Revision]:
