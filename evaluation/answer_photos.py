@@ -66,14 +66,15 @@ def answer_photos(
     localiser: Localiser, paths: Sequence[Path], request: Request
 ) -> tuple[list[AnsweredPhoto], list[SetAside]]:
     """Places for every photo that can be read, in order, and the photos that cannot, with reasons."""
-    described = localiser.describe(paths, batch_size=request.batch_size, threads=request.threads)
+    described = localiser.describe(paths, batch_size=request.batch_size, threads=request.threads, title="describing")
     readable = [i for i in range(len(paths)) if described.readable[i]]
     if not readable:
         return [], list(described.failures)
     photos = [paths[i] for i in readable]
     classes = localiser.classes
     known = [known_position(path, classes.zone, southern=classes.southern) for path in photos]
-    return name_places(localiser, described.vectors[readable], photos, known, request), list(described.failures)
+    vectors = described.vectors[readable]
+    return name_places(localiser, vectors, photos, known, request, title="ranking"), list(described.failures)
 
 
 def name_places(
@@ -82,11 +83,12 @@ def name_places(
     paths: Sequence[Path],
     known: Sequence[KnownPosition | None],
     request: Request,
+    title: str | None = None,
 ) -> list[AnsweredPhoto]:
-    """Places for photos by their descriptors float32 [Q, D], in order."""
+    """Places for photos by their descriptors float32 [Q, D], in order; `title` as in `Localiser.answer`."""
     # Neighbours of a better cell are dropped from the list, so more cells than places are ranked.
     cells = request.top * localiser.index.most_neighbours(request.apart)
-    ranked = localiser.answer(vectors, top_k=cells, threshold=request.apart)[localiser.form]
+    ranked = localiser.answer(vectors, top_k=cells, threshold=request.apart, title=title)[localiser.form]
     return [
         AnsweredPhoto(
             path,

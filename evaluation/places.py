@@ -59,7 +59,7 @@ def top_places(
 ) -> list[Place]:
     """The best `count` places of photo `i`: ranked cells without those within `apart` metres of a better one."""
     rows = answers.rows[i]
-    centers = classes.centers()[rows]
+    centers = classes.take(rows).centers()
     kept: list[int] = []
     for rank, center in enumerate(centers):
         if len(kept) == count:
