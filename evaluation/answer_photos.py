@@ -15,6 +15,7 @@ from evaluation.localiser import Localiser
 from evaluation.places import KnownPosition, Place, known_position, top_places
 from shards.console import JobError, format_count, printable
 from training.queries import SetAside, find_photos
+from training.scoring import THRESHOLD_METRES
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Request:
     """How many places at least how many metres apart, and how photos are read."""
 
     top: int = 5
-    apart: float = 25.0
+    apart: float = THRESHOLD_METRES
     batch_size: int = 16
     threads: int = 1
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 
-from shards.classes import ClassTable
+from shards.classes import ClassTable, cell_index
 
 _CHUNK = 1 << 22
 
@@ -33,9 +31,7 @@ class CellIndex:
     def holding(self, east: np.ndarray, north: np.ndarray) -> np.ndarray:
         """Table row of the class whose cell holds each point (float64 [Q], metres); -1 outside, or for NaN."""
         known = np.isfinite(east) & np.isfinite(north)
-        cells = [
-            np.floor(np.where(known, v, 0) / self.classes.M).astype(np.int64) * self.classes.M for v in (east, north)
-        ]
+        cells = [cell_index(np.where(known, v, 0), self.classes.M) * self.classes.M for v in (east, north)]
         return np.where(known, self.find(*cells), -1)
 
     def count_near(self, east: np.ndarray, north: np.ndarray, radius: float) -> np.ndarray:
@@ -100,14 +96,3 @@ class CellIndex:
         column, row = (cell_east - self.first_east) // M, (cell_north - self.first_north) // M
         inside = (column >= 0) & (column < self.columns) & (row >= 0) & (row < self.rows)
         return np.where(inside, column * self.rows + row, -1)
-
-    @cached_property
-    def bounds(self) -> tuple[int, int, int, int]:
-        """West, south, east and north edge of all cells, metres."""
-        M = self.classes.M
-        return (
-            self.first_east,
-            self.first_north,
-            self.first_east + self.columns * M,
-            self.first_north + self.rows * M,
-        )

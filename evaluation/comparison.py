@@ -99,8 +99,8 @@ def _evaluate_checkpoint(path: Path, results: Results, notes: Results, world: Wo
     _calibrate(localiser, path, notes, world)
     notes.calibrations[str(path)] = localiser.calibration
     form = job.form or localiser.form
-    for folder in job.query_sets:
-        queries = _list(folder, localiser, world)
+    for source in job.query_sets:
+        queries = _list(source, localiser, world)
         if isinstance(queries, str):
             if world.is_main:
                 notes.error(queries)
@@ -129,31 +129,31 @@ def _load(path: Path, notes: Results, world: World) -> Localiser | None:
     return None
 
 
-def _list(folder: Path, localiser: Localiser, world: World) -> Queries | str:
-    """The queries of a folder, or on all ranks the reason why there is nothing to answer."""
+def _list(source: Path, localiser: Localiser, world: World) -> Queries | str:
+    """The queries of a folder or list, or on all ranks the reason why there is nothing to answer."""
     try:
-        found: Queries | str = list_queries(folder, localiser.classes.zone, southern=localiser.classes.southern)
+        found: Queries | str = list_queries(source, localiser.classes.zone, southern=localiser.classes.southern)
     except JobError as error:
         found = str(error)
     found = world.gather(found)[0] if world.size > 1 else found
     if isinstance(found, Queries) and len(found) == 0:
-        return f"{folder}: no photo can be compared with the classes ({found.set_aside[0].reason})"
+        return f"{source}: no photo can be compared with the classes ({found.set_aside[0].reason})"
     return found
 
 
 def _calibrate(localiser: Localiser, path: Path, notes: Results, world: World) -> None:
     """Fit form and temperature on the validation queries that were given or, where nothing is stored, trained with."""
-    folder = notes.job.val_queries
-    if folder is None and localiser.calibration is None:
+    source = notes.job.val_queries
+    if source is None and localiser.calibration is None:
         trained_with = localiser.config.val_queries
         found = trained_with if trained_with is not None and trained_with.exists() else None
-        folder = world.gather(found)[0]
-    if folder is None:
+        source = world.gather(found)[0]
+    if source is None:
         return
-    queries = _list(folder, localiser, world)
+    queries = _list(source, localiser, world)
     fitted = calibrate(localiser, queries, notes.job.settings, world) if isinstance(queries, Queries) else None
     if fitted is None:
-        reason = queries if isinstance(queries, str) else f"{folder}: no readable query with coordinates"
+        reason = queries if isinstance(queries, str) else f"{source}: no readable query with coordinates"
         say = notes.warn if notes.job.val_queries is None else notes.error
         if world.is_main:
             say(f"{reason}; {path} keeps {localiser.form} scores")
@@ -168,29 +168,29 @@ def _calibrate(localiser: Localiser, path: Path, notes: Results, world: World) -
 
 def _add(outcome: Outcome, results: Results) -> None:
     """Add a row, and say what it leaves out."""
-    checkpoint, folder = outcome.name
+    checkpoint, source = outcome.name
     row = outcome.row()
     if outcome.fitted:
-        results.warn(f"{folder}: the validation queries themselves; form and confidence are fitted to them")
-    _warn_of_photos(folder, "set aside", outcome.queries.set_aside, results)
-    _warn_of_photos(folder, "unreadable", outcome.failures, results)
+        results.warn(f"{source}: the validation queries themselves; form and confidence are fitted to them")
+    _warn_of_photos(source, "set aside", outcome.queries.set_aside, results)
+    _warn_of_photos(source, "unreadable", outcome.failures, results)
     unlocated = outcome.queries.unlocated(outcome.readable)
-    _warn_of_photos(folder, "predicted but not scored", unlocated, results)
+    _warn_of_photos(source, "predicted but not scored", unlocated, results)
     if outcome.queries.reprojected:
         zone = outcome.classes.zone
         moved = format_count(outcome.queries.reprojected, "photo")
-        results.warn(f"{folder}: {moved} of a neighbouring UTM zone reprojected to {zone}")
+        results.warn(f"{source}: {moved} of a neighbouring UTM zone reprojected to {zone}")
     results.outcomes.append(outcome)
     results.rows.append(row)
     if row["scored"] == 0:
-        results.error(f"{checkpoint} on {folder}: no readable query with coordinates, so no LR@N")
+        results.error(f"{checkpoint} on {source}: no readable query with coordinates, so no LR@N")
 
 
-def _warn_of_photos(folder: str, kind: str, photos: Sequence[SetAside], results: Results) -> None:
+def _warn_of_photos(source: str, kind: str, photos: Sequence[SetAside], results: Results) -> None:
     for photo in photos[:_LINES_A_KIND]:
         results.warn(f"{photo.path}: {kind}: {photo.reason}")
     if len(photos) > _LINES_A_KIND:
-        results.warn(f"{folder}: {len(photos) - _LINES_A_KIND} more photos {kind}")
+        results.warn(f"{source}: {len(photos) - _LINES_A_KIND} more photos {kind}")
 
 
 def write_results(results: Results, *, report: bool = True, samples: SamplePhotos) -> None:

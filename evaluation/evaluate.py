@@ -1,4 +1,7 @@
-"""LR@N of checkpoints on query sets, with a report.
+"""LR@N of checkpoints on query sets: a table, results.json, results.csv, predictions.parquet and report.html.
+
+Needs neither shards nor training photos. Exit code 1 where a row of the table could not be made or --val-queries were
+of no use; files are written where there is a row.
 
 python evaluation/evaluate.py --checkpoints RUN [RUN ...] --queries PHOTOS [PHOTOS ...] --out DIR
 
@@ -8,7 +11,6 @@ accelerate launch evaluation/evaluate.py --checkpoints RUN --queries PHOTOS --ou
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,18 +18,15 @@ from evaluation.comparison import Job, evaluate_all, open_world, write_results
 from evaluation.query_set import Settings
 from evaluation.ranking import OWN_FORMS, RankingForm
 from evaluation.sample_photos import SamplePhotos
-from shards.console import WrongArguments, entry
+from shards.console import check_arguments, entry
+from shards.workers import cores_of_process
 from training.one_voice import one_voice, parse_arguments
 from training.scoring import RECALL_NS, THRESHOLD_METRES
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """LR@N of checkpoints on query sets: a table, results.json, results.csv, predictions.parquet and report.html.
-
-    Needs neither shards nor training photos. Exit code 1 where a row of the table could not be made or
-    `--val-queries` were of no use; files are written where there is a row.
-    """
+    """What the command line says."""
 
     checkpoints: tuple[Path, ...]
     """Runs (their best checkpoint is taken) or single checkpoint folders."""
@@ -58,11 +57,24 @@ class Arguments:
     cpu: bool = False
     """Compute on the CPU even where there is a GPU."""
 
+    def __post_init__(self) -> None:
+        check_arguments(
+            {
+                "--checkpoints: name at least one run": not self.checkpoints,
+                "--queries: name at least one folder or list": not self.queries,
+                "--ns: whole numbers of at least 1": not self.ns or min(self.ns) < 1,
+                "--threshold: more than 0 metres, and finite": not 0 < self.threshold < math.inf,
+                "--forms: name at least one": not self.forms,
+                "--batch-size: at least 1": self.batch_size < 1,
+                "--threads: 0 or more": self.threads < 0,
+            }
+        )
+
 
 @one_voice()
 def main() -> int:
     """Evaluate and write the results; 1 where something asked for could not be made."""
-    arguments = read_arguments()
+    arguments = parse_arguments(Arguments, description=__doc__)
     job = Job(
         arguments.checkpoints,
         arguments.queries,
@@ -84,29 +96,6 @@ def main() -> int:
             return 0
         write_results(results, report=arguments.report, samples=samples)
     return 1 if results.failed else 0
-
-
-def read_arguments() -> Arguments:
-    """The command line; wrong arguments exit with 2."""
-    arguments = parse_arguments(Arguments, description=__doc__)
-    wrong = {
-        "--checkpoints: name at least one run": not arguments.checkpoints,
-        "--queries: name at least one folder or list": not arguments.queries,
-        "--ns: whole numbers of at least 1": not arguments.ns or min(arguments.ns) < 1,
-        "--threshold: more than 0 metres, and finite": not 0 < arguments.threshold < math.inf,
-        "--forms: name at least one": not arguments.forms,
-        "--batch-size: at least 1": arguments.batch_size < 1,
-        "--threads: 0 or more": arguments.threads < 0,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            raise WrongArguments(message)
-    return arguments
-
-
-def cores_of_process() -> int:
-    """Cores for each process of this host's launch."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 if __name__ == "__main__":

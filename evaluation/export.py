@@ -1,4 +1,4 @@
-"""Export a checkpoint for other programs.
+"""Export a checkpoint as ONNX or TorchScript, checked against PyTorch, or as a Hugging Face Hub style folder.
 
 python evaluation/export.py RUN --to onnx|torchscript|hub --out DIR
 """
@@ -14,12 +14,13 @@ import tyro
 
 from evaluation.exported_model import TOLERANCE, export_hub, export_onnx, export_torchscript
 from evaluation.localiser import load_localiser
-from shards.console import JobError, entry
+from evaluation.result_files import prepare_folder
+from shards.console import JobError, check_arguments, entry
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Export a checkpoint as ONNX or TorchScript, checked against PyTorch, or as a Hugging Face Hub style folder."""
+    """What the command line says."""
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
     """Run (its best checkpoint is taken) or a single checkpoint folder."""
@@ -28,7 +29,10 @@ class Arguments:
     out: Path
     """Folder to write."""
     results: Path | None = None
-    """results.json of evaluate.py, for the model card."""
+    """results.json of evaluate.py, for the model card of --to hub."""
+
+    def __post_init__(self) -> None:
+        check_arguments({"--results is for --to hub only": self.results is not None and self.to != "hub"})
 
 
 def main() -> None:
@@ -39,9 +43,7 @@ def main() -> None:
         export_hub(localiser, arguments.out, arguments.results)
         print(f"written to {arguments.out}")
         return
-    if arguments.out.exists() and not arguments.out.is_dir():
-        raise JobError(f"--out {arguments.out}: is a file; name a folder")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    prepare_folder(arguments.out)
     export = export_onnx if arguments.to == "onnx" else export_torchscript
     difference = export(localiser, arguments.out)
     if not difference <= TOLERANCE:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from evaluation.sample_photos import read_jpeg
-from shards.console import JobError, format_count, printable
+from shards.console import JobError, format_count, is_systems, one_line, printable
 from shards.files import atomic_path
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
@@ -119,8 +119,11 @@ def describe_shards(
     for path in shard_tables(dataset):
         try:
             table = pq.read_table(path, columns=["east", "north", "key", "offset", "size", "crc32"])
-        except (pa.ArrowInvalid, KeyError) as error:
-            raise JobError(f"{path}: damaged ({error}); mend it: python shards/verify.py {dataset} --repair") from error
+        except (pa.ArrowException, OSError, KeyError) as error:
+            if is_systems(error):
+                raise
+            way_out = f"mend it: python shards/verify.py {dataset} --repair"
+            raise JobError(f"{path}: damaged ({one_line(error)}); {way_out}") from error
         tables.append((path.with_suffix(".tar"), table))
     photos = [
         ShardPhoto(tar, f"{tar.stem}/{key}", *place)

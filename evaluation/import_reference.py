@@ -1,4 +1,6 @@
-"""Turn a checkpoint of the public reference code into a run of this project.
+"""Turn a checkpoint of the public reference code (best_model.pth) into a run of this project.
+
+The order of its classes follows from the paths of its training photos; the photos themselves are not needed.
 
 python evaluation/import_reference.py --checkpoint best_model.pth --train-list LIST --out RUN
 """
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from evaluation.reference_classes import PythonHashing, reference_table
 from shards.classes import ClassTable
-from shards.console import JobError, entry, format_count
+from shards.console import JobError, check_arguments, entry, first_line, format_count, last_line
 from shards.provenance import provenance
 from training.backbones import BackboneName
 from training.checkpoint import Checkpoint, TrainingState, save_checkpoint
@@ -31,10 +33,7 @@ _BACKBONES: dict[int, BackboneName] = {1280: "efficientnet_b0", 2048: "efficient
 
 @dataclass(frozen=True)
 class Arguments:
-    """Turn a checkpoint of the public reference code (best_model.pth) into a run of this project.
-
-    The order of its classes follows from the paths of its training photos; the photos themselves are not needed.
-    """
+    """What the command line says."""
 
     checkpoint: Path
     """best_model.pth or last_checkpoint.pth of the reference."""
@@ -56,6 +55,9 @@ class Arguments:
     """Margin of its heads."""
     hashing: PythonHashing = "3.8+"
     """Python that the class order comes from: 3.8 and newer, or 3.7."""
+
+    def __post_init__(self) -> None:
+        check_arguments({"--M, --N and --min-images: at least 1": min(self.M, self.N, self.min_images) < 1})
 
 
 def main() -> None:
@@ -91,8 +93,7 @@ def read_reference(path: Path) -> tuple[dict[str, Tensor], list[dict[str, Tensor
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
         model, heads = state["model_state_dict"], state["classifiers_state_dict"]
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise JobError(f"{path}: no checkpoint of the reference code ({reason})") from error
+        raise JobError(f"{path}: no checkpoint of the reference code ({first_line(error)})") from error
     if not isinstance(model, Mapping) or not isinstance(heads, list) or not heads:
         raise JobError(f"{path}: no checkpoint of the reference code (no weights of a model and of heads)")
     return {name.removeprefix("module."): tensor for name, tensor in model.items()}, [dict(head) for head in heads]
@@ -132,8 +133,9 @@ def convert(
     try:
         built.load_state_dict(renamed)
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise JobError(f"{arguments.checkpoint}: its weights do not fit a {config.backbone} ({reason})") from error
+        raise JobError(
+            f"{arguments.checkpoint}: its weights do not fit a {config.backbone} ({last_line(error)})"
+        ) from error
     origin = {
         "file": arguments.checkpoint.name,
         "python_hashing": arguments.hashing,

@@ -13,9 +13,9 @@ from torch import Tensor
 from evaluation.calibration import Calibration
 from evaluation.ranking import Answers, ClassRanker, RankingForm
 from shards.classes import ClassTable
-from shards.console import JobError, printable
+from shards.console import JobError, first_line, last_line, printable
 from training.checkpoint import EvaluationWeights, load_for_evaluation
-from training.heads import Head, ScoreForm, make_head
+from training.heads import Head, ScoreForm
 from training.memory import keep_freed_memory
 from training.model import GeoModel, fold_batch_norms
 from training.presets import TrainConfig
@@ -63,9 +63,8 @@ class Localiser:
             try:
                 name = snapshot_download(str(name))
             except (OSError, HFValidationError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise JobError(
-                    f"{name}: no such folder, and no repository that can be downloaded ({reason})"
+                    f"{name}: no such folder, and no repository that can be downloaded ({first_line(error)})"
                 ) from error
         return cls.load(Path(name), torch.device(device))
 
@@ -144,7 +143,7 @@ def load_localiser(path: Path, device: torch.device, *, southern: bool = False) 
 def _read_config(weights: EvaluationWeights) -> TrainConfig:
     try:
         return TrainConfig.from_json(weights.config)
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, JobError) as error:
         raise JobError(f"{weights.path}/config.json: no configuration of this project ({error})") from error
 
 
@@ -153,8 +152,7 @@ def _build_model(weights: EvaluationWeights, config: TrainConfig) -> GeoModel:
         model = GeoModel(config.backbone, "none", 0, config.descriptor_dim or None)
         model.load_state_dict(weights.model)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise JobError(f"{weights.path}: its weights do not fit a {config.backbone} ({reason})") from error
+        raise JobError(f"{weights.path}: its weights do not fit a {config.backbone} ({last_line(error)})") from error
     return model
 
 
@@ -166,13 +164,12 @@ def _build_heads(weights: EvaluationWeights, config: TrainConfig, model: GeoMode
         )
     heads = {}
     for group in classes.groups:
-        head = make_head(config.head, model.descriptor_dim, classes.count(group), config.s, config.m)
+        head = Head(config.head, model.descriptor_dim, classes.count(group), config.s, config.m)
         try:
             head.load_state_dict(weights.heads[group])
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
             raise JobError(
-                f"{weights.path}: the head of group {group} does not fit the class map ({reason})"
+                f"{weights.path}: the head of group {group} does not fit the class map ({last_line(error)})"
             ) from error
         heads[group] = head
     return heads

@@ -1,4 +1,6 @@
-"""Where photos were taken.
+"""Where photos were taken: latitude, longitude, confidence, and the radius that holds 68 % of the probability.
+
+Prints the distance where a photo's EXIF GPS or its name tells the true position. Exit code 1 where a photo failed.
 
 python evaluation/predict.py --checkpoint RUN photo.jpg [more photos, folders, "globs/*.jpg"]
 """
@@ -6,7 +8,6 @@ python evaluation/predict.py --checkpoint RUN photo.jpg [more photos, folders, "
 from __future__ import annotations
 
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,16 +17,14 @@ import tyro
 
 from evaluation.answer_photos import Request, answer_photos, find_all, to_geojson, to_json, to_table
 from evaluation.localiser import choose_device, load_localiser
-from shards.console import JobError, entry, printable
+from shards.console import JobError, check_arguments, entry, printable
+from shards.workers import cores_of_process
 from training.scoring import THRESHOLD_METRES
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Where photos were taken: latitude, longitude, confidence, and the radius that holds 68 % of the probability.
-
-    Prints the distance where a photo's EXIF GPS or its name tells the true position. Exit code 1 where a photo failed.
-    """
+    """What the command line says."""
 
     photos: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Photos, folders of photos, or patterns such as "trip/*.jpg"."""
@@ -46,16 +45,27 @@ class Arguments:
     cpu: bool = False
     """Compute on the CPU even where there is a GPU."""
 
+    def __post_init__(self) -> None:
+        check_arguments(
+            {
+                "name at least one photo": not self.photos,
+                "--top: at least 1": self.top < 1,
+                "--apart: 0 metres or more, and finite": not 0 <= self.apart < math.inf,
+                "--batch-size: at least 1": self.batch_size < 1,
+                "--json or --geojson, not both": self.json and self.geojson,
+            }
+        )
+
 
 def main() -> int:
     """Answer all photos and print; 1 where one failed."""
-    arguments = read_arguments()
+    arguments = tyro.cli(Arguments, description=__doc__)
     paths, failures = find_all(arguments.photos)
     device = choose_device(cpu=arguments.cpu)
     localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
     if arguments.geojson and not localiser.classes.zone:
         raise JobError(f"{arguments.checkpoint}: its classes have no UTM zone, so no degrees; use --json")
-    threads = len(os.sched_getaffinity(0))
+    threads = cores_of_process()
     request = Request(arguments.top, arguments.apart, arguments.batch_size, threads)
     answered, unreadable = answer_photos(localiser, paths, request)
     failures += unreadable
@@ -64,23 +74,6 @@ def main() -> int:
     show = to_geojson if arguments.geojson else to_json if arguments.json else to_table
     print(show(answered, failures, localiser))
     return 1 if failures else 0
-
-
-def read_arguments() -> Arguments:
-    """The command line; wrong arguments exit with 2."""
-    arguments = tyro.cli(Arguments, description=__doc__)
-    wrong = {
-        "name at least one photo": not arguments.photos,
-        "--top: at least 1": arguments.top < 1,
-        "--apart: 0 metres or more, and finite": not 0 <= arguments.apart < math.inf,
-        "--batch-size: at least 1": arguments.batch_size < 1,
-        "--json or --geojson, not both": arguments.json and arguments.geojson,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            print(f"error: {message}", file=sys.stderr)
-            raise SystemExit(2)
-    return arguments
 
 
 if __name__ == "__main__":

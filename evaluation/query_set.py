@@ -24,7 +24,7 @@ from evaluation.measures import (
     percent,
     recall_curve,
 )
-from evaluation.ranking import RANKING_FORMS, Answers, RankingForm
+from evaluation.ranking import OWN_FORMS, RANKING_FORMS, Answers, RankingForm
 from shards.classes import ClassTable
 from training.distributed import World
 from training.queries import Queries, SetAside
@@ -39,7 +39,7 @@ class Settings:
 
     ns: tuple[int, ...] = RECALL_NS
     threshold: float = THRESHOLD_METRES
-    forms: tuple[RankingForm, ...] = ("raw", "cosine")
+    forms: tuple[RankingForm, ...] = OWN_FORMS
     batch_size: int = 32
     threads: int = 1
 

@@ -1,4 +1,7 @@
-"""Retrieval of database images, exhaustively and within the cells that the classifier names.
+"""R@N, time and memory of image retrieval: over all database images, and within the classifier's top cells.
+
+R@N: percent of queries with one of the first N images within the threshold. One query at a time on one thread; the time
+of within-cells includes the classifier's ranking.
 
 python evaluation/retrieve.py --checkpoint RUN --database PHOTOS --queries PHOTOS --out DIR [--top-cells 10]
 """
@@ -6,7 +9,6 @@ python evaluation/retrieve.py --checkpoint RUN --database PHOTOS --queries PHOTO
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -22,8 +24,9 @@ from evaluation.gallery import Gallery, Images, database_images, describe_photos
 from evaluation.localiser import Localiser, choose_device, load_localiser
 from evaluation.result_files import prepare_folder, write_json
 from evaluation.searchers import CellSearcher, FaissSearcher, Searcher, load_faiss
-from shards.console import JobError, entry, format_bytes, format_count, printable
+from shards.console import JobError, check_arguments, entry, format_bytes, format_count, printable
 from shards.provenance import provenance
+from shards.workers import cores_of_process
 from training.scoring import RECALL_NS, THRESHOLD_METRES, recall_at
 
 Method = Literal["exhaustive", "ivf", "hnsw", "within-cells"]
@@ -31,11 +34,7 @@ Method = Literal["exhaustive", "ivf", "hnsw", "within-cells"]
 
 @dataclass(frozen=True)
 class Arguments:
-    """R@N, time and memory of image retrieval: over all database images, and within the classifier's top cells.
-
-    R@N: percent of queries with one of the first N images within the threshold. One query at a time on one thread;
-    the time of within-cells includes the classifier's ranking.
-    """
+    """What the command line says."""
 
     checkpoint: Path
     """Run (its best checkpoint is taken) or a single checkpoint folder."""
@@ -59,6 +58,16 @@ class Arguments:
     cpu: bool = False
     """Describe photos on the CPU even where there is a GPU; the searches run on the CPU in any case."""
 
+    def __post_init__(self) -> None:
+        check_arguments(
+            {
+                "--top-cells: at least 1": self.top_cells < 1,
+                "--methods: name at least one": not self.methods,
+                "--threshold: more than 0 metres, and finite": not 0 < self.threshold < math.inf,
+                "--batch-size: at least 1": self.batch_size < 1,
+            }
+        )
+
 
 @dataclass(frozen=True)
 class Row:
@@ -77,13 +86,10 @@ class Row:
 def main() -> None:
     """Describe, search in every way, and compare."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    if arguments.top_cells < 1 or arguments.batch_size < 1 or not 0 < arguments.threshold < math.inf:
-        print("error: --top-cells, --batch-size and --threshold must be more than 0, and finite", file=sys.stderr)
-        raise SystemExit(2)
     load_faiss()  # before the database is described, which takes hours where it is large
     prepare_folder(arguments.out)
     localiser = load_localiser(arguments.checkpoint, choose_device(cpu=arguments.cpu))
-    reading = {"batch_size": arguments.batch_size, "threads": len(os.sched_getaffinity(0))}
+    reading = {"batch_size": arguments.batch_size, "threads": cores_of_process()}
     queries = describe_photos(localiser, arguments.queries, _warn, **reading)
     vectors = _other_descriptors(arguments.query_descriptors, queries) or queries
     database = database_images(localiser, arguments.database, arguments.out / "database.npz", _warn, **reading)
@@ -120,7 +126,7 @@ def _searcher(method: Method, localiser: Localiser, gallery: Gallery, arguments:
         return CellSearcher(gallery, *class_weights(localiser), arguments.top_cells)
     faiss = load_faiss()
     print(f"{method}: indexing {format_count(len(gallery.images), 'image')}", file=sys.stderr)
-    faiss.omp_set_num_threads(len(os.sched_getaffinity(0)))
+    faiss.omp_set_num_threads(cores_of_process())
     searcher = FaissSearcher(gallery, method)
     faiss.omp_set_num_threads(1)
     return searcher

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from shards.classes import ClassTable
 from shards.dataset import Dataset
-from shards.layout import shard_tables
+from shards.layout import shard_numbers, shard_tables
 
 _FACTS = ("east", "north", "heading", "timestamp")
 
@@ -42,7 +42,7 @@ class SamplePhotos:
         cells = zip(classes.cell_east.tolist(), classes.cell_north.tolist(), strict=True)
         self.rows = {cell: row for row, cell in enumerate(cells)}
         for table in shard_tables(dataset.path):
-            self.tables.setdefault(int(table.parent.name.rsplit("-", 1)[1]), []).append(table)
+            self.tables.setdefault(shard_numbers(table.stem)[0], []).append(table)
 
     def covers(self, classes: ClassTable) -> bool:
         """Whether the data set has cells of a class map."""

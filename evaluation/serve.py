@@ -1,4 +1,6 @@
-"""A web page that tells where a photo was taken.
+"""A web page on this computer: drop a photo, see the places on a map with confidences and known photos nearby.
+
+JPEG, PNG and WebP. Uploads stay in memory and are forgotten once answered. The page loads nothing from elsewhere.
 
 python evaluation/serve.py --checkpoint RUN [--shards DIR]
 
@@ -12,7 +14,6 @@ from __future__ import annotations
 import errno
 import ipaddress
 import math
-import os
 import socket
 import sys
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from evaluation.known_photos import KnownPhotos
 from evaluation.localiser import Localiser, choose_device, load_localiser
 from evaluation.sample_photos import SamplePhotos
 from evaluation.uploads import Limits
-from shards.console import JobError, entry, format_count, printable
+from shards.console import JobError, check_arguments, entry, format_count, printable
+from shards.workers import cores_of_process
 from training.scoring import THRESHOLD_METRES
 
 _DECODERS = 4
@@ -37,10 +39,7 @@ _DECODERS = 4
 
 @dataclass(frozen=True)
 class Arguments:
-    """A web page on this computer: drop a photo, see the places on a map with confidences and known photos nearby.
-
-    JPEG, PNG and WebP. Uploads stay in memory and are forgotten once answered. The page loads nothing from elsewhere.
-    """
+    """What the command line says."""
 
     checkpoint: Path
     """Run (its best checkpoint is taken) or a single checkpoint folder."""
@@ -67,16 +66,29 @@ class Arguments:
     cpu: bool = False
     """Compute on the CPU even where there is a GPU."""
 
+    def __post_init__(self) -> None:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond that Pillow itself refuses, before that it warns
+        check_arguments(
+            {
+                "--top: at least 1": self.top < 1,
+                "--apart: 0 metres or more, and finite": not 0 <= self.apart < math.inf,
+                "--port: 0 to 65535": not 0 <= self.port <= 65535,
+                "--max-megabytes: more than 0": not self.max_megabytes > 0,
+                f"--max-megapixels: more than 0, at most {most // 10**6}": not 0 < self.max_megapixels * 1e6 <= most,
+                "--at-once: at least 1": self.at_once < 1,
+            }
+        )
+
 
 def main() -> None:
     """Load, listen, and answer until Ctrl-C."""
-    arguments = read_arguments()
+    arguments = tyro.cli(Arguments, description=__doc__)
     web = load_web()
     listener = listen(arguments.host, arguments.port)
     device = choose_device(cpu=arguments.cpu)
     localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
     known = KnownPhotos(SamplePhotos.open(arguments.shards), localiser.classes)
-    threads = min(len(os.sched_getaffinity(0)), _DECODERS)
+    threads = min(cores_of_process(), _DECODERS)
     request = Request(arguments.top, arguments.apart, threads=threads)
     limits = Limits(round(arguments.max_megabytes * 1e6), round(arguments.max_megapixels * 1e6))
     queue = AnswerQueue(localiser, request, limits, arguments.at_once)
@@ -116,25 +128,6 @@ def announce(arguments: Arguments, listener: socket.socket, localiser: Localiser
         print(f"warning: --host {arguments.host}: whoever reaches this computer can use the page", file=sys.stderr)
     cells = format_count(len(localiser.classes), "cell")
     print(f"http://{shown}:{port}/  answers with {arguments.checkpoint} ({cells}); Ctrl-C ends it", flush=True)
-
-
-def read_arguments() -> Arguments:
-    """The command line; wrong arguments exit with 2."""
-    arguments = tyro.cli(Arguments, description=__doc__)
-    most = 2 * (Image.MAX_IMAGE_PIXELS or 0)  # beyond that Pillow itself refuses, before that it warns
-    wrong = {
-        "--top: at least 1": arguments.top < 1,
-        "--apart: 0 metres or more, and finite": not 0 <= arguments.apart < math.inf,
-        "--port: 0 to 65535": not 0 <= arguments.port <= 65535,
-        "--max-megabytes: more than 0": not arguments.max_megabytes > 0,
-        f"--max-megapixels: more than 0, at most {most // 10**6}": not 0 < arguments.max_megapixels * 1e6 <= most,
-        "--at-once: at least 1": arguments.at_once < 1,
-    }
-    for message, is_wrong in wrong.items():
-        if is_wrong:
-            print(f"error: {message}", file=sys.stderr)
-            raise SystemExit(2)
-    return arguments
 
 
 if __name__ == "__main__":

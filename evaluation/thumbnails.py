@@ -15,6 +15,8 @@ from training.queries import UNREADABLE
 
 _SIZES = ((1500, 120, 72), (4000, 88, 65), (10**9, 56, 50))  # up to this many photos: pixels, JPEG quality
 
+_THREADS = 2
+
 
 def data_url(source: Path | bytes, side: int, quality: int = 75) -> str:
     """A photo as a JPEG of at most `side` x `side` pixels inside a `data:` URL; "" where it cannot be read."""
@@ -32,14 +34,14 @@ def data_url(source: Path | bytes, side: int, quality: int = 75) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
 
 
-def thumbnails(paths: Sequence[Path], budget: int, threads: int = 2) -> list[str]:
+def thumbnails(paths: Sequence[Path], budget: int) -> list[str]:
     """One `data:` URL for each photo: smaller ones the more photos there are, and "" once `budget` bytes are used.
 
     Where the budget is too small for all, photos that go without are spread over the list.
     """
     _, side, quality = next(size for size in _SIZES if len(paths) <= size[0])
     found = [""] * len(paths)
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         order = _spread(len(paths))
         for first in range(0, len(paths), 256):
             some = order[first : first + 256]

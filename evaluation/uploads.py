@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 from PIL import Image, UnidentifiedImageError
 
+from shards.console import one_line
 from training.queries import UNREADABLE
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -82,8 +83,7 @@ def check_photo(content: bytes, limits: Limits) -> None:
 
 def unreadable(error: Exception) -> Refused:
     """The refusal of a photo that cannot be decoded."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"The photo is damaged and cannot be read ({reason}).")
+    return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"The photo is damaged and cannot be read ({one_line(error)}).")
 
 
 def base_name(name: str) -> str:

@@ -11,12 +11,11 @@ import pyarrow.parquet as pq
 
 from preprocessing.coordinates import locate
 from preprocessing.finishing import State
-from preprocessing.partition import cell_index, group_of
 from preprocessing.photos import Bad, Listing
 from preprocessing.plan import class_order, when_and_whither
 from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, read_bad
 from preprocessing.sources import Source, prefix, split_sample, turns
-from shards.classes import ClassTable
+from shards.classes import ClassTable, cell_index, group_of
 from shards.layout import QUARANTINE, SHARD_SAMPLES, SKIPPED, group_name, shard_tables
 from shards.names import hash_names
 

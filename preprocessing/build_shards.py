@@ -1,10 +1,13 @@
 """Cut street photos into classes and groups and write them as WebDataset tar shards.
 
+Names carry the place (@EAST@NORTH@ZONE@BAND@..., UTM metres), or a list does. The same command again goes on where an
+interrupted one stopped.
+
 python preprocessing/build_shards.py --source photos/train/database --out shards/city
+
 python preprocessing/build_shards.py --out shards/city --add more_photos
 """
 
-import os
 import signal
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -23,17 +26,14 @@ from preprocessing.summaries import print_forecast, print_gain, print_recovery, 
 from preprocessing.updates import add, retry_quarantined
 from shards.console import WrongArguments, entry, format_count
 from shards.soundness import damaged_tables_named
+from shards.workers import cores_of_process
 
 ENGINES = {"process": engine.run_tasks, "ray": ray_engine.run_tasks}
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Cut street photos into classes and groups and write them as WebDataset tar shards.
-
-    Names carry the place (@EAST@NORTH@ZONE@BAND@..., UTM metres), or a list does. The same command again goes on
-    where an interrupted one stopped.
-    """
+    """What the command line says."""
 
     out: str
     """Folder or URL (s3://bucket/city) of the data set: a new one, or one that this command began."""
@@ -78,7 +78,7 @@ class Arguments:
     """Finish the data set after all tasks, or say which shards are missing."""
     engine: Literal["process", "ray"] = "process"
     """process: on this machine; ray: on the Ray cluster of RAY_ADDRESS (or a local one), over shared folders."""
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = cores_of_process()
     """Processes that resize; the default is one for each core. (ray: as many as the cluster has cores.)"""
     max_bad_share: float | None = None
     """Stop when more than this share of the photos is bad (default: 0.01, but not for fewer than 25 photos)."""
@@ -100,6 +100,8 @@ class Arguments:
             raise WrongArguments("--codec gpu goes without --crops, --resize-filter lanczos and --engine ray")
         if self.source is None and not changes:
             raise WrongArguments("name the photos with --source")
+        if "" in (self.source, self.add):
+            raise WrongArguments("--source and --add take a folder, a list or a URL, and none has an empty name")
         if self.task_index is not None and not 0 <= self.task_index < (self.task_count or 0):
             raise WrongArguments("--task-index must be from 0 to below --task-count")
         if self.task_count is not None and self.task_index is None and not self.finish:
@@ -107,7 +109,7 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments)
+    arguments = tyro.cli(Arguments, description=__doc__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
     machinery = Machinery(arguments.workers, arguments.max_bad_share, ENGINES[arguments.engine])

@@ -1,11 +1,13 @@
 """Render a procedural city as street-level photos, named and laid out as SF-XL.
 
-Example: python preprocessing/make_city.py --out city --seed 0 --blocks 3 --size 512 --years 3
+Writes train/database/LATITUDE/, val/queries/ and test/queries/, and city.json with settings and counts. The same
+settings give the same bytes, whatever the number of workers; an interrupted run goes on.
+
+python preprocessing/make_city.py --out city --seed 0 --blocks 3 --size 512 --years 3
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -15,20 +17,17 @@ import tyro
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
 from shards.console import WrongArguments, entry
+from shards.workers import cores_of_process
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Render a procedural city as street-level photos, named and laid out as SF-XL.
-
-    Writes train/database/LATITUDE/, val/queries/ and test/queries/, and city.json with settings and counts.
-    The same settings give the same bytes, whatever the number of workers; an interrupted run goes on.
-    """
+    """What the command line says."""
 
     out: Path
     """Folder to write; new or empty, or holding this very city."""
     city: Annotated[CitySettings, tyro.conf.arg(name="")] = field(default_factory=CitySettings)
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = cores_of_process()
     """Processes that render; the default is one for each core."""
 
     def __post_init__(self) -> None:
@@ -37,7 +36,7 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments, description=Arguments.__doc__)
+    arguments = tyro.cli(Arguments, description=__doc__)
     render_city(arguments.out, arguments.city, arguments.workers)
 
 

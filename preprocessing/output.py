@@ -9,7 +9,7 @@ from pathlib import Path
 from preprocessing.shard_task import ShardResult, finished_shard
 from shards.checksums import files_below, read_checksums
 from shards.console import JobError
-from shards.layout import CHECKSUMS, INDEX, LISTING, MANIFEST, PLAN, shard_stem, shard_tables
+from shards.layout import CHECKSUMS, INDEX, LISTING, MANIFEST, PLAN, shard_numbers, shard_stem, shard_tables
 from shards.mirror import fetch_all, is_small, named_by_url, scratch_folder
 from shards.store import PARALLEL, Store, is_url
 
@@ -104,7 +104,7 @@ class Output:
         fetch_all(self.store, [n for n in wanted if not (self.folder / n).exists()], self.folder, sums)
         for table in shard_tables(self.folder):
             name = str(table.relative_to(self.folder).with_suffix(""))
-            result = finished_shard(self.folder, *_numbers(name), with_tar=False)
+            result = finished_shard(self.folder, *shard_numbers(name), with_tar=False)
             if result is None or sizes.get(f"{name}.tar") != result.tar_bytes:
                 table.unlink()
 
@@ -131,9 +131,3 @@ class Output:
 
 def _of_shard(name: str) -> bool:
     return name.startswith("group-")
-
-
-def _numbers(stem: str) -> tuple[int, int]:
-    """Group and number of a shard by its path without extension."""
-    _, group, number = stem.rpartition("/")[2].split("-")
-    return int(group), int(number)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.classes import ClassTable
+from shards.classes import ClassTable, cell_index, group_of
 from shards.console import JobError
 
 _DENSE_CELLS = 1 << 26
-_STEP = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -21,23 +20,6 @@ class Partition:
 
     classes: ClassTable
     row: np.ndarray
-
-
-def cell_index(metres: np.ndarray, M: int) -> np.ndarray:
-    """`floor(metres / M)` exactly, int64, same shape: the quotient's rounding never moves a point over an edge."""
-    out = np.empty(np.shape(metres), np.int64)
-    flat = out.reshape(-1)
-    for first in range(0, flat.size, _STEP):  # in steps, since 41 million photos leave no memory to waste
-        part = np.ravel(metres)[first : first + _STEP]
-        index = np.floor(part / M)
-        index -= index * M > part
-        flat[first : first + _STEP] = index
-    return out
-
-
-def group_of(east_index: np.ndarray, north_index: np.ndarray, N: int) -> np.ndarray:
-    """The group of each cell, by its position (int64 [n]) in the grid of cells."""
-    return (east_index % N) * N + north_index % N
 
 
 def make_partition(east: np.ndarray, north: np.ndarray, *, M: int, N: int, min_images: int, zone: int) -> Partition:

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 
 from shards.console import JobError, describe_os_error, printable
 from shards.files import atomic_path
+from shards.names import PHOTO_EXTENSIONS
 from shards.photo_list import PathColumn
 from shards.plane import Places
 
-PHOTO_EXTENSIONS = (".jpg", ".jpeg", ".png")
 _BATCH = 100_000
 
 

@@ -23,6 +23,7 @@ from preprocessing.sources import turns
 from shards.classes import ClassTable
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
+from shards.names import PHOTO_EXTENSIONS, string_bytes
 from shards.plane import Places
 
 _STEP = 1 << 20
@@ -127,10 +128,6 @@ class Plan:
             for number in range(math.ceil(size / SHARD_SAMPLES))
         ]
 
-    def shard_count(self) -> int:
-        """How many shards there will be."""
-        return len(self.shards())
-
     def tasks(self) -> Iterator[ShardTask]:
         """The shards to write, in order of group and number."""
         return (self.task(group, number) for group, number, _ in self.shards())
@@ -174,7 +171,7 @@ def when_and_whither(places: Places, rows: np.ndarray) -> tuple[list[float | Non
 def make_plan(listing: Listing, settings: Settings) -> Plan:
     """Plan a data set; raises `JobError` where there is nothing to make one of."""
     if not len(listing):
-        raise JobError(f"{listing.root}: no photos found (.jpg, .jpeg, .png in all folders below)")
+        raise JobError(f"{listing.root}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
     places, zone, names, named_bad = locate(listing, settings.zone)
     bad = [*listing.bad, *named_bad]
     finite = np.isfinite(places.east)
@@ -281,8 +278,7 @@ def _fingerprint(listing: Listing, settings: Settings) -> str:
 
 
 def _hash_strings(digest: "hashlib._Hash", texts: pa.Array) -> None:
-    _, offsets, data = texts.buffers()
-    ends = np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    ends, data = string_bytes(texts)
     for first in range(0, len(ends) - 1, 1 << 20):
         digest.update(np.diff(ends[first : first + (1 << 20) + 1]).tobytes())
     if data:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from preprocessing.photos import PHOTO_EXTENSIONS, Listing, load_listing
+from preprocessing.photos import Listing, load_listing
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
+from shards.names import PHOTO_EXTENSIONS
 from shards.store import Store
 
 _witnesses: dict[str, str] = {}  # by URL: the photo that this process read last

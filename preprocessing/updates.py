@@ -22,6 +22,7 @@ from shards.console import JobError
 from shards.dataset import Manifest
 from shards.files import at_work, remove_partials
 from shards.layout import MANIFEST, QUARANTINE
+from shards.names import PHOTO_EXTENSIONS
 
 
 def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summary, Gain] | None:
@@ -38,7 +39,7 @@ def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summa
         with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
             listing = source.photos(None, state.classes.zone, lambda n: bar.update(n - bar.n))
         if not len(listing):
-            raise JobError(f"{source.place}: no photos found (.jpg, .jpeg, .png in all folders below)")
+            raise JobError(f"{source.place}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
         revision, gain = plan_addition(out.folder, state, sources, source, listing)
         new_bad = revision.bad[len(state.bad) :]
         check_bad(new_bad, [], bad_limit(machinery.max_bad_share, listing.found), listing.found)

@@ -1,4 +1,4 @@
-"""The class table: which cell of the map each label of each group stands for."""
+"""Cells and groups of the map, and the class table: which cell each label of each group stands for."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.console import JobError
+from shards.console import JobError, is_systems, one_line
 from shards.files import atomic_path
 
 _COLUMNS = {
@@ -19,6 +19,24 @@ _COLUMNS = {
     "cell_north": np.int64,
     "images": np.int64,
 }
+_STEP = 1 << 20
+
+
+def cell_index(metres: np.ndarray, M: int) -> np.ndarray:
+    """`floor(metres / M)` exactly, int64, same shape: the quotient's rounding never moves a point over an edge."""
+    out = np.empty(np.shape(metres), np.int64)
+    flat = out.reshape(-1)
+    for first in range(0, flat.size, _STEP):  # in steps, since 41 million photos leave no memory to waste
+        part = np.ravel(metres)[first : first + _STEP]
+        index = np.floor(part / M)
+        index -= index * M > part
+        flat[first : first + _STEP] = index
+    return out
+
+
+def group_of(east_index: np.ndarray, north_index: np.ndarray, N: int) -> np.ndarray:
+    """The group of each cell, by its position (int64 [n]) in the grid of cells."""
+    return (east_index % N) * N + north_index % N
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +78,9 @@ class ClassTable:
         """Northing that each class predicts, float64 [C]."""
         return (self.cell_north + self.M // 2).astype(np.float64)
 
-    def centers(self, group: int | None = None) -> np.ndarray:
-        """Easting and northing of the classes' predictions in metres, float64 [C, 2], of one group or of all."""
-        table = self if group is None else self.of_group(group)
-        return np.stack([table.center_east, table.center_north], axis=1)
+    def centers(self) -> np.ndarray:
+        """Easting and northing of the classes' predictions in metres, float64 [C, 2]."""
+        return np.stack([self.center_east, self.center_north], axis=1)
 
     def of_group(self, group: int) -> "ClassTable":
         """The classes of one group; row i has label i."""
@@ -76,14 +93,6 @@ class ClassTable:
     def take(self, rows: np.ndarray) -> "ClassTable":
         """The classes in `rows` (int [K]), in that order."""
         return replace(self, **{name: getattr(self, name)[rows] for name in _COLUMNS})
-
-    def find(self, east: np.ndarray, north: np.ndarray) -> np.ndarray:
-        """The row of the class whose cell holds each point (metres, [Q]), int64 [Q]; -1 outside every class."""
-        cells = np.stack([np.floor(np.asarray(xy, np.float64) / self.M) * self.M for xy in (east, north)], axis=1)
-        rows = {
-            cell: row for row, cell in enumerate(zip(self.cell_east.tolist(), self.cell_north.tolist(), strict=True))
-        }
-        return np.array([rows.get((int(e), int(n)), -1) for e, n in cells], np.int64)
 
     def fingerprint(self) -> str:
         """A hash of which cell has which label (not of the image counts): equal for interchangeable class maps."""
@@ -119,6 +128,8 @@ class ClassTable:
             columns = {name: table[name].to_numpy().astype(kind) for name, kind in _COLUMNS.items()}
         except FileNotFoundError:
             raise JobError(f"{path}: no such class table") from None
-        except (pa.ArrowInvalid, KeyError, TypeError, ValueError) as error:
-            raise JobError(f"{path}: not a class table ({error})") from None
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            if is_systems(error):
+                raise
+            raise JobError(f"{path}: not a class table ({one_line(error)})") from None
         return ClassTable(M, N, zone, **columns, southern=southern)

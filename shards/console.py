@@ -17,6 +17,13 @@ class WrongArguments(JobError):
     """The command line asks for something that cannot be; the exit code is 2."""
 
 
+def check_arguments(wrong: dict[str, bool]) -> None:
+    """Raise `WrongArguments` with the first message, which names the flag and what is right, whose condition holds."""
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise WrongArguments(message)
+
+
 def exit_code(error: JobError) -> int:
     """What a program that `error` stops exits with."""
     return 2 if isinstance(error, WrongArguments) else 1
@@ -41,7 +48,7 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except OSError as error:
-        if error.errno is None:
+        if not is_systems(error):
             raise
         code = _fail(describe_os_error(error))
     if sys.stdout:  # None where it was closed from the start
@@ -63,6 +70,12 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{what}{advice}"
 
 
+def is_systems(error: BaseException) -> bool:
+    """Whether an error is the operating system's own (permissions, a full disk): pyarrow says of many a damaged file
+    that it is an `OSError` too, of no number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
 def one_line(error: BaseException) -> str:
     """An error in one line."""
     if isinstance(error, OSError) and error.strerror:
@@ -73,6 +86,20 @@ def one_line(error: BaseException) -> str:
 def progress_bar(title: str | None, total: int, noun: str) -> Any:
     """A bar of `total` things on stderr, from the fifth second on; None for a title: no bar."""
     return tqdm(desc=title, total=total, unit=f" {noun}", unit_scale=True, delay=5, disable=title is None)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error that says more than a person wants to read."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error: where torch's of weights that do not fit name what does not."""
+    return _lines(error)[-1].strip()
+
+
+def _lines(error: BaseException) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 def _fail(message: str, code: int = 1) -> int:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.classes import ClassTable
-from shards.console import JobError, one_line
+from shards.console import JobError, is_systems, one_line
 from shards.files import atomic_folder, locked
 from shards.layout import CLASSES, INDEX, group_name, shard_tables
 
@@ -155,7 +155,7 @@ def _read_table(table: Path) -> pa.Table:
     try:
         return pq.read_table(table, columns=["label", "offset", "size", "crc32"])
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's: permissions
+        if is_systems(error):
             raise
         raise JobError(f"{table}: damaged ({one_line(error)}); run shards/verify.py --repair") from None
 

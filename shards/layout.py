@@ -1,15 +1,18 @@
 """Where things lie in a data set, and the tables' columns: shard format version 1.
 
 <dataset>/dataset.json                      manifest, written last: it says "complete"
+<dataset>/plan.json                         settings, source and fingerprint, written first
+<dataset>/provenance.json                   versions, command and commit that began it
 <dataset>/classes.parquet                   `shards.classes.ClassTable`
 <dataset>/group-GG/group-GG-NNNNNN.tar      WebDataset tar: KEY.jpg, KEY.cls
 <dataset>/group-GG/group-GG-NNNNNN.idx      DALI index of the tar
 <dataset>/group-GG/group-GG-NNNNNN.parquet  sample table, normative, and the marker that the shard is done
 <dataset>/index/                            flat arrays derived from the sample tables
-<dataset>/listing.parquet                    cached list of the source's photos; may be deleted
-<dataset>/revisions/                        what later additions and retries brought
 <dataset>/skipped.parquet                   photos of cells with too few photos
 <dataset>/quarantine.jsonl                  photos that are bad, and why
+<dataset>/checksums.txt                     `shards.checksums`
+<dataset>/revisions/                        what later additions and retries brought
+<dataset>/listing.parquet                   cached list of the source's photos; may be deleted
 """
 
 from pathlib import Path
@@ -58,6 +61,10 @@ SAMPLE_COLUMNS = pa.schema(
 )
 
 
+SHARD_STEM = r"group-(?P<group>\d{2,})/group-(?P=group)-\d{6,}"
+"""What `shard_stem` gives, as a regular expression."""
+
+
 def group_name(group: int) -> str:
     """Name of a group's folder."""
     return f"group-{group:02d}"
@@ -68,11 +75,17 @@ def shard_stem(group: int, number: int) -> str:
     return f"{group_name(group)}/{group_name(group)}-{number:06d}"
 
 
+def shard_numbers(stem: str) -> tuple[int, int]:
+    """Group and number of a shard by its stem, with or without the folder: the inverse of `shard_stem`."""
+    _, group, number = stem.rpartition("/")[2].split("-")
+    return int(group), int(number)
+
+
 def sample_key(index: int) -> str:
     """Key of the planned sample `index` of a group; no dots, since WebDataset cuts a key at the first."""
     return f"{index:09d}"
 
 
 def shard_tables(dataset: Path) -> list[Path]:
-    """The sample tables of all finished shards, in order of group and shard number."""
+    """The sample tables of all finished shards in order of their paths, so that a group's are in order of number."""
     return sorted(dataset.glob("group-*/group-*.parquet"))

@@ -4,7 +4,6 @@ Three parts, each replaceable without the others: `shards.sampler` (slots to sam
 `shards.reader` (bytes of a sample), and a decoder (bytes and boxes to uint8 images on the device).
 """
 
-import os
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -21,6 +20,7 @@ from shards.decode_dali import HARDWARE_SHARE, DaliDecoder
 from shards.index import open_index
 from shards.sampler import CropRange, IndexedSampler, Schedule, slots_of_rank
 from shards.stream import Stream, StreamSettings
+from shards.workers import cores_of_process
 
 Mode = Literal["indexed", "stream"]
 DecoderName = Literal["auto", "cpu", "dali"]
@@ -81,7 +81,7 @@ class Loader:
         self._schedule = schedule
         self._device = torch.device(device)
         self._image_size = image_size
-        self._threads, self._hardware_share = threads or default_threads(), hardware_share
+        self._threads, self._hardware_share = threads or cores_of_process(), hardware_share
         self.decoder_name = choose_decoder(decoder, self._device)
 
     @property
@@ -130,9 +130,3 @@ def choose_decoder(name: DecoderName, device: torch.device) -> Literal["cpu", "d
 
 def _has_dali() -> bool:
     return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
-
-
-def default_threads() -> int:
-    """Decoding threads of this process: the processors it may use, shared among the host's ranks."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // ranks)

@@ -28,13 +28,14 @@ from shards.layout import (
     OPTIONAL_TOP_FILES,
     QUARANTINE,
     REVISIONS,
+    SHARD_STEM,
     TOP_FILES,
     shard_tables,
 )
 from shards.store import PARALLEL, Store
 
 _BELOW = re.compile(rf"(group-\d{{2,}}|{INDEX}|{REVISIONS})/[\w-][\w.-]*")  # none of these leads out of the folder
-_TABLE = re.compile(r"group-\d{2,}/group-\d{2,}-\d{6,}\.parquet")
+_TABLE = re.compile(rf"{SHARD_STEM}\.parquet")
 _MANY = 64  # files from which on a progress bar is shown
 
 

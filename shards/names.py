@@ -9,10 +9,13 @@ north. Only the base name is read, so an `@` in a folder's name does no harm.
 
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+
+PHOTO_EXTENSIONS = (".jpg", ".jpeg", ".png")
+"""What the names of files that are taken for photos end in, in any case."""
 
 _BAND = re.compile("[C-HJ-NP-X]")
 _NUMBER = re.compile(r"[+-]?\d{1,12}(\.\d*)?")
@@ -114,6 +117,13 @@ def parse_utm(paths: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return east, north, zone
 
 
+def string_bytes(texts: pa.Array) -> tuple[np.ndarray, Any]:
+    """Where the n strings of an array (`large_string` or `large_binary`) lie in its bytes, and these (None: it has
+    none): string i is what stands from number i to number i + 1, int64 [n + 1]."""
+    _, offsets, data = texts.buffers()
+    return np.frombuffer(offsets, np.int64)[texts.offset : texts.offset + len(texts) + 1], data
+
+
 def hash_names(paths: pa.Array) -> np.ndarray:
     """A 64-bit hash of every base name, uint64 [n]: equal names have equal hashes."""
     out = np.empty(len(paths), np.uint64)
@@ -152,8 +162,7 @@ _POWERS = 10.0 ** np.arange(9)
 
 def _text(paths: pa.Array) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The bytes of all names in a row (eight zero bytes before and after), and where each begins and ends."""
-    _, offsets, data = paths.buffers()
-    ends = np.frombuffer(offsets, np.int64)[paths.offset : paths.offset + len(paths) + 1]
+    ends, data = string_bytes(paths)
     raw = np.frombuffer(data, np.uint8)[ends[0] : ends[-1]] if data else np.empty(0, np.uint8)
     text = np.zeros(len(raw) + 16, np.uint8)
     text[8:-8] = raw

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import utm
 
 from shards.console import JobError, describe_os_error, one_line, printable
+from shards.names import string_bytes
 from shards.plane import Places, in_degrees, zone_of, zones_apart
 
 LIST_EXTENSIONS = (".csv", ".parquet")
@@ -61,8 +62,7 @@ class PathColumn:
 
     def add(self, paths: pa.Array) -> None:
         """Append a large_string array."""
-        _, offsets, data = paths.buffers()
-        ends = np.frombuffer(offsets, np.int64)[paths.offset : paths.offset + len(paths) + 1]
+        ends, data = string_bytes(paths)
         self._count += len(paths)
         if len(paths):
             self._ends.append(ends[1:] - ends[0] + len(self._data))

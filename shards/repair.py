@@ -168,8 +168,4 @@ def _settings(dataset: Path, broken: set[str], source: Path) -> tuple[dict[str, 
 def _option(name: str, value: Any) -> list[str]:
     """A setting as an argument of the build."""
     flag = name.replace("_", "-")
-    if value is None:
-        return []
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", str(value)]
+    return [] if value is None else [f"--{flag}", str(value)]

@@ -61,13 +61,14 @@ def slots_of_rank(batch_size: int, rank: int, world_size: int) -> np.ndarray:
     return np.arange(rank, batch_size, world_size)
 
 
-def uniforms(seed: int, step: int, slots: np.ndarray, attempt: int = 0) -> np.ndarray:
-    """Uniform numbers in [0, 1) for some slots of a step's global batch, float64 [K, 24].
+def uniforms(seed: int, step: int, slots: np.ndarray, key: int = 0, draws: int = _DRAWS) -> np.ndarray:
+    """Uniform numbers in [0, 1) for some slots of a step's global batch, float64 [K, draws].
 
-    A slot's numbers do not depend on how many slots or ranks there are.
+    `key`: what they are for, of samples the attempt. A slot's numbers do not depend on how many slots or ranks there
+    are.
     """
     count = int(slots.max(initial=-1)) + 1
-    return philox(seed, attempt, step)(count * _DRAWS).reshape(count, _DRAWS)[slots]
+    return philox(seed, key, step)(count * draws).reshape(count, draws)[slots]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Show what is in a data set: counts, sizes, a contact sheet and a map.
 
 python shards/show.py shards/city --out city.png
+
 python shards/show.py s3://bucket/city
 """
 
@@ -19,7 +20,7 @@ from shards.pictures import cell_map, contact_sheet
 
 @dataclass(frozen=True)
 class Arguments:
-    """Show what is in a data set: counts, sizes, a contact sheet and a map."""
+    """What the command line says."""
 
     dataset: Annotated[str, tyro.conf.Positional]
     """Folder or URL of the data set."""
@@ -32,7 +33,7 @@ class Arguments:
 
 
 def main() -> None:
-    arguments = tyro.cli(Arguments)
+    arguments = tyro.cli(Arguments, description=__doc__)
     dataset = Dataset.open(arguments.dataset)
     print(describe(dataset))
     if arguments.out is None:

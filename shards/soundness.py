@@ -20,9 +20,9 @@ import pyarrow.parquet as pq
 
 from shards.checksums import checksum
 from shards.classes import ClassTable
-from shards.console import JobError, format_count, one_line, printable
+from shards.console import JobError, format_count, is_systems, one_line, printable
 from shards.index import gather
-from shards.layout import INDEX, SAMPLE_COLUMNS, group_name
+from shards.layout import INDEX, SAMPLE_COLUMNS, group_name, shard_numbers
 from shards.writer import TAR_BLOCK, ShardWriter
 
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
@@ -181,7 +181,7 @@ def damaged_tables_named(place: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's: a full disk, permissions
+        if is_systems(error):
             raise
         raise JobError(f"{place}: a table is damaged ({one_line(error)}); run shards/verify.py {place}") from None
 
@@ -193,7 +193,7 @@ def _blank_facts() -> dict[str, None]:
 def _count(report: ShardReport, table: pa.Table, facts: dict[str, Any], classes: ClassTable | None) -> None:
     """Fill the report's counts, and check the table against itself and the class table."""
     name, keys, labels = f"{report.stem}.parquet", table["key"].to_pylist(), table["label"].to_numpy()
-    group, number = (int(part) for part in report.stem.rpartition("/")[2].split("-")[1:])
+    group, number = shard_numbers(report.stem)
     report.complete, report.images = True, len(table)
     report.jpeg_bytes = int(table["size"].to_numpy().sum())
     report.tar_bytes_by_table = facts["tar_bytes"]

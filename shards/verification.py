@@ -36,9 +36,11 @@ from shards.layout import (
     QUARANTINE,
     REVISION_FILES,
     REVISIONS,
+    SHARD_STEM,
     SKIPPED,
     TOP_FILES,
     group_name,
+    shard_numbers,
     shard_stem,
 )
 from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum
@@ -47,7 +49,7 @@ from shards.workers import follow_parent
 
 PARALLEL_BYTES = 1 << 29  # of tars: below, starting processes takes longer than checking in this one
 _ROWS = {"skipped": SKIPPED, "quarantined": QUARANTINE}
-_STEM = re.compile(r"(group-\d{2,}/group-\d{2,}-\d{6,})\.(tar|idx|parquet)")
+_STEM = re.compile(rf"(?P<stem>{SHARD_STEM})\.(tar|idx|parquet)")
 _ARRAY = re.compile(rf"{INDEX}/(group-\d{{2,}})\.(starts|shard|offset|size|crc32)\.npy")
 
 Show = Callable[[Problem], None]
@@ -96,7 +98,7 @@ def verify(dataset: Path, workers: int = 1, show: Show = lambda problem: None, s
     top = _check_top(dataset, found, sums)
     note(top.problems)
     note(_check_revisions(dataset, found, sums, top.manifest))
-    stems = sorted({m[1] for name in (found if sums is None else sums) if (m := _STEM.fullmatch(name))})
+    stems = sorted({m["stem"] for name in (found if sums is None else sums) if (m := _STEM.fullmatch(name))})
     note(_extra_files(dataset, found, set(stems), sums, top.classes, tars_here=store is None))
     tars = [f"{stem}.tar" for stem in stems if f"{stem}.tar" in found]
     report.bytes = sum(stored[tar] if store else (dataset / tar).stat().st_size for tar in tars)
@@ -223,7 +225,7 @@ def _extra_files(
             name in TOP_FILES
             or name in (*OPTIONAL_TOP_FILES, LOCK)
             or name == f"{INDEX}/state"
-            or (shard is not None and shard[1] in stems)
+            or (shard is not None and shard["stem"] in stems)
             or (array is not None and (groups is None or array[1] in groups))
             or name.startswith(f"{REVISIONS}/")
             or name in (sums or ())
@@ -284,9 +286,9 @@ def _check_order(shards: list[ShardReport]) -> list[Problem]:
     last: dict[int, ShardReport] = {}
     filled: dict[int, ShardReport] = {}  # the last that holds photos: all of a shard's may have been bad
     for shard in shards:
-        group, number = _group_of(shard.stem), _number_of(shard.stem)
+        group, number = shard_numbers(shard.stem)
         before = last.get(group)
-        for absent in range(_number_of(before.stem) + 1 if before else 0, number):
+        for absent in range(shard_numbers(before.stem)[1] + 1 if before else 0, number):
             problems.append(Problem(f"{shard_stem(group, absent)}.parquet", "missing", kind="missing"))
         if shard.images:
             if group in filled and shard.first_key <= filled[group].last_key:
@@ -347,11 +349,7 @@ def _class_counts(classes: ClassTable, shards: list[ShardReport]) -> Iterator[Pr
 
 
 def _group_of(stem: str) -> int:
-    return int(stem.partition("/")[0].removeprefix("group-"))
-
-
-def _number_of(stem: str) -> int:
-    return int(stem.rpartition("-")[2])
+    return shard_numbers(stem)[0]
 
 
 def _run(tasks: Sequence[Callable[[], ShardReport]], workers: int) -> Iterator[ShardReport]:

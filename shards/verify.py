@@ -1,10 +1,12 @@
 """Verify a data set byte for byte; with --repair, rebuild just what is broken from the photos.
 
+Prints a line for each problem. Exits with 0 where the data set is sound, 1 where it is not.
+
 python shards/verify.py shards/city
+
 python shards/verify.py shards/city --repair --source photos/train/database
 """
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -19,18 +21,16 @@ from shards.repair import repair
 from shards.soundness import Problem
 from shards.store import Store, is_url
 from shards.verification import Report, verify
+from shards.workers import cores_of_process
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Verify a data set byte for byte; with --repair, rebuild just what is broken from the photos.
-
-    Prints a line for each problem. Exits with 0 where the data set is sound, 1 where it is not.
-    """
+    """What the command line says."""
 
     dataset: Annotated[str, tyro.conf.Positional]
     """Folder or URL of the data set; from a URL, each shard is fetched, checked and dropped."""
-    workers: int = len(os.sched_getaffinity(0))
+    workers: int = cores_of_process()
     """Processes that check shards; the default is one for each core."""
     repair: bool = False
     """Rebuild what is broken, then verify again. Files that do not belong there move to a folder beside."""
@@ -52,7 +52,7 @@ class Arguments:
 
 
 def main() -> int:
-    arguments = tyro.cli(Arguments)
+    arguments = tyro.cli(Arguments, description=__doc__)
     if is_url(arguments.dataset):
         return _verify_at_url(Store.at(arguments.dataset), arguments.workers)
     dataset = Path(arguments.dataset)

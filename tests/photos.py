@@ -1,4 +1,4 @@
-"""Photos for tests: smooth random pictures under names that carry coordinates."""
+"""Photos for tests: smooth random pictures under names that carry coordinates; and a way to damage a table."""
 
 import struct
 import zlib
@@ -48,3 +48,9 @@ def write_photos(folder: Path, cells: int = 4, per_cell: int = 12, size: int = 9
             path.write_bytes(jpeg(size, cell * 1000 + i))
             paths.append(path)
     return paths
+
+
+def with_spoilt_footer(table: bytes) -> bytes:
+    """A Parquet file whose footer is damaged so that pyarrow raises an `OSError` without a number."""
+    footer = len(table) - 8 - int.from_bytes(table[-8:-4], "little")
+    return table[:footer] + b"\xff" * 8 + table[footer + 8 :]

@@ -15,11 +15,12 @@ from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
 from present import present
 
+from preprocessing import build_shards
 from preprocessing.build import Summary, build
 from preprocessing.photos import list_photos, store_listing
 from preprocessing.plan import make_plan
 from preprocessing.shard_run import Machinery
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from shards.dataset import Dataset
 from shards.layout import shard_tables
 
@@ -257,6 +258,23 @@ def test_wrong_arguments_exit_with_2_and_failed_jobs_with_1(tmp_path):
     assert code("--nonsense") == 2
     assert code("--source", str(tmp_path / "none"), "--out", str(tmp_path / "out")) == 1
     assert code("--help") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "name the photos with --source"),
+        (["--source", ""], "--source and --add take"),
+        (["--add", ""], "--source and --add take"),
+        (["--source", "photos", "--M", "0"], "--M must be from 1"),
+        (["--source", "photos", "--task-count", "2"], "--task-count goes with"),
+    ],
+)
+def test_wrong_arguments_are_named(tmp_path, monkeypatch, words, said):
+    monkeypatch.setattr(sys, "argv", ["build_shards.py", "--out", str(tmp_path / "out"), *words])
+    with pytest.raises(WrongArguments, match=said):
+        build_shards.main()
+    assert not (tmp_path / "out").exists()
 
 
 def test_pictures_of_the_city_survive_the_way_into_a_shard(dataset, city):

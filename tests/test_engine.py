@@ -14,13 +14,17 @@ from training.backbones import Backbone
 from training.distributed import World
 from training.engine import Engine
 from training.head_bank import HeadBank
-from training.heads import CPU_BLOCK
 from training.model import GeoModel
 from training.presets import TrainConfig
 from training.schedules import make_schedule
 
-STEPS, BATCH, SIDE = 20, 6, 32
+STEPS, BATCH, SIDE, BLOCK = 20, 6, 32, 500
 WORLD = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.heads.CPU_BLOCK", BLOCK)
 
 
 class Transcription:
@@ -93,7 +97,7 @@ def build_pair(kind: str, dtype: torch.dtype, model: GeoModel) -> tuple[Engine, 
     bank = HeadBank(class_table(side=46), config, model.projection.out_features, WORLD)
     for head in bank.heads.values():
         head.to(dtype)
-    assert bank.classes.count(0) > CPU_BLOCK
+    assert bank.classes.count(0) > BLOCK
     heads = {group: [p.detach().clone() for p in head.parameters()] for group, head in bank.heads.items()}
     stages, frozen = (efficientnet_stages(), 5) if len(model.backbone) == 9 else (tiny_stages(), 1)
     stages.to(dtype).load_state_dict(model.backbone.state_dict())

@@ -14,7 +14,8 @@ from tiny_run import write_run
 
 from evaluation import export
 from evaluation.localiser import Localiser
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
+from shards.dataset import Dataset
 from training.queries import decode_query
 
 
@@ -88,3 +89,13 @@ def test_torch_hub_loads_a_run_from_the_checkout(tmp_path: Path) -> None:
 def test_a_name_that_is_neither_folder_nor_repository_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="no such folder"):
         Localiser.from_pretrained(tmp_path / "absent")
+
+
+def test_results_without_a_model_card_and_a_data_set_as_output_are_refused(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "run")
+    with pytest.raises(WrongArguments, match="--results is for --to hub only"):
+        export_here(monkeypatch, run, "--to", "onnx", "--out", tmp_path / "out", "--results", tmp_path / "results.json")
+    with pytest.raises(JobError, match="holds a data set"):
+        export_here(monkeypatch, run, "--to", "torchscript", "--out", dataset.path)

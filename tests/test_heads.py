@@ -9,7 +9,7 @@ import torch
 from present import present
 from torch import Tensor
 
-from training.heads import Head, make_head
+from training.heads import Head
 
 KINDS = ("AAMC", "LMCC", "FC_CE")
 
@@ -41,7 +41,7 @@ def formula_losses(
 def problem(kind: str, dtype: torch.dtype = torch.float64, s: float = 30.0) -> tuple[Head, Tensor, Tensor, Tensor]:
     """A head, descriptors (not of unit length), labels (one twice, cosines of both signs), loss weights."""
     torch.manual_seed(3)
-    head = make_head(kind, 12, 9, s=s, m=0.2).to(dtype)  # type: ignore[arg-type]
+    head = Head(kind, 12, 9, s=s, m=0.2).to(dtype)  # type: ignore[arg-type]
     x = (torch.randn(7, 12, dtype=torch.float64) * 1.7).to(dtype)
     labels = torch.tensor([4, 0, 8, 4, 2, 1, 5])
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_autocast_changes_no_bit(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_finite_at_cosine_one_and_minus_one(kind: str) -> None:
-    head = make_head(kind, 4, 3)  # type: ignore[arg-type]
+    head = Head(kind, 4, 3)  # type: ignore[arg-type]
     x = torch.stack([head.weight[1], -head.weight[2]]).detach().requires_grad_()
     losses = head(x, torch.tensor([1, 2]))
     losses.sum().backward()
@@ -130,7 +130,7 @@ def exact(value: float) -> float:
 
 @pytest.mark.parametrize("cosine", [1.0, 1 - 1e-6, 1 - 1e-3, 1e-3, 1e-6, 0.0, -1e-6, -1e-3, -1 + 1e-6, -1.0])
 def test_aamc_is_right_in_float32_where_the_angle_is_degenerate(cosine: float) -> None:
-    head = make_head("AAMC", 2, 2, s=30.0, m=0.2)
+    head = Head("AAMC", 2, 2, s=30.0, m=0.2)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     x = torch.tensor([[cosine, math.sqrt(1 - cosine * cosine)]], dtype=torch.float64).float().requires_grad_()
@@ -175,7 +175,7 @@ def test_half_precision_descriptors_cost_no_more_than_their_own_rounding(kind: s
 
 
 def test_a_tiny_loss_keeps_its_digits() -> None:
-    head = make_head("LMCC", 2, 2, s=20.0, m=0.0)
+    head = Head("LMCC", 2, 2, s=20.0, m=0.0)
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0]]))
     loss = head(torch.tensor([[1.0, 0.0]]), torch.tensor([0]))
@@ -183,7 +183,7 @@ def test_a_tiny_loss_keeps_its_digits() -> None:
 
 
 def test_one_class_has_no_loss() -> None:
-    head = make_head("AAMC", 4, 1)
+    head = Head("AAMC", 4, 1)
     x = torch.randn(2, 4, requires_grad=True)
     losses = head(x, torch.zeros(2, dtype=torch.int64))
     losses.sum().backward()
@@ -195,7 +195,7 @@ def test_one_class_has_no_loss() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_hits_are_the_samples_whose_class_ranks_first_without_margin(kind: str) -> None:
     torch.manual_seed(0)
-    head = make_head(kind, 3, 5)  # type: ignore[arg-type]
+    head = Head(kind, 3, 5)  # type: ignore[arg-type]
     x, labels = torch.randn(200, 3), torch.randint(5, (200,))
     _, hits = head.losses_and_hits(x, labels)
     best = head.scores(x, "raw" if kind == "FC_CE" else "cosine").argmax(1)
@@ -205,7 +205,7 @@ def test_hits_are_the_samples_whose_class_ranks_first_without_margin(kind: str) 
 
 @pytest.mark.parametrize("kind", ["AAMC", "LMCC"])
 def test_a_head_that_scores_all_classes_alike_has_no_hits(kind: str) -> None:
-    head = make_head(kind, 3, 5)  # type: ignore[arg-type]
+    head = Head(kind, 3, 5)  # type: ignore[arg-type]
     _, hits = head.losses_and_hits(torch.zeros(20, 3), torch.zeros(20, dtype=torch.int64))
     assert not hits.any()
 
@@ -232,7 +232,7 @@ def peak_of_live_bytes(work: Callable[[], object]) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_at_most_two_copies_of_the_logits_beside_the_gradients(kind: str) -> None:
-    head = make_head(kind, 16, 20_000)  # type: ignore[arg-type]
+    head = Head(kind, 16, 20_000)  # type: ignore[arg-type]
     x = torch.randn(64, 16, requires_grad=True)
     labels = torch.randint(20_000, (64,))
     logits = 64 * 20_000 * 4
@@ -244,7 +244,7 @@ def test_memory_is_at_most_two_copies_of_the_logits_beside_the_gradients(kind: s
 @pytest.mark.parametrize("kind", KINDS)
 def test_init_is_that_of_the_reference(kind: str) -> None:
     torch.manual_seed(5)
-    head = make_head(kind, 64, 300)  # type: ignore[arg-type]
+    head = Head(kind, 64, 300)  # type: ignore[arg-type]
     bound = 1 / math.sqrt(64) if kind == "FC_CE" else math.sqrt(6 / (64 + 300))
     assert head.weight.abs().max() <= bound
     assert head.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.02)
@@ -262,4 +262,4 @@ def test_init_is_that_of_the_reference(kind: str) -> None:
 )
 def test_a_head_that_cannot_be_is_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        make_head(*arguments)
+        Head(*arguments)

@@ -17,7 +17,7 @@ from torchvision.models import efficientnet_b0
 from evaluation import import_reference
 from evaluation.localiser import Localiser
 from evaluation.reference_classes import _OldPair, reference_groups, reference_table
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from training.queries import list_queries
 from training.scoring import cell_distances, recall_at
 
@@ -197,3 +197,13 @@ def test_a_file_that_is_no_checkpoint_of_the_reference_is_a_clear_error(
     for name in ("text.pth", "other.pth", "absent.pth"):
         with pytest.raises(JobError, match=f"{name}: no checkpoint of the reference"):
             import_here(monkeypatch, *words, "--checkpoint", tmp_path / name)
+
+
+@pytest.mark.parametrize("words", [["--M", "0"], ["--N", "0"], ["--min-images", "0"], ["--s", "0"], ["--m", "2"]])
+def test_wrong_arguments_are_named(
+    imported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    names, checkpoint = imported
+    places = ("--checkpoint", checkpoint, "--train-list", names, "--out", tmp_path / "run")
+    with pytest.raises(WrongArguments, match=words[0]):
+        import_here(monkeypatch, *places, *words)

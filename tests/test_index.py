@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from photos import with_spoilt_footer
 from present import present
 
 from shards.classes import ClassTable
@@ -108,6 +109,13 @@ def test_a_damaged_table_is_named_where_there_is_no_index(copy, spoil):
     table.write_bytes(spoil(table.read_bytes()))
     with pytest.raises(JobError, match=rf"{table.name}: damaged .*verify\.py"):
         open_index(copy, ClassTable.load(copy / "classes.parquet"))
+
+
+def test_a_damaged_class_table_is_named(copy):
+    table = copy / "classes.parquet"
+    table.write_bytes(with_spoilt_footer(table.read_bytes()))
+    with pytest.raises(JobError, match=f"{table}: not a class table"):
+        Dataset.open(copy)
 
 
 def test_a_state_of_no_text_is_one_that_is_out_of_date(copy):

@@ -15,9 +15,9 @@ from tiny_run import write_run
 from evaluation import ranking
 from evaluation.localiser import Localiser
 from evaluation.ranking import RANKING_FORMS
-from shards.console import JobError
+from shards.console import JobError, exit_code
 from training.checkpoint import load_for_evaluation
-from training.heads import ScoreForm, make_head
+from training.heads import Head, ScoreForm
 from training.queries import find_photos
 
 CPU = torch.device("cpu")
@@ -100,7 +100,7 @@ def test_uncertainty_is_the_radius_that_holds_68_percent(localiser: Localiser) -
 def test_ranking_a_hundred_queries_at_once_gives_the_scores_of_one_at_a_time() -> None:
     torch.manual_seed(0)
     classes = class_table(side=70)
-    heads = {group: make_head("AAMC", 64, classes.count(group)) for group in classes.groups}
+    heads = {group: Head("AAMC", 64, classes.count(group)) for group in classes.groups}
     ranker = ranking.ClassRanker(heads, classes, CPU)
     vectors = torch.nn.functional.normalize(torch.randn(100, 64), dim=1)
     together = ranker.rank(vectors, forms=RANKING_FORMS)
@@ -114,7 +114,7 @@ def test_ranking_a_hundred_queries_at_once_gives_the_scores_of_one_at_a_time() -
 
 def test_ranking_many_queries_takes_the_memory_of_their_scores_once() -> None:
     classes = class_table(side=120)
-    heads = {group: make_head("AAMC", 4, classes.count(group), 30.0, 0.1) for group in classes.groups}
+    heads = {group: Head("AAMC", 4, classes.count(group), 30.0, 0.1) for group in classes.groups}
     ranker = ranking.ClassRanker(heads, classes, CPU)
     vectors = torch.nn.functional.normalize(torch.randn(600, 4), dim=1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -125,7 +125,7 @@ def test_ranking_many_queries_takes_the_memory_of_their_scores_once() -> None:
 
 def test_calibrating_at_many_temperatures_takes_no_memory_of_the_scores_size_for_each() -> None:
     classes = class_table(side=40)
-    heads = {group: make_head("AAMC", 4, classes.count(group), 30.0, 0.1) for group in classes.groups}
+    heads = {group: Head("AAMC", 4, classes.count(group), 30.0, 0.1) for group in classes.groups}
     ranker = ranking.ClassRanker(heads, classes, CPU)
     vectors = torch.nn.functional.normalize(torch.randn(200, 4), dim=1)
     large = []
@@ -185,8 +185,10 @@ def test_a_checkpoint_whose_parts_do_not_fit_is_a_clear_error(tmp_path: Path) ->
         Localiser(replace(weights, heads={0: weights.heads[0]}), CPU)
     with pytest.raises(JobError, match="group 0 does not fit the class map"):
         Localiser(replace(weights, classes=class_table(8)), CPU)
-    with pytest.raises(JobError, match="no configuration of this project"):
-        Localiser(replace(weights, config={"epochs": "many"}), CPU)
+    for config in ({"epochs": "many"}, weights.config | {"lr": -1.0}):
+        with pytest.raises(JobError, match="no configuration of this project") as refused:
+            Localiser(replace(weights, config=config), CPU)
+        assert exit_code(refused.value) == 1
 
 
 def test_a_folder_that_is_no_checkpoint_or_is_damaged_is_a_clear_error(tmp_path: Path) -> None:

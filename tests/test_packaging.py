@@ -139,6 +139,9 @@ def test_an_entry_point_prints_its_options_from_any_directory(path: str, tmp_pat
     assert as_script.returncode == 0, as_script.stderr
     assert "usage:" in as_script.stdout
     assert "--help" in as_script.stdout
+    if path in ENTRY_POINTS and path != "training/train.py":
+        said = " ".join((ast.get_docstring(ast.parse((ROOT / path).read_text())) or "").split())
+        assert said in " ".join(as_script.stdout.split())  # what it does, its exit codes, an example
 
 
 def test_every_entry_point_of_the_design_is_there() -> None:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocessing.partition import cell_index, make_partition
+from preprocessing.partition import make_partition
+from shards.classes import cell_index
 
 COORDINATES = st.one_of(
     st.floats(-900_000, 9_900_000, allow_nan=False),

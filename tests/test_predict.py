@@ -13,7 +13,7 @@ from tiny_run import write_run
 
 from evaluation import predict
 from evaluation.places import exif_position, great_circle, known_position
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +175,14 @@ def test_a_class_map_without_a_zone_answers_in_metres_but_not_as_geojson(
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["a.jpg", "--top", "0"], ["a.jpg", "--apart", "inf"], ["a.jpg", "--json", "--geojson"]]
+    ("words", "said"),
+    [
+        ([], "name at least one photo"),
+        (["a.jpg", "--top", "0"], "--top: at least 1"),
+        (["a.jpg", "--apart", "inf"], "--apart: .*finite"),
+        (["a.jpg", "--json", "--geojson"], "not both"),
+    ],
 )
-def test_wrong_arguments_exit_with_2(run: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
+def test_wrong_arguments_are_named(run: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], said: str) -> None:
+    with pytest.raises(WrongArguments, match=said):
         run_here(monkeypatch, "--checkpoint", run, *words)

@@ -296,3 +296,8 @@ def test_corrupt_photos_are_reported_and_the_rest_goes_on(tmp_path: Path) -> Non
     assert sorted(failures) == [0, 2, 3]
     assert all(failures.values())
     assert np.concatenate([batch.indices for batch in batches]).tolist() == [1]
+
+
+def test_a_photo_that_is_gone_is_reported_in_words_without_its_path_once_more(tmp_path: Path) -> None:
+    _, failures = read([tmp_path / "gone.jpg"], shorter_side=32, batch_size=2, threads=1)
+    assert failures == {0: "No such file or directory"}

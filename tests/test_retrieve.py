@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import utm
+from photos import with_spoilt_footer
 from tiny import SOUTH, WEST, class_table, write_dataset, write_queries
 from tiny_run import write_run
 
@@ -18,7 +19,7 @@ from evaluation import retrieve
 from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images, read_descriptors
 from evaluation.searchers import CellSearcher, FaissSearcher
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 from shards.layout import shard_tables
 from shards.names import parse_name
 
@@ -195,9 +196,12 @@ def test_damaged_shards_lose_their_photos_and_a_damaged_table_is_one_line(
     said = capsys.readouterr().err
     assert said.count("fails its checksum") == said.count("No such file") == 1
     assert "41 photos left out" in said
-    first.write_bytes(first.read_bytes()[:-9])
-    with pytest.raises(JobError, match=f"{first}: damaged"):
-        run_here(monkeypatch, *words)
+    whole = first.read_bytes()
+    (tmp_path / "out" / "database.npz").unlink()
+    for spoilt in (whole[:-9], with_spoilt_footer(whole)):
+        first.write_bytes(spoilt)
+        with pytest.raises(JobError, match=f"{first}: damaged"):
+            run_here(monkeypatch, *words)
 
 
 def test_descriptors_of_another_model_are_matched_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -321,3 +325,10 @@ def test_a_missing_faiss_is_told_before_anything_is_read_or_written(
     with pytest.raises(JobError, match=r"FAISS is not installed: pip install .*\[retrieval\]"):
         run_here(monkeypatch, *words, "--out", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--top-cells", "0"], ["--threshold", "inf"], ["--batch-size", "0"]])
+def test_wrong_arguments_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    places = ("--checkpoint", tmp_path, "--database", tmp_path, "--queries", tmp_path, "--out", tmp_path / "out")
+    with pytest.raises(WrongArguments, match=f"^{words[0]}: "):
+        run_here(monkeypatch, *places, *words)

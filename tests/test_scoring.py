@@ -8,7 +8,7 @@ import torch
 from tiny import SOUTH, WEST, ZONE, class_table, write_queries
 
 from shards.classes import ClassTable
-from training.heads import make_head
+from training.heads import Head
 from training.queries import Queries, list_queries
 from training.scoring import (
     ClassBlock,
@@ -79,7 +79,7 @@ def test_queries_without_position_or_pixels_are_left_out_of_the_recall() -> None
 def test_ranking_equals_a_full_sort_of_all_groups_for_both_score_forms() -> None:
     torch.manual_seed(0)
     classes = class_table(side=6)
-    heads = {group: make_head("AAMC", 16, classes.count(group)) for group in classes.groups}
+    heads = {group: Head("AAMC", 16, classes.count(group)) for group in classes.groups}
     descriptors = torch.nn.functional.normalize(torch.randn(37, 16), dim=1)
     for form in ("raw", "cosine"):
         weights = torch.cat([heads[group].weight for group in classes.groups]).detach().double()

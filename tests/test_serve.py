@@ -18,7 +18,7 @@ from PIL import Image
 from tiny import SOUTH, WEST, class_table, photo, write_dataset
 
 from evaluation import predict, serve
-from shards.console import JobError
+from shards.console import JobError, WrongArguments
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +260,6 @@ def test_what_cannot_be_served_is_one_clear_line(folder: Path, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("words", [["--port", "70000"], ["--at-once", "0"], ["--max-megapixels", "9999"]])
-def test_wrong_arguments_exit_with_2(folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
+def test_wrong_arguments_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    with pytest.raises(WrongArguments, match=f"^{words[0]}: "):
         run_here(monkeypatch, "--checkpoint", folder / "run", *words)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from present import present
 
-from training.heads import make_head
+from training.heads import Head
 from training.sharded_head import ShardedHead, part_of
 
 DIM, CLASSES = 10, 23
@@ -19,7 +19,7 @@ SIZES = (5, 6, 0)  # samples of each rank: unequal, and none at all
 def whole_problem(kind: str) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The head of one rank, and the descriptors, labels and loss weights of the global batch of 11."""
     torch.manual_seed(1)
-    head = make_head(kind, DIM, CLASSES, s=20.0, m=0.3).double()  # type: ignore[arg-type]
+    head = Head(kind, DIM, CLASSES, s=20.0, m=0.3).double()  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(sum(SIZES), DIM, generator=generator, dtype=torch.float64)
     labels = torch.randint(CLASSES, (sum(SIZES),), generator=generator)
@@ -97,8 +97,8 @@ def test_sampled_losses_are_those_over_the_sampled_classes(by_rank: list[dict[st
     assert set(labels.tolist()) <= set(touched.tolist())
 
     torch.manual_seed(1)
-    whole = make_head("AAMC", DIM, 400, s=20.0, m=0.3).double()
-    few = make_head("AAMC", DIM, len(touched), s=20.0, m=0.3).double()
+    whole = Head("AAMC", DIM, 400, s=20.0, m=0.3).double()
+    few = Head("AAMC", DIM, len(touched), s=20.0, m=0.3).double()
     with torch.no_grad():
         few.weight.copy_(whole.weight[touched])
     x.requires_grad_()

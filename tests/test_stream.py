@@ -1,6 +1,7 @@
 """The stream mode: windows are pure functions, keep the distribution, and read each run once."""
 
 import os
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -100,22 +101,25 @@ def test_windows_differ_and_depend_on_seed_and_first_step_alone(index):
 
 
 def test_random_numbers_of_one_purpose_serve_no_other(index, monkeypatch):
-    used: dict[str, set[tuple[int, ...]]] = {}
+    used: list[set[tuple[int, ...]]] = []
 
-    def record(name, *key):
-        used.setdefault(name, set()).add(key)
+    def record(*key):
+        used[-1].add(key)
         return philox(*key)
 
-    for module in ("shards.sampler", "shards.stream", "training.colour"):
-        monkeypatch.setattr(f"{module}.philox", partial(record, module))
-    for first_step in range(0, 40, 4):
-        make_window(index, np.array([[0, 1] * 8] * 4), seed=1, first_step=first_step, run=4)
-    for step in range(40):
-        colour_changes(1, step, np.arange(4), 0.1)
-        for attempt in range(3):
-            uniforms(1, step, np.arange(4), attempt)
-    assert len(set.union(*used.values())) == sum(map(len, used.values()))
-    assert len(used) == 3
+    for module in ("shards.sampler", "shards.stream"):
+        monkeypatch.setattr(f"{module}.philox", record)
+    purposes: tuple[Callable[[int], object], ...] = (
+        lambda step: make_window(index, np.array([[0, 1] * 8] * 4), seed=1, first_step=4 * step, run=4),
+        lambda step: colour_changes(1, step, np.arange(4), 0.1),
+        *(partial(uniforms, 1, slots=np.arange(4), key=attempt) for attempt in range(3)),
+    )
+    for purpose in purposes:
+        used.append(set())
+        for step in range(10):
+            purpose(step)
+    assert all(used)
+    assert len(set.union(*used)) == sum(map(len, used))
 
 
 @pytest.mark.parametrize(("window", "batch_size"), [(65536, 64), (10_000, 3), (4096, 64), (100, 7), (5, 16)])

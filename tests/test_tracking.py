@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny import class_table, configure, small_disk, train_here, write_dataset, write_queries
 
+from evaluation.cell_index import CellIndex
 from shards.console import JobError
 from training.queries import list_queries
 from training.scoring import assess_ranking
@@ -40,7 +41,7 @@ def test_the_error_map_shows_near_queries_green_and_far_ones_red(tmp_path: Path,
     classes = class_table()
     classes = replace(classes, cell_north=classes.cell_north + span * (np.arange(len(classes)) == 0))
     queries = list_queries(write_queries(tmp_path / "q", classes), classes.zone)
-    ranked = classes.find(queries.east, queries.north)[:, None]
+    ranked = CellIndex(classes).holding(queries.east, queries.north)[:, None]
     readable = np.ones(len(queries), dtype=bool)
     outcome = assess_ranking(ranked, np.zeros(ranked.shape), readable, classes, queries)
     picture = error_map(classes, queries, outcome)
@@ -55,7 +56,7 @@ def test_thousands_of_queries_are_smaller_dots_on_the_error_map(tmp_path: Path) 
     for times in (1, 200):
         east, north = np.tile(few.east, times), np.tile(few.north, times)
         queries = replace(few, paths=few.paths * times, names=few.names * times, east=east, north=north)
-        ranked = classes.find(east, north)[:, None]
+        ranked = CellIndex(classes).holding(east, north)[:, None]
         outcome = assess_ranking(ranked, np.zeros(ranked.shape), np.ones(len(east), bool), classes, queries)
         dots.append((error_map(classes, queries, outcome) == error_colour(3)).all(axis=2).sum())
     assert 0 < dots[1] < dots[0] / 2

@@ -15,11 +15,11 @@ import training.trainer as trainer_module
 from shards.console import JobError
 from shards.names import parse_name
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
-from training.heads import make_head
+from training.heads import Head
 from training.model import GeoModel
 from training.queries import list_queries, query_size
 from training.run_folder import read_losses
-from training.scoring import class_blocks, describe_queries, score_queries
+from training.scoring import assess_ranking, class_blocks, describe_queries, rank_classes
 from training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "small_cnn_joint.txt"
@@ -43,13 +43,14 @@ def test_a_run_learns_and_its_best_checkpoint_reproduces_its_recall(
     model.load_state_dict(weights.model)
     heads = {}
     for group, tensors in weights.heads.items():
-        heads[group] = make_head("AAMC", model.descriptor_dim, weights.classes.count(group))
+        heads[group] = Head("AAMC", model.descriptor_dim, weights.classes.count(group))
         heads[group].load_state_dict(tensors)
     found = list_queries(queries, ZONE)
     described = describe_queries(
         model, found.paths, shorter_side=query_size(32), batch_size=5, device=torch.device("cpu"), threads=1
     )
-    outcome = score_queries(described, class_blocks(heads, weights.classes, "raw"), weights.classes, found)
+    rows, scores = rank_classes(described.vectors, class_blocks(heads, weights.classes, "raw"))
+    outcome = assess_ranking(rows.numpy(), scores.numpy(), described.readable, weights.classes, found)
     assert outcome.recall[1] == json.loads((config.out / "best.json").read_text())["value"]
     assert outcome.recall[20] > 90
 

@@ -9,7 +9,7 @@ from tiny import configure, train_here
 from tiny_run import write_run
 
 from evaluation.localiser import Localiser
-from training.heads import make_head
+from training.heads import Head
 from training.run_folder import read_losses
 from training.trainer import Trainer
 
@@ -90,8 +90,8 @@ def test_offloaded_heads_and_their_moments_leave_the_device_and_come_back(shards
 
 def test_a_head_is_exact_where_tf32_is_allowed_and_under_autocast() -> None:
     torch.manual_seed(0)
-    exact = make_head("AAMC", 256, 5000, 30.0, 0.2).double()
-    head = make_head("AAMC", 256, 5000, 30.0, 0.2)
+    exact = Head("AAMC", 256, 5000, 30.0, 0.2).double()
+    head = Head("AAMC", 256, 5000, 30.0, 0.2)
     head.load_state_dict(exact.state_dict())
     descriptors = torch.nn.functional.normalize(torch.randn(64, 256), dim=1)
     labels = torch.randint(5000, (64,))

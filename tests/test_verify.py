@@ -92,6 +92,15 @@ def test_a_file_above_the_shards_that_was_changed_is_found(copy, name):
     assert files_with_problems(copy) == {name}
 
 
+def test_a_shard_in_another_groups_folder_is_no_shard(copy):
+    (copy / CHECKSUMS).unlink()
+    moved = {f"group-00/group-01-000000.{kind}" for kind in ("tar", "idx", "parquet")}
+    for name in moved:
+        shutil.copy(copy / name.replace("group-00", "group-01"), copy / name)
+    problems = verify(copy).problems
+    assert {(p.file, p.kind) for p in problems} == {(name, "extra") for name in moved}
+
+
 def test_every_part_of_a_tar_is_checked_and_the_sample_named(copy):
     table = pq.read_table(copy / TABLE)
     key, offset, size = (table[name][5].as_py() for name in ("key", "offset", "size"))

@@ -10,7 +10,7 @@ from tiny import class_table, photo
 from shards.classes import ClassTable
 from shards.provenance import provenance
 from training.checkpoint import Checkpoint, TrainingState, save_checkpoint
-from training.heads import HeadKind, ScoreForm, make_head
+from training.heads import Head, HeadKind, ScoreForm
 from training.model import GeoModel, to_input
 from training.presets import TrainConfig
 
@@ -33,7 +33,7 @@ def write_run(
         some = classes.of_group(group)
         cells = zip(some.cell_east.tolist(), some.cell_north.tolist(), strict=True)
         photos = torch.stack([torch.from_numpy(photo(east, north, 32, 7)) for east, north in cells])
-        heads[group] = make_head(head, 32, len(some), 30.0, 0.1)
+        heads[group] = Head(head, 32, len(some), 30.0, 0.1)
         with torch.no_grad():
             mean = model(to_input(photos)).mean(0)
             heads[group].weight.copy_(model(to_input(photos)) - 0.9 * mean)

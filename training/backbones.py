@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from shards.console import JobError
+from shards.console import JobError, first_line
 
 BackboneName = Literal["efficientnet_b0", "efficientnet_b5", "efficientnet_b7", "resnet18", "resnet50", "small_cnn"]
 
@@ -112,10 +112,10 @@ def _imagenet(name: str) -> Mapping[str, Any]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         if cached.exists():
             raise JobError(
-                f"{cached}: not readable as weights ({_first_line(error)}); remove it and try again"
+                f"{cached}: not readable as weights ({first_line(error)}); remove it and try again"
             ) from error
         raise JobError(
-            f"ImageNet weights of {name} cannot be downloaded ({_first_line(error)}): fetch {pretrained.url} "
+            f"ImageNet weights of {name} cannot be downloaded ({first_line(error)}): fetch {pretrained.url} "
             f"elsewhere and place it at {cached}, or name it by --weights FILE, or start from --weights none"
         ) from error
     return state
@@ -129,7 +129,7 @@ def _read(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise JobError(f"{path}: not readable as weights ({_first_line(error)})") from error
+        raise JobError(f"{path}: not readable as weights ({first_line(error)})") from error
     for wrapper in ("model_state_dict", "state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
@@ -164,7 +164,3 @@ def _fitting(state: Mapping[str, Any], name: str, backbone: Backbone, origin: st
                 f"{origin}: {key} has shape {list(value.shape)}, {name} needs {list(tensor.shape)}; {way_out}"
             )
     return {key: found[key] for key in wanted}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

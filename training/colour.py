@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shards.sampler import COLOUR_KEY, philox
+from shards.sampler import COLOUR_KEY, uniforms
 from training.distributed import to_device
 from training.model import IMAGENET_MEAN, IMAGENET_STD
 
@@ -19,8 +19,7 @@ def colour_changes(seed: int, step: int, slots: np.ndarray, strength: float) -> 
     A function of (seed, step, slot). Brightness, contrast and saturation change by up to `strength`, each channel by
     up to half of it; contrast turns about a middle grey.
     """
-    u = philox(seed, COLOUR_KEY, step)((int(slots.max()) + 1) * _DRAWS).reshape(-1, _DRAWS)[slots]
-    factor = 1 + strength * (2 * u - 1)
+    factor = 1 + strength * (2 * uniforms(seed, step, slots, COLOUR_KEY, _DRAWS) - 1)
     brightness, contrast, saturation = factor[:, 0], factor[:, 1], factor[:, 2]
     channels = 1 + (factor[:, 3:] - 1) / 2
     grey = np.broadcast_to(_LUMA, (3, 3))

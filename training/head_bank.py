@@ -19,7 +19,7 @@ from shards.classes import ClassTable
 from shards.console import JobError
 from training.checkpoint import TrainingState
 from training.distributed import RankGroups, World, to_device
-from training.heads import Head, ScoreForm, make_head
+from training.heads import Head, ScoreForm
 from training.optimisers import Average, make_adam
 from training.presets import TrainConfig
 from training.schedules import count_of_group, holders_of_groups, parts_of_share
@@ -62,7 +62,7 @@ class HeadBank:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence([config.seed, 1, group]).generate_state(1)[0]))
             if not self.sharded:
-                head = make_head(config.head, dim, count, config.s, config.m)
+                head = Head(config.head, dim, count, config.s, config.m)
             elif count < self.world.size:
                 raise JobError(f"--shard-head: group {group} has {count} classes for {self.world.size} processes")
             else:

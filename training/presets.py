@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import tyro
 
-from shards.console import JobError, WrongArguments
+from shards.console import WrongArguments
 from shards.stream import StreamSettings
 from training.backbones import BackboneName
 from training.heads import HeadKind, ScoreForm
@@ -164,13 +164,13 @@ def _check(config: TrainConfig) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise JobError(f"--{field.name.replace('_', '-')} {value}: must be a finite number")
+            raise WrongArguments(f"--{field.name.replace('_', '-')} {value}: must be a finite number")
     positive: tuple[str, ...] = ("iterations_per_epoch", "epochs", "batch_size", "accumulate", "image_size", "keep")
     positive += ("val_every", "val_batch_size", "nan_patience", "log_every", "patience", "save_every_epochs")
     positive += ("lr", "head_lr", "s", "stream_run", "stream_window")
     for name in positive:
         if getattr(config, name) <= 0:
-            raise JobError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
+            raise WrongArguments(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
     for name in (
         "warmup_steps",
         "colour_jitter",
@@ -183,23 +183,23 @@ def _check(config: TrainConfig) -> None:
         "seed",
     ):
         if getattr(config, name) < 0:
-            raise JobError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more")
+            raise WrongArguments(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more")
     if config.seed >= 1 << 64:
-        raise JobError(f"--seed {config.seed}: must be under 2^64")
+        raise WrongArguments(f"--seed {config.seed}: must be under 2^64")
     if config.m >= math.pi / 2:
-        raise JobError(f"--m {config.m}: must be under pi/2, a right angle")
+        raise WrongArguments(f"--m {config.m}: must be under pi/2, a right angle")
     if not 0 < config.plateau_factor < 1:
-        raise JobError(f"--plateau-factor {config.plateau_factor}: lies between 0 and 1, for example 0.1")
+        raise WrongArguments(f"--plateau-factor {config.plateau_factor}: lies between 0 and 1, for example 0.1")
     if not 0 <= config.ema < 1:
-        raise JobError(f"--ema {config.ema}: a decay is at least 0 and under 1, for example 0.999")
+        raise WrongArguments(f"--ema {config.ema}: a decay is at least 0 and under 1, for example 0.999")
     if not 0 < config.head_sample_rate <= 1:
-        raise JobError(f"--head-sample-rate {config.head_sample_rate}: a share lies over 0 and at most 1")
+        raise WrongArguments(f"--head-sample-rate {config.head_sample_rate}: a share lies over 0 and at most 1")
     if config.head_sample_rate < 1 and not config.shard_head:
-        raise JobError("--head-sample-rate needs --shard-head")
+        raise WrongArguments("--head-sample-rate needs --shard-head")
     if config.warmup_steps and config.lr_schedule == "plateau":
-        raise JobError("--warmup-steps needs --lr-schedule cosine or constant")
+        raise WrongArguments("--warmup-steps needs --lr-schedule cosine or constant")
     if config.offload_heads and (config.schedule == "joint" or config.shard_head):
-        raise JobError("--offload-heads needs --schedule sequential and whole heads: others are always in use")
+        raise WrongArguments("--offload-heads needs --schedule sequential and whole heads: others are always in use")
 
 
 PRESETS: dict[str, TrainConfig] = {
@@ -244,10 +244,7 @@ def read_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     preset = finder.parse_known_args(arguments)[0].preset
     if preset is not None and preset not in PRESETS:
         raise WrongArguments(f"--preset {preset}: is none of {', '.join(sorted(PRESETS))}")
-    try:
-        return parse_arguments(TrainConfig, arguments, default=PRESETS[preset or "paper-b0"])
-    except JobError as error:
-        raise WrongArguments(str(error)) from error
+    return parse_arguments(TrainConfig, arguments, default=PRESETS[preset or "paper-b0"])
 
 
 def changes(before: TrainConfig, now: TrainConfig) -> list[str]:

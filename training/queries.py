@@ -17,13 +17,11 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, UnidentifiedImageError
 
-from shards.console import JobError, printable
-from shards.names import parse_utm
+from shards.console import JobError, one_line, printable
+from shards.names import PHOTO_EXTENSIONS, parse_utm
 from shards.photo_list import is_list, read_list
 from shards.plane import Places, into_zone
 from shards.upright import upright_rgb
-
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 
 # What Pillow raises for a photo that is damaged, EXIF data included, or a decompression bomb.
 UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
@@ -102,12 +100,10 @@ def find_photos(folder: Path) -> list[Path]:
     for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not _leads_back(Path(root, name))]
         found += [
-            Path(root, name)
-            for name in names
-            if os.path.splitext(name)[1].lower() in PHOTO_SUFFIXES and not name.startswith(".")
+            Path(root, name) for name in names if name.lower().endswith(PHOTO_EXTENSIONS) and not name.startswith(".")
         ]
     if not found:
-        raise JobError(f"{folder}: no photos found (looked for {', '.join(sorted(PHOTO_SUFFIXES))})")
+        raise JobError(f"{folder}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
     return sorted(found)
 
 
@@ -291,7 +287,7 @@ def _decode_or_reason(photo: Photo, shorter_side: int) -> np.ndarray | str:
             except UnidentifiedImageError:
                 return "not an image" if file.seek(0, os.SEEK_END) else "an empty file"
     except UNREADABLE as error:
-        return " ".join(str(error).split()) or type(error).__name__
+        return one_line(error)
 
 
 def _to_batch(bucket: list[tuple[int, np.ndarray]]) -> QueryBatch:

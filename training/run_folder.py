@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from shards.classes import ClassTable
-from shards.console import JobError, format_count
+from shards.console import JobError, format_count, last_line
 from shards.files import atomic_write_json, atomic_write_text, remove_partials, try_lock
 from shards.provenance import provenance
 from training.checkpoint import EvaluationWeights, list_checkpoints, load_for_evaluation
@@ -118,7 +118,7 @@ def start_from(other: Path, model: nn.Module, bank: HeadBank, classes: ClassTabl
     try:
         model.load_state_dict(weights.model)
     except RuntimeError as error:
-        raise JobError(f"{weights.path}: its model is another one ({str(error).splitlines()[-1].strip()})") from error
+        raise JobError(f"{weights.path}: its model is another one ({last_line(error)})") from error
     taken = _copy_rows(weights, bank, classes)
     return f"starts from {weights.path}: the model, and {taken:,} of {format_count(len(classes), 'class')}"
 

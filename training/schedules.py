@@ -27,9 +27,14 @@ def make_schedule(name: ScheduleName, groups: Sequence[int], *, batch_size: int,
         return np.full(batch_size, ids[(step // iterations_per_epoch) % len(ids)])
 
     def joint(step: int) -> np.ndarray:
-        return ids[np.arange(batch_size) % len(ids)]
+        return _joint_groups(groups, np.arange(batch_size))
 
     return sequential if name == "sequential" else joint
+
+
+def _joint_groups(groups: Sequence[int], slots: np.ndarray) -> np.ndarray:
+    """The group of each of `slots` (int [k]) in the joint schedule, int64 [k]."""
+    return np.asarray(groups, np.int64)[slots % len(groups)]
 
 
 def parts_of_share(batch_size: int, rank: int, world_size: int, accumulate: int) -> list[np.ndarray]:
@@ -39,7 +44,7 @@ def parts_of_share(batch_size: int, rank: int, world_size: int, accumulate: int)
 
 def count_of_group(name: ScheduleName, groups: Sequence[int], group: int, slots: np.ndarray) -> int:
     """How many of `slots` belong to `group` in a step that trains it."""
-    return len(slots) if name == "sequential" else int(np.count_nonzero(slots % len(groups) == groups.index(group)))
+    return len(slots) if name == "sequential" else int(np.count_nonzero(_joint_groups(groups, slots) == group))
 
 
 def holders_of_groups(
@@ -48,7 +53,5 @@ def holders_of_groups(
     """The ranks that ever train each group, ascending: in the joint schedule those with a slot of the group."""
     if name == "sequential":
         return {group: tuple(range(world_size)) for group in groups}
-    holders: dict[int, set[int]] = {group: set() for group in groups}
-    for slot in range(batch_size):
-        holders[groups[slot % len(groups)]].add(slot % world_size)
-    return {group: tuple(sorted(ranks)) for group, ranks in holders.items()}
+    trained = [_joint_groups(groups, slots_of_rank(batch_size, rank, world_size)) for rank in range(world_size)]
+    return {group: tuple(rank for rank, own in enumerate(trained) if group in own) for group in groups}

@@ -241,21 +241,6 @@ class QueryScores:
     recall: dict[int, float]
 
 
-def score_queries(
-    descriptors: Descriptors,
-    blocks: Sequence[ClassBlock],
-    classes: ClassTable,
-    queries: Queries,
-    *,
-    ns: Sequence[int] = RECALL_NS,
-    threshold: float = THRESHOLD_METRES,
-    device: torch.device | None = None,
-) -> QueryScores:
-    """Rank the classes for every query and take LR@N over those that are readable and have a position."""
-    rows, scores = rank_classes(descriptors.vectors, blocks, top_k=max(ns), device=device)
-    return assess_ranking(rows.numpy(), scores.numpy(), descriptors.readable, classes, queries, ns, threshold)
-
-
 def assess_ranking(
     class_index: np.ndarray,
     scores: np.ndarray,
@@ -263,9 +248,9 @@ def assess_ranking(
     classes: ClassTable,
     queries: Queries,
     ns: Sequence[int] = RECALL_NS,
-    threshold: float = THRESHOLD_METRES,
 ) -> QueryScores:
-    """Distances and LR@N of a finished ranking (int64 [Q, K] table rows, float32 [Q, K] scores)."""
+    """Distances and LR@N of a finished ranking (int64 [Q, K] table rows, float32 [Q, K] scores), the latter over the
+    queries that are readable and have a position."""
     distances = cell_distances(class_index, classes, queries.east, queries.north)
     scored = readable & queries.located
-    return QueryScores(Ranking(class_index, scores, distances), scored, recall_at(distances[scored], ns, threshold))
+    return QueryScores(Ranking(class_index, scores, distances), scored, recall_at(distances[scored], ns))

@@ -22,10 +22,9 @@ class ShardedHead(Head):
     torch's generator (the trainer seeds it by seed, step and rank); the classes of the global batch are
     always among them.
 
-    All ranks of `group` (None: of the default group) must call it together, each with its own part of the
-    batch. A loss that is the sum over all ranks gives the weight its whole gradient: nothing is left to
-    reduce. Raises ValueError where there are fewer classes than ranks, or for a share that is not over 0 and
-    at most 1.
+    All ranks of the default process group must call it together, each with its own part of the batch. A loss
+    that is the sum over all ranks gives the weight its whole gradient: nothing is left to reduce. Raises
+    ValueError where there are fewer classes than ranks, or for a share that is not over 0 and at most 1.
     """
 
     def __init__(
@@ -35,16 +34,15 @@ class ShardedHead(Head):
         classes: int,
         s: float = 100.0,
         m: float = 0.2,
-        group: dist.ProcessGroup | None = None,
         sample_rate: float = 1.0,
     ) -> None:
-        rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+        rank, ranks = dist.get_rank(), dist.get_world_size()
         if classes < ranks:
             raise ValueError(f"{classes} classes cannot be split over {ranks} ranks")
         if not 0 < sample_rate <= 1:
             raise ValueError(f"a share of classes lies over 0 and at most 1, not {sample_rate}")
         super().__init__(kind, dim, classes, s, m, part=part_of(classes, rank, ranks))
-        self.group = group if group is not None else dist.group.WORLD
+        self.group = dist.group.WORLD
         self.sample_rate = sample_rate
 
     def losses_and_hits(

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from shards.console import JobError
+from shards.console import JobError, first_line
 
 
 @contextmanager
@@ -27,6 +27,6 @@ def torch_errors_told() -> Iterator[None]:
         if not isinstance(error, BackendCompilerFailed):
             raise
         raise JobError(
-            f"--compile: {str(error).strip().splitlines()[0]}; it needs a C++ compiler (g++) and Python's headers, or "
+            f"--compile: {first_line(error)}; it needs a C++ compiler (g++) and Python's headers, or "
             "--no-compile (TORCH_LOGS=+dynamo tells more)"
         ) from error

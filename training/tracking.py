@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -176,8 +175,3 @@ def epoch_line(
 def pace(rate: float, wait_share: float, seconds_left: float) -> str:
     """How fast a run goes, for its console lines; rate in images a second."""
     return f"{rate:,.0f} images/s  data wait {wait_share:.0%}  left {format_duration(seconds_left)}"
-
-
-def tracker_folder(out: Path) -> Path:
-    """Where TensorBoard's files of a run are."""
-    return out / PROJECT

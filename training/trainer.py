@@ -12,7 +12,8 @@ import numpy as np
 
 from shards.console import JobError, describe_os_error, format_count, format_duration
 from shards.dataset import Dataset
-from shards.loader import Batch, default_threads
+from shards.loader import Batch
+from shards.workers import cores_of_process
 from training.assembly import (
     check_against_world,
     launch_warning,
@@ -62,7 +63,7 @@ class Trainer:
         self.validator: Validator | None = None
         if config.val_queries is not None:
             self.validator = Validator(
-                config, self.classes, self.world, config.threads or default_threads(), self.interruption
+                config, self.classes, self.world, config.threads or cores_of_process(), self.interruption
             )
         self.engine = make_engine(config, self.classes, self.accelerator, self.world)
         self.loader = make_loader(config, dataset, self.schedule, self.accelerator, self.world)

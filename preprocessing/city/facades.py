@@ -12,6 +12,8 @@ from preprocessing.city.houses import HousePainter
 from preprocessing.city.painting import PAINT, Image, paint_fence
 from preprocessing.city.plan import Plan, stream
 
+_BYTES_KEPT = 500_000_000
+
 
 class Facade:
     """One side of one building: `rise` float32 [columns], metres that the top edge stands over the roof along the
@@ -34,19 +36,13 @@ class Facade:
             found = self._levels[v, h] = cv2.resize(source, shape, interpolation=cv2.INTER_AREA)
         return found
 
-    @property
-    def size(self) -> int:
-        """Bytes held."""
-        return sum(level.nbytes for level in self._levels.values())
-
 
 class Facades:
-    """Paints facades on first use and keeps the most recently used ones, up to `limit` bytes."""
+    """Paints facades on first use and keeps the most recently used ones, up to so many bytes."""
 
-    def __init__(self, plan: Plan, density: float, limit: int = 500_000_000) -> None:
+    def __init__(self, plan: Plan, density: float) -> None:
         self.plan = plan
         self.density = density
-        self.limit = limit
         chance = stream(plan.settings.seed, "shops").random((len(plan.buildings.box), len(plan.calendar)))
         self.epochs = np.cumsum((chance < 0.07) & (np.arange(len(plan.calendar)) > 0), axis=1)
         self._held: OrderedDict[tuple[int, int, int], Facade] = OrderedDict()
@@ -60,7 +56,7 @@ class Facades:
         if found is None:
             found = self._held[key] = self._paint(building, side, epoch)
             self._bytes += int(found.base.nbytes * 2.5)
-            while self._bytes > self.limit:
+            while self._bytes > _BYTES_KEPT:
                 _, old = self._held.popitem(last=False)
                 self._bytes -= int(old.base.nbytes * 2.5)
         else:

@@ -18,6 +18,7 @@ from preprocessing.city.plan import PAVEMENT, Plan, Street, Weather, stream
 TILE = 512
 """Side of a tile, texels."""
 ASPHALT = (87, 89, 91)
+_TILES_KEPT = 160
 
 
 @dataclass
@@ -40,11 +41,10 @@ class Patch:
 class Ground:
     """Road, markings, pavements and the shadows of buildings, put together around a camera from painted tiles."""
 
-    def __init__(self, plan: Plan, size: int, limit: int = 160) -> None:
+    def __init__(self, plan: Plan, size: int) -> None:
         self.plan = plan
         self.densities = tuple(d * size / 512 for d in (32.0, 8.0, 2.0))
         self.radii = (14.0, 44.0, 176.0)
-        self.limit = limit
         self.rects, self.colours = _markings(plan)
         rng = stream(plan.settings.seed, "asphalt")
         rough = cv2.resize(rng.normal(0, 5, (32, 32)).astype(np.float32), (TILE, TILE), interpolation=cv2.INTER_CUBIC)
@@ -81,7 +81,7 @@ class Ground:
         found = self._tiles.get(key)
         if found is None:
             found = self._tiles[key] = self._paint(density, i, j)
-            if len(self._tiles) > self.limit:
+            if len(self._tiles) > _TILES_KEPT:
                 self._tiles.popitem(last=False)
         else:
             self._tiles.move_to_end(key)

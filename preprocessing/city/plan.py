@@ -24,7 +24,7 @@ FIELD_OF_VIEW = 65.0
 ZONE, BAND = 10, "S"
 ORIGIN_EAST, ORIGIN_NORTH = 549_130.0, 4_178_270.0
 """UTM position of the city's middle (San Francisco, zone 10 S)."""
-CELL = 20.0
+CELL = 20
 """Side of the cells that queries are checked against, metres (the default M of the partition)."""
 MIN_PHOTOS_PER_CELL = 10
 _TRIES_A_QUERY = 1000  # some 10 are usual
@@ -317,7 +317,7 @@ class Plan:
         return queries
 
     def cell_of(self, x: float, y: float) -> tuple[int, int]:
-        """Lower-left corner (easting, northing) of the 20 m cell of a city position."""
+        """Lower-left corner (easting, northing) of the cell of a city position."""
         east, north = self.to_utm(x, y)
         return int(east // CELL * CELL), int(north // CELL * CELL)
 

@@ -18,7 +18,7 @@ import simplejpeg
 import utm
 from tqdm import tqdm
 
-from preprocessing.city.plan import BAND, MIN_PHOTOS_PER_CELL, ZONE, CitySettings, Panorama, Plan
+from preprocessing.city.plan import BAND, CELL, MIN_PHOTOS_PER_CELL, ZONE, CitySettings, Panorama, Plan
 from preprocessing.city.streetview import Renderer
 from shards.console import JobError, format_bytes, format_count, format_duration
 from shards.files import TEMPORARY_SUFFIX, atomic_write_json, remove_partials
@@ -88,7 +88,7 @@ def render_city(out: Path, settings: CitySettings, workers: int) -> dict[str, An
         raise JobError(f"{out}: not all photos were written; run the same command again")
     record |= _summary(plan, sum(w.bytes for w in written)) | {"complete": True, "provenance": provenance()}
     atomic_write_json(out / RECORD, record)
-    _tell(out, plan, record, time.perf_counter() - began)
+    _tell(out, record, time.perf_counter() - began)
     return record
 
 
@@ -208,7 +208,7 @@ def _summary(plan: Plan, size: int) -> dict[str, Any]:
         "photos": photos | {"total": sum(photos.values())},
         "bytes": size,
         "cells": {
-            "side_m": 20,
+            "side_m": CELL,
             "min_photos": MIN_PHOTOS_PER_CELL,
             "count": full,
             "with_fewer": len(cells) - full,
@@ -218,12 +218,14 @@ def _summary(plan: Plan, size: int) -> dict[str, Any]:
     }
 
 
-def _tell(out: Path, plan: Plan, record: dict[str, Any], seconds: float) -> None:
+def _tell(out: Path, record: dict[str, Any], seconds: float) -> None:
     photos, cells = record["photos"], record["cells"]
     total = photos["total"]
     train = ", ".join(map(str, record["years"]["train"]))
     print(f"{out}: {format_count(total)} photos in {format_duration(seconds)} ({total / seconds:.0f} photos/s)")
-    print(f"  train  {format_count(photos['train']):>8} photos of {train}, in {cells['count']} cells of 20 m with at")
+    print(
+        f"  train  {format_count(photos['train']):>8} photos of {train}, in {cells['count']} cells of {CELL} m with at"
+    )
     print(f"                  least {cells['min_photos']} photos each ({cells['with_fewer']} cells have fewer)")
     for split in ("val", "test"):
         print(f"  {split:<5}  {format_count(photos[split]):>8} queries of {record['years'][split][0]}")

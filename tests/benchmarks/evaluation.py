@@ -41,7 +41,7 @@ from shards.classes import ClassTable
 from shards.console import entry
 from shards.files import atomic_write_json
 from training.checkpoint import EvaluationWeights
-from training.heads import Head, make_head
+from training.heads import Head
 from training.model import GeoModel
 from training.presets import TrainConfig
 from training.scoring import class_blocks, rank_classes
@@ -203,7 +203,7 @@ def main() -> None:
     torch.set_num_threads(1)
     classes = class_table(CLASSES)
     torch.manual_seed(0)
-    heads: dict[int, Head] = {group: make_head("AAMC", DIM, classes.count(group)) for group in classes.groups}
+    heads: dict[int, Head] = {group: Head("AAMC", DIM, classes.count(group)) for group in classes.groups}
     rows = [*ranking_rows(classes, heads, quick=arguments.quick), *predict_rows(classes, heads)]
     rows += retrieval_rows(QUICK_CELLS if arguments.quick else CELLS)
     for row in rows:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from shards.files import atomic_write_json
 from shards.index import GroupIndex
 from shards.stream import WindowPlan, make_window
-from training.heads import make_head
+from training.heads import Head
 
 DIM, PHOTOS, TEST_PHOTOS, BATCH, NOISE = 64, 48, 4, 64, 1.4
 ORDERS = [(1, 0), (8, 4096), (32, 4096), (32, 16384), (8, 65536), (16, 65536), (32, 65536)]  # run, window
@@ -63,7 +63,7 @@ def accuracy(photos: Photos, run: int, window: int, seed: int, steps: int) -> fl
     """Percent of unseen photos that the head names, after so many steps with a falling rate."""
     torch.manual_seed(seed)
     trunk = torch.nn.Sequential(torch.nn.Linear(DIM, 256), torch.nn.ReLU(), torch.nn.Linear(256, DIM))
-    head = make_head("AAMC", DIM, photos.classes, 30.0, 0.1)
+    head = Head("AAMC", DIM, photos.classes, 30.0, 0.1)
     optimiser = torch.optim.Adam(
         [{"params": trunk.parameters(), "lr": 1e-3}, {"params": head.parameters(), "lr": 1e-2}]
     )

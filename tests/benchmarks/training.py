@@ -37,7 +37,7 @@ from shards.dataset import Dataset
 from shards.loader import Loader
 from shards.provenance import provenance
 from training.backbones import BackboneName
-from training.heads import make_head
+from training.heads import Head
 from training.model import GeoModel, to_input
 from training.schedules import make_schedule
 
@@ -69,7 +69,7 @@ def head_rows(rounds: int) -> list[dict[str, str | float | int]]:
     unit = F.normalize(torch.randn(BATCH, DIM))
     labels = torch.randint(CLASSES, (BATCH,))
     grad = torch.randn(BATCH, CLASSES) / CLASSES
-    head = make_head("AAMC", DIM, CLASSES, S, M)
+    head = Head("AAMC", DIM, CLASSES, S, M)
     plain = PlainHead(head.weight)
     torch.testing.assert_close(head(unit, labels), plain(unit, labels), rtol=1e-4, atol=1e-3)
 
@@ -149,7 +149,7 @@ def step_parts(
     """Forward, backward and optimiser of one step at batch 64, and the bytes that its gradients hold."""
     torch.manual_seed(0)
     model = GeoModel(backbone, "none", freeze_until).to(memory_format=torch.channels_last)
-    head = make_head("AAMC", model.descriptor_dim, classes, s, M)
+    head = Head("AAMC", model.descriptor_dim, classes, s, M)
     trained = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=1e-4, fused=True)
     images = torch.randint(0, 256, (BATCH, image_size, image_size, 3), dtype=torch.uint8)

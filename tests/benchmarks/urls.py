@@ -25,13 +25,8 @@ from pathlib import Path
 
 import paths  # noqa: F401
 import torch
-from loader import BATCH, multiply, ours
+from loader import BATCH, multiply, ours, render_shards
 
-from preprocessing.build import build
-from preprocessing.city.plan import CitySettings
-from preprocessing.city.writer import render_city
-from preprocessing.plan import Settings
-from preprocessing.shard_run import Machinery
 from shards.checksums import seal
 from shards.dataset import Dataset
 from shards.layout import CHECKSUMS
@@ -111,9 +106,7 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["DIVIDE_AND_CLASSIFY_CACHE"] = f"{scratch}/cache"
-        city, small, shards = (Path(scratch) / name for name in ("photos", "small", "city"))
-        render_city(city, CitySettings(blocks=1, size=256, years=1, val_queries=1, test_queries=1), workers=len(cores))
-        build(city / "train" / "database", small, Settings(20, 2, 10, 224, 90, "fast", 0), Machinery(1))
+        small, shards = render_shards(Path(scratch)), Path(scratch) / "many"
         multiply(small, shards, -(-30_000 // Dataset.open(small).manifest.images))
         (shards / CHECKSUMS).unlink()
         seal(shards)
@@ -121,7 +114,7 @@ def main() -> None:
         context = multiprocessing.get_context("spawn")
         server = context.Process(target=serve, args=(Path(scratch), arguments.delay, cores[0], theirs), daemon=True)
         server.start()
-        url = f"http://127.0.0.1:{ours_end.recv()}/city"
+        url = f"http://127.0.0.1:{ours_end.recv()}/many"
         os.sched_setaffinity(0, {cores[-1]})
         counter = Dataset.open(url)
         measured: dict[str, list[tuple[float, float]]] = {name: [] for name in ROWS}
