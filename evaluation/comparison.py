@@ -99,8 +99,8 @@ def _evaluate_checkpoint(path: Path, results: Results, notes: Results, world: Wo
     _calibrate(localiser, path, notes, world)
     notes.calibrations[str(path)] = localiser.calibration
     form = job.form or localiser.form
-    for folder in job.query_sets:
-        queries = _list(folder, localiser, world)
+    for source in job.query_sets:
+        queries = _list(source, localiser, world)
         if isinstance(queries, str):
             if world.is_main:
                 notes.error(queries)

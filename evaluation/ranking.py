@@ -217,6 +217,8 @@ class ScoredClasses:
         self.maxima = {order: descriptors.new_empty(len(descriptors), columns // STRIP) for order in orders}
         needed = {*temperatures, *([1.0] if "softmax" in forms else [])}
         self.log_totals: dict[float, list[list[Tensor]]] = {divisor: [[] for _ in ranker.starts] for divisor in needed}
+        widest = max(whole.stop - whole.start for _, _, _, whole in ranker.blocks(len(descriptors)))
+        self._scratch = descriptors.new_empty(len(descriptors) * widest)  # once, as the room for the products
         for block in ranker.blocks(len(descriptors)):
             self._score(descriptors, *block)
 
@@ -233,9 +235,10 @@ class ScoredClasses:
             if order == self.own:
                 highest = maxima[:, strips].amax(1, keepdim=True)
                 above = scores - highest
+                scratch = self._scratch[: above.numel()].view(above.shape)
                 for divisor, totals in self.log_totals.items():
                     factor = self.scale / divisor
-                    total = (above * factor).exp_().sum(1).log_()
+                    total = torch.mul(above, factor, out=scratch).exp_().sum(1).log_()
                     totals[group].append(total + highest[:, 0] * factor)
 
     def best(self, form: RankingForm, top_k: int) -> tuple[Tensor, Tensor]:

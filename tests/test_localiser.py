@@ -123,6 +123,19 @@ def test_ranking_many_queries_takes_the_memory_of_their_scores_once() -> None:
     assert sum(event.self_cpu_memory_usage == scores for event in profile.events()) == 1
 
 
+def test_calibrating_at_many_temperatures_takes_no_memory_of_the_scores_size_for_each() -> None:
+    classes = class_table(side=40)
+    heads = {group: Head("AAMC", 4, classes.count(group), 30.0, 0.1) for group in classes.groups}
+    ranker = ranking.ClassRanker(heads, classes, CPU)
+    vectors = torch.nn.functional.normalize(torch.randn(200, 4), dim=1)
+    large = []
+    for temperatures in ([1.0], [1.0 + i for i in range(40)]):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            ranker.confidences(vectors, forms=("cosine",), temperatures=temperatures, threshold=25.0)
+        large.append(sum(event.self_cpu_memory_usage >= 4 * 200 * 400 for event in profile.events()))
+    assert large[0] == large[1]
+
+
 def test_photos_in_batches_score_as_they_do_one_at_a_time(localiser: Localiser, tmp_path: Path) -> None:
     folder = write_queries(tmp_path / "q")
     for east in range(3):
