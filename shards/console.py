@@ -83,11 +83,6 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def progress_bar(title: str | None, total: int, noun: str) -> Any:
-    """A bar of `total` things on stderr, from the fifth second on; None for a title: no bar."""
-    return tqdm(desc=title, total=total, unit=f" {noun}", unit_scale=True, delay=5, disable=title is None)
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error that says more than a person wants to read."""
     return _lines(error)[0]
