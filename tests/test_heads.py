@@ -83,6 +83,15 @@ def test_float32_gradients_agree_with_float64_elementwise_at_scale_100(kind: str
         np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=2e-4, atol=2e-5 * scale)
 
 
+def test_classes_without_probability_get_no_gradient_rather_than_denormal_numbers() -> None:
+    head = Head("AAMC", 4, 3, s=100.0, m=0.0)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(3, 4))
+    head(torch.eye(1, 4), torch.tensor([0])).sum().backward()  # exp(-100) is 3.8e-44
+    assert head.weight.grad is not None
+    assert not head.weight.grad[1:].any()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_passes_gradcheck_per_sample(kind: str) -> None:
     head, x, labels, _ = problem(kind, s=5.0)
