@@ -25,7 +25,7 @@ ScoreForm = Literal["raw", "cosine"]
 CPU_BLOCK = 2048  # classes; 2048 rows of 1280 floats are 10 MB
 DEVICE_BLOCK = 8192  # on a GPU a block only bounds the temporary memory
 NORM_FLOOR = 1e-12  # as torch.nn.functional.normalize
-NO_PROBABILITY = -69.0  # its logarithm (1e-30): with less, a CPU would multiply denormal numbers, twenty times as slowly
+NO_PROBABILITY = -69.0  # its logarithm (1e-30): with less, a CPU would multiply denormal numbers, which takes it long
 
 
 @dataclass(frozen=True)
