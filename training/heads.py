@@ -161,7 +161,7 @@ class MarginSoftmax(torch.autograd.Function):
             grad_weight = torch.empty_like(weight)
             grad_bias = None if bias is None else torch.empty_like(bias)
             for block in _blocks(weight):
-                log_probabilities = F.threshold_(logits[:, block] - log_total[:, None], NO_PROBABILITY, -torch.inf)
+                log_probabilities = torch.threshold_(logits[:, block] - log_total[:, None], NO_PROBABILITY, -torch.inf)
                 grad = log_probabilities.exp_().mul_(grad_losses[:, None])
                 if grad_bias is not None:
                     torch.sum(grad, dim=0, out=grad_bias[block])
