@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -79,40 +80,14 @@ def test_a_browser_shows_the_figures_the_map_and_the_galleries(report: Path, tmp
     assert "<img src=x" not in body.replace(html.escape(HOSTILE), "")
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
-def test_the_map_follows_wheel_drag_and_pointer_and_pointing_draws_only_what_changed(
-    report: Path, tmp_path: Path
-) -> None:
+@pytest.fixture
+def page(report: Path, tmp_path: Path) -> Iterator[Page]:
+    """The report in a browser; whatever a test does to it must leave no problem on the page."""
     page = Page(tmp_path)
     try:
         page.open(report.as_uri())
         page.wait_for("document.body?.dataset.ready === 'yes'")
-        page.evaluate("$('map').scrollIntoView()")
-        page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # at rest
-        page.evaluate("{ const paint = map.paint; map.paint = (...all) => { painted++; paint(...all); } } painted = 0")
-        left, top, wide, high = page.evaluate(
-            "(({ x, y, width, height }) => [x, y, width, height])(map.canvas.getBoundingClientRect())"
-        )
-
-        def mouse(kind: str, x: float, y: float, **more: object) -> None:
-            page.command("Input.dispatchMouseEvent", type=kind, x=left + x, y=top + y, **more)
-
-        x, y = page.evaluate("map.toScreen(view.set.east[view.scored[0]], view.set.north[view.scored[0]])")
-        mouse("mouseMoved", x, y)
-        page.wait_for("!$('card').hidden && map.frame === undefined")
-        assert page.evaluate("map.toScreen(view.set.east[map.hovered], view.set.north[map.hovered])") == [x, y]
-        assert page.evaluate("painted") == 0
-        mouse("mouseMoved", 1, 1)
-        page.wait_for("$('card').hidden && map.frame === undefined")
-        assert page.evaluate("painted") == 0
-        scale, middle = page.evaluate("[map.scale, map.x]")
-        mouse("mouseWheel", wide / 2, high / 2, deltaX=0, deltaY=-240)
-        page.wait_for(f"map.scale > {scale} * 1.3 && painted >= 1")
-        mouse("mousePressed", wide / 2, high / 2, button="left", buttons=1, clickCount=1)
-        mouse("mouseMoved", wide / 2 + 60, high / 2, button="left", buttons=1)
-        mouse("mouseReleased", wide / 2 + 60, high / 2, button="left", clickCount=1)
-        page.wait_for(f"map.x < {middle} && painted > 1")
+        yield page
         assert not page.problems
     finally:
         page.close()
@@ -120,31 +95,52 @@ def test_the_map_follows_wheel_drag_and_pointer_and_pointing_draws_only_what_cha
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
-def test_cells_of_less_than_two_pixels_are_drawn_as_one_picture_that_has_each_at_its_place(
-    report: Path, tmp_path: Path
-) -> None:
-    page = Page(tmp_path)
-    try:
-        page.open(report.as_uri())
-        page.wait_for("document.body?.dataset.ready === 'yes'")
-        page.evaluate("map.scale = 1 / view.cells.M; map.draw()")
-        page.evaluate(
-            "{ const kind = CanvasRenderingContext2D.prototype, fill = kind.fillRect; drawn = 0;"
-            " kind.fillRect = function (...all) { drawn++; fill.apply(this, all); } } map.draw()"
-        )
-        assert page.evaluate("view.cells.east.length") == 16
-        assert page.evaluate("drawn") < 4
-        assert page.evaluate(
-            "(() => { const { canvas, west, north } = pictureOf(view.cells), { width, height } = canvas;"
-            " const { data } = canvas.getContext('2d').getImageData(0, 0, width, height);"
-            " const at = (k) => (north - view.cells.north[k] - 1) * width + view.cells.east[k] - west;"
-            " return view.cells.east.every((_, k) => data[4 * at(k) + 3] === 255) })()"
-        )
-        page.evaluate("map.scale = 4 / view.cells.M; map.draw()")
-        assert page.evaluate("drawn") >= 16
-        assert not page.problems
-    finally:
-        page.close()
+def test_the_map_follows_wheel_drag_and_pointer_and_pointing_draws_only_what_changed(page: Page) -> None:
+    page.evaluate("$('map').scrollIntoView()")
+    page.evaluate("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")  # at rest
+    page.evaluate("{ const paint = map.paint; map.paint = (...all) => { painted++; paint(...all); } } painted = 0")
+    left, top, wide, high = page.evaluate(
+        "(({ x, y, width, height }) => [x, y, width, height])(map.canvas.getBoundingClientRect())"
+    )
+
+    def mouse(kind: str, x: float, y: float, **more: object) -> None:
+        page.command("Input.dispatchMouseEvent", type=kind, x=left + x, y=top + y, **more)
+
+    x, y = page.evaluate("map.toScreen(view.set.east[view.scored[0]], view.set.north[view.scored[0]])")
+    mouse("mouseMoved", x, y)
+    page.wait_for("!$('card').hidden && map.frame === undefined")
+    assert page.evaluate("map.toScreen(view.set.east[map.hovered], view.set.north[map.hovered])") == [x, y]
+    assert page.evaluate("painted") == 0
+    mouse("mouseMoved", 1, 1)
+    page.wait_for("$('card').hidden && map.frame === undefined")
+    assert page.evaluate("painted") == 0
+    scale, middle = page.evaluate("[map.scale, map.x]")
+    mouse("mouseWheel", wide / 2, high / 2, deltaX=0, deltaY=-240)
+    page.wait_for(f"map.scale > {scale} * 1.3 && painted >= 1")
+    mouse("mousePressed", wide / 2, high / 2, button="left", buttons=1, clickCount=1)
+    mouse("mouseMoved", wide / 2 + 60, high / 2, button="left", buttons=1)
+    mouse("mouseReleased", wide / 2 + 60, high / 2, button="left", clickCount=1)
+    page.wait_for(f"map.x < {middle} && painted > 1")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+def test_cells_of_less_than_two_pixels_are_drawn_as_one_picture_that_has_each_at_its_place(page: Page) -> None:
+    page.evaluate("map.scale = 1 / view.cells.M; map.draw()")
+    page.evaluate(
+        "{ const kind = CanvasRenderingContext2D.prototype, fill = kind.fillRect; drawn = 0;"
+        " kind.fillRect = function (...all) { drawn++; fill.apply(this, all); } } map.draw()"
+    )
+    assert page.evaluate("view.cells.east.length") == 16
+    assert page.evaluate("drawn") < 4
+    assert page.evaluate(
+        "(() => { const { canvas, west, north } = pictureOf(view.cells), { width, height } = canvas;"
+        " const { data } = canvas.getContext('2d').getImageData(0, 0, width, height);"
+        " const at = (k) => (north - view.cells.north[k] - 1) * width + view.cells.east[k] - west;"
+        " return view.cells.east.every((_, k) => data[4 * at(k) + 3] === 255) })()"
+    )
+    page.evaluate("map.scale = 4 / view.cells.M; map.draw()")
+    assert page.evaluate("drawn") >= 16
 
 
 def test_the_report_loads_nothing_from_outside(report: Path) -> None:
