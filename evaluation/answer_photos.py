@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from evaluation.calibration import temperature_of
 from evaluation.localiser import Localiser
 from evaluation.places import KnownPosition, Place, known_position, top_places
 from shards.console import JobError, format_count, printable
@@ -120,7 +121,7 @@ def to_document(
         "checkpoint": str(localiser.path),
         "utm_zone": localiser.classes.zone,
         "score_form": localiser.form,
-        "temperature": localiser.temperature(localiser.form),
+        "temperature": temperature_of(localiser.calibration, localiser.form),
         "photos": [
             {
                 "photo": str(photo.path),

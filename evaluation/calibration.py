@@ -72,6 +72,11 @@ class Calibration:
         )
 
 
+def temperature_of(calibration: Calibration | None, form: RankingForm) -> float | None:
+    """What the logits are divided by before they become probabilities; None where nothing was calibrated."""
+    return calibration.temperatures.get(form) if calibration else None
+
+
 def fit(
     answers: dict[RankingForm, tuple[np.ndarray, np.ndarray]], queries: str, own: RankingForm, photos: str = ""
 ) -> Calibration:

@@ -22,7 +22,7 @@ from evaluation.sample_photos import SamplePhotos
 from shards.console import JobError, describe_os_error, format_count, printable
 from shards.provenance import provenance
 from training.distributed import World
-from training.queries import Queries, SetAside, list_queries
+from training.queries import Queries, SetAside
 
 _LINES_A_KIND = 10
 
@@ -132,7 +132,7 @@ def _load(path: Path, notes: Results, world: World) -> Localiser | None:
 def _list(source: Path, localiser: Localiser, world: World) -> Queries | str:
     """The queries of a folder or list, or on all ranks the reason why there is nothing to answer."""
     try:
-        found: Queries | str = list_queries(source, localiser.classes.zone, southern=localiser.classes.southern)
+        found: Queries | str = localiser.list_queries(source)
     except JobError as error:
         found = str(error)
     found = world.gather(found)[0] if world.size > 1 else found

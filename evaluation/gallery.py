@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -25,7 +25,7 @@ from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
 from shards.photo_list import is_list
 from shards.store import is_url
-from training.queries import bring_into_zone, list_queries, places_of_names, read_queries
+from training.queries import Queries, bring_into_zone, places_of_names, read_queries
 from training.scoring import describe_batches
 
 
@@ -68,24 +68,23 @@ class Gallery:
 
 
 def describe_photos(
-    localiser: Localiser, source: Path, say: Callable[[str], None], *, batch_size: int, threads: int
+    localiser: Localiser, photos: Queries, say: Callable[[str], None], *, batch_size: int, threads: int
 ) -> Images:
-    """Descriptors of the photos of a folder, named by their UTM position, or of a list; those without a place are said
-    and left out."""
-    queries = list_queries(source, localiser.classes.zone, southern=localiser.classes.southern)
+    """Descriptors of the photos of a folder or list; those without a place are said and left out."""
+    source = photos.source
     title = f"describing {source}"
-    described = localiser.describe(queries.paths, batch_size=batch_size, threads=threads, title=title)
-    unlocated = queries.unlocated(described.readable)
-    for aside in (*queries.set_aside[:5], *described.failures[:5], *unlocated[:5]):
+    described = localiser.describe(photos.paths, batch_size=batch_size, threads=threads, title=title)
+    unlocated = photos.unlocated(described.readable)
+    for aside in (*photos.set_aside[:5], *described.failures[:5], *unlocated[:5]):
         say(f"{aside.path}: left out: {aside.reason}")
-    kept = np.flatnonzero(described.readable & queries.located)
-    if len(kept) < len(queries) + len(queries.set_aside):
-        left_out = len(queries) + len(queries.set_aside) - len(kept)
+    kept = np.flatnonzero(described.readable & photos.located)
+    if len(kept) < len(photos) + len(photos.set_aside):
+        left_out = len(photos) + len(photos.set_aside) - len(kept)
         say(f"{source}: {format_count(left_out, 'photo')} left out")
     if len(kept) == 0:
         raise JobError(f"{source}: no readable photo with coordinates")
-    names = tuple(queries.names[i] for i in kept)
-    return Images(_rows(described.vectors.numpy(), kept), queries.east[kept], queries.north[kept], names)
+    names = tuple(photos.names[i] for i in kept)
+    return Images(_rows(described.vectors.numpy(), kept), photos.east[kept], photos.north[kept], names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,15 +214,19 @@ def database_images(
     path = Path(database)
     if path.is_file() and not is_list(path):
         return read_descriptors(path, localiser.classes.zone)
-    dataset = Dataset.open(database) if is_url(database) or (path / MANIFEST).exists() else None
-    fingerprint = _fingerprint(localiser, dataset.path if dataset else path)
+    source: Dataset | Queries
+    if is_url(database) or (path / MANIFEST).exists():
+        source = Dataset.open(database)
+    else:
+        source = localiser.list_queries(path)
+    fingerprint = _fingerprint(localiser, source)
     if (found := _from_cache(cache, fingerprint)) is not None:
         say(f"{cache}: {len(found):,} descriptors made before")
         return found
-    if dataset:
-        images = describe_shards(localiser, dataset, say, batch_size=batch_size, threads=threads)
+    if isinstance(source, Dataset):
+        images = describe_shards(localiser, source, say, batch_size=batch_size, threads=threads)
     else:
-        images = describe_photos(localiser, path, say, batch_size=batch_size, threads=threads)
+        images = describe_photos(localiser, source, say, batch_size=batch_size, threads=threads)
     with atomic_path(cache) as partial, partial.open("wb") as file:
         np.savez(
             file, descriptors=images.vectors, east=images.east, north=images.north, names=np.array(images.names),
@@ -242,23 +245,22 @@ def _from_cache(cache: Path, fingerprint: str) -> Images | None:
         return None
 
 
-def _fingerprint(localiser: Localiser, database: Path) -> str:
+def _fingerprint(localiser: Localiser, source: Dataset | Queries) -> str:
     """What a database's descriptors depend on: the model's weights, the list, and the photos' (or shards') names, sizes
     and times of change."""
-    database = database.resolve()
-    digest = hashlib.sha256(f"{database} {localiser.shorter_side}\n".encode())
+    place = (source.path if isinstance(source, Dataset) else source.source).resolve()
+    digest = hashlib.sha256(f"{place} {localiser.shorter_side}\n".encode())
     listing = json.loads((localiser.path / "files.json").read_text())["files"]
     digest.update(json.dumps(listing["model.safetensors"]).encode())
-    files: Sequence[Path]
-    if (database / MANIFEST).exists():
-        files = sorted(database.rglob("*"))
+    if isinstance(source, Dataset):
+        files = {str(file): file for file in sorted(place.rglob("*"))}
     else:
-        files = list_queries(database, localiser.classes.zone, southern=localiser.classes.southern).paths
-        digest.update(database.read_bytes() if is_list(database) else b"")
-    for file in files:
+        files = dict(zip(source.names, source.paths, strict=True))
+        digest.update(place.read_bytes() if is_list(place) else b"")
+    for name, file in files.items():
         try:
             status = file.stat()
         except (OSError, ValueError):  # a photo that is not there, or never can be
             continue
-        digest.update(f"{file} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "replace"))
+        digest.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "replace"))
     return digest.hexdigest()

@@ -19,7 +19,7 @@ from training.heads import Head, ScoreForm
 from training.memory import keep_freed_memory
 from training.model import GeoModel, fold_batch_norms
 from training.presets import TrainConfig
-from training.queries import query_size
+from training.queries import Queries, list_queries, query_size
 from training.scoring import THRESHOLD_METRES, Descriptors, describe_queries
 
 
@@ -78,14 +78,14 @@ class Localiser:
         """Scores to answer by: the best on validation queries, or those that the checkpoint was trained for."""
         return self.calibration.form if self.calibration else self.trained_form
 
-    def temperature(self, form: RankingForm) -> float | None:
-        """What the logits are divided by before they become probabilities; None where nothing was calibrated."""
-        return self.calibration.temperatures.get(form) if self.calibration else None
-
     @property
     def shorter_side(self) -> int:
         """Shorter side in pixels that photos are resized to."""
         return query_size(self.config.image_size)
+
+    def list_queries(self, source: Path) -> Queries:
+        """The photos of a folder or list in the plane of the classes; see `training.queries.list_queries`."""
+        return list_queries(source, self.classes.zone, southern=self.classes.southern)
 
     def describe(
         self, paths: Sequence[Path], *, batch_size: int = 32, threads: int = 1, title: str | None = None

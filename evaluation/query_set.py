@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.calibration import TEMPERATURES, Calibration, fit
+from evaluation.calibration import TEMPERATURES, Calibration, fit, temperature_of
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from evaluation.measures import (
@@ -150,7 +150,7 @@ class Outcome:
             "latency_ms": self.timing.latency,
             "processes": self.timing.processes,
             "device": self.timing.device,
-            "temperature": self.calibration.temperatures.get(self.form) if self.calibration else None,
+            "temperature": temperature_of(self.calibration, self.form),
             "calibration_error": calibration_error,
             "calibration": as_rows(table),
             "by_group": accuracy_by_group(self.index, east, north, self.own.rows[scored, 0], self.right[scored]),

@@ -90,7 +90,7 @@ def main() -> None:
     prepare_folder(arguments.out)
     localiser = load_localiser(arguments.checkpoint, choose_device(cpu=arguments.cpu))
     reading = {"batch_size": arguments.batch_size, "threads": cores_of_process()}
-    queries = describe_photos(localiser, arguments.queries, _warn, **reading)
+    queries = describe_photos(localiser, localiser.list_queries(arguments.queries), _warn, **reading)
     vectors = _other_descriptors(arguments.query_descriptors, queries) or queries
     database = database_images(localiser, arguments.database, arguments.out / "database.npz", _warn, **reading)
     if vectors.vectors.shape[1] != database.vectors.shape[1]:

@@ -40,7 +40,7 @@ class Source:
     def of(place: Path | str, root: Path | str | None = None, crops: int = 0) -> "Source":
         """The source at `place`; paths in a list are relative to the list's folder where `root` is None."""
         place = str(place)
-        if is_url(place) or not is_list(place):
+        if not is_list(place):
             root = place
         elif root is None:
             root = Path(place).parent
@@ -54,7 +54,7 @@ class Source:
     @property
     def is_list(self) -> bool:
         """Whether the photos are named by a CSV or Parquet file."""
-        return not is_url(self.place) and is_list(self.place)
+        return is_list(self.place)
 
     def check(self, out: Path) -> None:
         """Raise `JobError` where the source is not there, or holds the folder `out` of the data set."""

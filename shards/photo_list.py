@@ -19,9 +19,10 @@ import utm
 
 from shards.console import JobError, describe_os_error, one_line, printable
 from shards.names import string_bytes
-from shards.plane import Places, in_degrees, zone_of, zones_apart
+from shards.plane import Places, on_map, zone_of, zones_apart
+from shards.store import is_url
 
-LIST_EXTENSIONS = (".csv", ".parquet")
+_LIST_EXTENSIONS = (".csv", ".parquet")
 _COLUMNS = ("path", "east", "north", "zone", "latitude", "longitude", "heading", "timestamp")
 _NUMBERS = ("east", "north", "latitude", "longitude", "heading")
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
@@ -75,8 +76,9 @@ class PathColumn:
 
 
 def is_list(place: Path | str) -> bool:
-    """Whether a path is that of a list of photos, by its extension."""
-    return os.fspath(place).lower().endswith(LIST_EXTENSIONS) and not os.path.isdir(place)
+    """Whether a path, which is no URL, is that of a list of photos, by its extension."""
+    name = os.fspath(place).lower()
+    return name.endswith(_LIST_EXTENSIONS) and not is_url(name) and not os.path.isdir(place)
 
 
 def read_list(file: Path, zone: int, *, northern: bool | None = None) -> PhotoList:
@@ -207,7 +209,7 @@ def _from_degrees(table: pa.Table, zone: int, northern: bool | None) -> tuple[Pl
     """One zone and one hemisphere's plane for all, so that no border of zones runs through a city."""
     latitude, longitude = _numbers(table, "latitude"), _numbers(table, "longitude")
     missing = ~(np.isfinite(latitude) & np.isfinite(longitude))
-    inside = in_degrees(latitude, longitude)
+    inside = on_map(latitude, longitude)
     good = inside.copy()
     east, north = np.full((2, len(table)), np.nan)
     zones = np.zeros(len(table), np.int8)

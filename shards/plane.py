@@ -49,8 +49,8 @@ def zones_apart(zones: np.ndarray, zone: int) -> np.ndarray:
     return np.minimum(apart, 60 - apart)
 
 
-def in_degrees(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
-    """Whether points are on the map of UTM, bool [n]: false where a value is NaN."""
+def on_map(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
+    """Whether points in degrees are on the map of UTM, bool [n]: false where a value is NaN."""
     return (latitude >= -80) & (latitude <= 84) & (longitude >= -180) & (longitude <= 180)
 
 
@@ -74,7 +74,7 @@ def into_zone(places: Places, paths: Sequence[str] | pa.Array, zone: int) -> Mov
             if not len(rows):
                 continue
             latitude, longitude = utm.to_latlon(east[rows], north[rows], other, northern=not half, strict=False)
-            known = in_degrees(latitude, longitude)
+            known = on_map(latitude, longitude)
             east[rows[~known]] = np.nan
             if known.any():
                 east[rows[known]], north[rows[known]], _, _ = utm.from_latlon(
