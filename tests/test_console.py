@@ -1,8 +1,14 @@
-"""Numbers with units and nouns, as a person reads them."""
+"""Numbers with units and nouns, as a person reads them, and how a process ends."""
+
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from shards.console import format_bytes, format_count, format_duration
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
@@ -28,3 +34,31 @@ def test_durations_are_rounded_once(seconds: float, words: str) -> None:
 )
 def test_bytes_have_decimal_units(count: float, words: str) -> None:
     assert format_bytes(count) == words
+
+
+THREADS_IN_TORCH = """
+import atexit, threading, torch
+from shards.console import JobError, entry
+from training.one_voice import ended_at_once
+
+def work():
+    a = torch.randn(100)
+    while True:
+        a + a
+
+def main():
+    for _ in range(4):
+        threading.Thread(target=work, daemon=True).start()
+    atexit.register(print, "handlers ran")
+    print("told", end=" ")
+    raise JobError("nothing to train on")
+
+with ended_at_once():
+    entry(main)
+"""
+
+
+def test_threads_inside_torch_do_not_abort_a_process_that_ends() -> None:
+    command = [sys.executable, "-c", THREADS_IN_TORCH]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "told handlers ran\n", "error: nothing to train on\n")

@@ -1,8 +1,10 @@
-"""What a person sees of several processes of a launch: one line for an error that stops them all."""
+"""What a person sees of several processes of a launch: an error that stops them all in one line, and exit codes."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -31,6 +33,26 @@ def one_voice() -> Iterator[None]:
             time.sleep(_LAUNCHER_SECONDS)  # the launcher ends all at the first exit, which must not be this one
             raise SystemExit(exit_code(error)) from error
         raise
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """End the process with the exit code that comes here, without taking the interpreter down.
+
+    Threads of gloo may still hold tensors of the last collective, and abort the process where they give them up while
+    the interpreter ends (pytorch issues 38228, 179291, 190489); the process group, which would join them, lives as long
+    as the process once DDP has had it.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if not isinstance(end.code, int):
+            raise
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            if stream:  # None where it was closed from the start
+                stream.flush()
+        os._exit(end.code)
 
 
 def parse_arguments(kind: type[T], words: Sequence[str] | None = None, **options: Any) -> T:

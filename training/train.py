@@ -6,7 +6,7 @@ accelerate launch training/train.py --shards DIR --out RUN ...
 
 from shards.console import entry
 from training.interruption import Interruption
-from training.one_voice import one_voice
+from training.one_voice import ended_at_once, one_voice
 
 
 def main() -> None:
@@ -22,4 +22,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    entry(main)
+    with ended_at_once():
+        entry(main)
