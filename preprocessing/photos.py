@@ -3,7 +3,7 @@
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.console import JobError, describe_os_error, printable
+from shards.console import JobError, printable
 from shards.files import atomic_path
-from shards.names import PHOTO_EXTENSIONS
 from shards.photo_list import PathColumn
+from shards.photo_tree import walk_photos
 from shards.plane import Places
 
 _BATCH = 100_000
@@ -85,7 +85,7 @@ def list_photos(
     bad: list[Bad] = []
     folders: dict[str, int] = {}
     others = 0
-    for kind, path in _walk(root, "", folders, set()):
+    for kind, path in walk_photos(root, folders):
         if kind == "photo":
             batch.append(path)
             if len(batch) == _BATCH:
@@ -99,45 +99,6 @@ def list_photos(
     paths.add(pa.array(batch, pa.large_string()))
     progress(len(paths))
     return Listing(root, paths.array(), bad, others, folders, fresh=True)
-
-
-def _walk(root: Path, folder: str, folders: dict[str, int], above: set[tuple[int, int]]) -> Iterator[tuple[str, str]]:
-    """Yield (kind, relative path) below a folder in sorted order, each link to a folder once on any way down."""
-    here = root / folder
-    try:
-        status = here.stat()
-        entries = sorted(os.scandir(here), key=lambda e: os.fsencode(e.name))
-    except OSError as error:
-        raise JobError(f"cannot list the photos: {describe_os_error(error)}") from None
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        return
-    folders[folder] = status.st_mtime_ns
-    for entry in entries:
-        path = f"{folder}/{entry.name}" if folder else entry.name
-        try:
-            if entry.is_dir():
-                yield from _walk(root, path, folders, above | {identity})
-                continue
-            regular = entry.is_file()
-        except OSError:
-            regular = False
-        if not entry.name.lower().endswith(PHOTO_EXTENSIONS) or entry.name.startswith("."):
-            yield "other", path
-        elif not regular:
-            yield "not a regular file", path
-        elif not _is_text(path):
-            yield "name is not UTF-8", path
-        else:
-            yield "photo", path
-
-
-def _is_text(path: str) -> bool:
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def store_listing(listing: Listing, cache: Path) -> None:

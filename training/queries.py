@@ -20,6 +20,7 @@ from PIL import Image, UnidentifiedImageError
 from shards.console import JobError, one_line, printable
 from shards.names import PHOTO_EXTENSIONS, parse_utm
 from shards.photo_list import is_list, read_list
+from shards.photo_tree import walk_photos
 from shards.plane import Places, into_zone
 from shards.upright import upright_rgb
 
@@ -88,7 +89,7 @@ def query_size(image_size: int) -> int:
 
 
 def find_photos(folder: Path) -> list[Path]:
-    """All photos under `folder`, links followed, sorted by path; JobError where it is no folder or holds none."""
+    """All photos under `folder`, links followed, sorted by path; JobError where it cannot be read or holds none."""
     if not folder.is_dir():
         what = (
             "a file; name the folder of photos that holds it, or a list (.csv, .parquet)"
@@ -96,20 +97,10 @@ def find_photos(folder: Path) -> list[Path]:
             else "no such folder of photos"
         )
         raise JobError(f"{folder}: {what}")
-    found: list[Path] = []
-    for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _leads_back(Path(root, name))]
-        found += [
-            Path(root, name) for name in names if name.lower().endswith(PHOTO_EXTENSIONS) and not name.startswith(".")
-        ]
+    found = [folder / path for kind, path in walk_photos(folder) if kind != "other"]
     if not found:
         raise JobError(f"{folder}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
     return sorted(found)
-
-
-def _leads_back(folder: Path) -> bool:
-    """Whether this is a link to one of the folders above it."""
-    return folder.is_symlink() and any(above.resolve() == folder.resolve() for above in folder.parents)
 
 
 def list_queries(source: Path, zone: int, *, southern: bool = False) -> Queries:

@@ -1,0 +1,66 @@
+"""The photos of a folder and of all folders below it."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from shards.console import JobError, describe_os_error
+from shards.names import PHOTO_EXTENSIONS
+
+
+class _Folder(NamedTuple):
+    path: str
+    identity: tuple[int, int]
+    modified: int
+    entries: Iterator[os.DirEntry[str]]
+
+
+def walk_photos(root: Path, folders: dict[str, int] | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (kind, path relative to `root`) of every file below `root`, folder by folder in sorted order.
+
+    Kinds: `photo`, `other` (no photo by its name, or hidden), and for names of photos also `not a regular file` and
+    `name is not UTF-8`. Links are followed, a link to a folder once on any way down. `folders` gets the time stamp of
+    every folder (nanoseconds). Raises `JobError` where a folder cannot be read.
+    """
+    way = [_open(root, "")]
+    while way:
+        entry = next(way[-1].entries, None)
+        if entry is None:
+            folder = way.pop()
+            if folders is not None:
+                folders[folder.path] = folder.modified
+            continue
+        path = f"{way[-1].path}/{entry.name}" if way[-1].path else entry.name
+        try:
+            is_folder, is_regular = entry.is_dir(), entry.is_file()
+        except OSError:  # a link that leads nowhere
+            is_folder, is_regular = False, False
+        if not is_folder:
+            yield _kind(entry.name, path, is_regular), path
+            continue
+        folder = _open(root, path)
+        if all(folder.identity != above.identity for above in way):
+            way.append(folder)
+
+
+def _open(root: Path, path: str) -> _Folder:
+    here = root / path
+    try:
+        status = here.stat()
+        entries = sorted(os.scandir(here), key=lambda e: os.fsencode(e.name))
+    except OSError as error:
+        raise JobError(f"cannot list the photos: {describe_os_error(error)}") from None
+    return _Folder(path, (status.st_dev, status.st_ino), status.st_mtime_ns, iter(entries))
+
+
+def _kind(name: str, path: str, is_regular: bool) -> str:
+    if not name.lower().endswith(PHOTO_EXTENSIONS) or name.startswith("."):
+        return "other"
+    if not is_regular:
+        return "not a regular file"
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return "name is not UTF-8"
+    return "photo"
