@@ -146,8 +146,12 @@ def _calibrate(localiser: Localiser, path: Path, notes: Results, world: World) -
     source = notes.job.val_queries
     if source is None and localiser.calibration is None:
         trained_with = localiser.config.val_queries
-        found = trained_with if trained_with is not None and trained_with.exists() else None
-        source = world.gather(found)[0]
+        source = world.gather(trained_with if trained_with is not None and trained_with.exists() else None)[0]
+        if source is None and trained_with is not None and world.is_main:
+            notes.warn(
+                f"{trained_with}: the training's validation queries are not here; {path} keeps {localiser.form} scores "
+                "and a confidence that is not calibrated (--val-queries)"
+            )
     if source is None:
         return
     queries = _list(source, localiser, world)

@@ -293,6 +293,22 @@ def test_validation_queries_choose_the_form_and_the_temperature_that_later_answe
     assert untouched["calibration_error"] != row["calibration_error"]
 
 
+def test_a_training_whose_validation_queries_are_not_here_says_that_nothing_is_calibrated(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = write_run(tmp_path / "run", val_queries=tmp_path / "val")
+    words = ["--checkpoints", run, "--queries", run_and_queries[1], "--no-report", "--out", tmp_path / "o"]
+    assert run_here(monkeypatch, *words) == 0
+    assert f"{tmp_path / 'val'}: the training's validation queries are not here" in capsys.readouterr().err
+    assert run_here(monkeypatch, *words, "--val-queries", run_and_queries[1]) == 0
+    capsys.readouterr()
+    assert run_here(monkeypatch, *words) == 0
+    assert "not here" not in capsys.readouterr().err
+
+
 def test_queries_that_the_confidence_was_fitted_to_are_told_from_others(
     run_and_queries: tuple[Path, Path],
     tmp_path: Path,

@@ -103,6 +103,14 @@ def test_a_long_epoch_says_that_it_goes_on(
     assert re.match(r"step 2/\d+  loss +\d+\.\d{4}  [\d,]+ images/s  data wait \d+%  left ", lines[1])
 
 
+@pytest.mark.parametrize(("warmup", "warned"), [(8, True), (7, False)])
+def test_a_warmup_as_long_as_the_run_is_told(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], warmup: int, warned: bool
+) -> None:
+    train_here(configure(shards, tmp_path / "r", epochs=1, lr_schedule="cosine", warmup_steps=warmup))
+    assert ("warning: --warmup-steps 8 of 8 steps: the learning rate never gets" in capsys.readouterr().out) == warned
+
+
 def test_a_run_that_goes_on_with_other_queries_or_none_chooses_its_best_anew(
     shards: Path, queries: Path, tmp_path: Path
 ) -> None:

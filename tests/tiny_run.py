@@ -18,13 +18,19 @@ IMAGE_SIZE = 28  # queries are then read at 32 pixels, the size of the photos
 
 
 def write_run(
-    path: Path, classes: ClassTable | None = None, *, head: HeadKind = "AAMC", form: ScoreForm = "cosine"
+    path: Path,
+    classes: ClassTable | None = None,
+    *,
+    head: HeadKind = "AAMC",
+    form: ScoreForm = "cosine",
+    val_queries: Path | None = None,
 ) -> Path:
     """Write a run with one checkpoint, whose heads know every class of `classes` (default: those of `tiny`)."""
     classes = classes or class_table()
     config = TrainConfig(
         shards="shards", out=path, backbone="small_cnn", weights="none", freeze_until=0, descriptor_dim=32,
         head=head, s=30.0, m=0.1, score_form=form, image_size=IMAGE_SIZE, precision="fp32",
+        val_queries=val_queries,
     )  # fmt: skip
     torch.manual_seed(0)
     model = GeoModel("small_cnn", "none", 0, 32).eval()

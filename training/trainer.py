@@ -322,6 +322,11 @@ class Trainer:
             f"{config.schedule} schedule, {format_count(self.world.size, 'process')} on {self.world.device.type}, "
             f"{config.precision}, batch {config.batch_size}, {format_count(self.total_steps, 'step')}",
         ]
+        if config.warmup_steps >= self.total_steps:
+            lines.append(
+                f"warning: --warmup-steps {config.warmup_steps} of {format_count(self.total_steps, 'step')}: the "
+                "learning rate never gets to --lr"
+            )
         if self.validator is None:
             lines.append(
                 "no validation queries (--val-queries): the best checkpoint is the one of the lowest mean loss"
