@@ -17,7 +17,7 @@ import numpy as np
 from evaluation.measures import calibration, percent
 from evaluation.ranking import RANKING_FORMS, RankingForm
 from shards.console import JobError
-from shards.files import atomic_write_json
+from shards.files import atomic_write_json, read_bytes
 
 CALIBRATION = "calibration.json"
 TEMPERATURES = tuple(2 ** (step / 12) for step in range(-24, 49))  # 0.25 to 16, with 1 among them
@@ -49,7 +49,7 @@ class Calibration:
         """The calibration in a checkpoint's folder, None where there is none; JobError for a file that is none."""
         path = checkpoint / CALIBRATION
         try:
-            values: dict[str, Any] = json.loads(path.read_text())
+            values: dict[str, Any] = json.loads(read_bytes(path))
             found = cls(**values)
             sound = found.form in RANKING_FORMS and found.form in found.temperatures
             sound &= all(0 < t < np.inf for t in found.temperatures.values())

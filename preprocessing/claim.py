@@ -12,7 +12,7 @@ from preprocessing.plan import Plan, Settings
 from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import GPU_CODEC
-from shards.files import atomic_write_json, try_lock
+from shards.files import atomic_write_json, read_bytes, try_lock
 from shards.layout import LISTING, LOCK, MANIFEST, PLAN, PROVENANCE
 from shards.provenance import provenance
 
@@ -66,7 +66,7 @@ def claimed(out: Path) -> tuple[Source, Settings, str]:
 
 def _read(out: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((out / PLAN).read_text())
+        return json.loads(read_bytes(out / PLAN))
     except FileNotFoundError:
         return None
     except ValueError as error:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.files import atomic_write_text
+from shards.files import atomic_write_text, named, read_bytes
 from shards.layout import CHECKSUMS, INDEX, MANIFEST, PROVENANCE
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def seal(dataset: Path, manifest: "Manifest | None" = None) -> None:
         sealed_at = (dataset / CHECKSUMS).stat().st_mtime_ns
     except (DamagedChecksums, FileNotFoundError):
         before, sealed_at = {}, 0
-    with tempfile.TemporaryFile(dir=dataset) as now:
+    with named(dataset), tempfile.TemporaryFile(dir=dataset) as now:
         if os.fstat(now.fileno()).st_mtime_ns < sealed_at:
             before = {}
     sums = {}
@@ -61,7 +61,7 @@ def read_checksums(dataset: Path) -> dict[str, str] | None:
     Raises `DamagedChecksums`, `OSError`.
     """
     try:
-        data = (dataset / CHECKSUMS).read_bytes()
+        data = read_bytes(dataset / CHECKSUMS)
     except FileNotFoundError:
         return None
     return parse_checksums(data)
@@ -92,7 +92,7 @@ def is_sealed(name: str) -> bool:
 
 def checksum(path: Path) -> str:
     """SHA-256 of a file's bytes in hexadecimal."""
-    with open(path, "rb") as file:
+    with named(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from shards.classes import ClassTable
 from shards.console import JobError
-from shards.files import atomic_write_json
+from shards.files import atomic_write_json, read_bytes
 from shards.index import GroupIndex
 from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST
 from shards.mirror import mirror, named_by_url
@@ -51,7 +51,7 @@ class Manifest:
     def load(path: Path) -> "Manifest":
         """Read a manifest; raises `JobError` where it is missing, damaged or of another format version."""
         try:
-            values: dict[str, Any] = json.loads(path.read_text())
+            values: dict[str, Any] = json.loads(read_bytes(path))
         except FileNotFoundError:
             raise JobError(
                 f"{path}: no finished data set here; make one with preprocessing/build_shards.py "

@@ -1,5 +1,6 @@
 """Files that appear whole or not at all (law 2 of the design): write beside, flush, rename."""
 
+import errno
 import fcntl
 import json
 import os
@@ -10,29 +11,41 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from shards.console import JobError
+from shards.console import JobError, is_systems
 from shards.layout import LOCK
 
 TEMPORARY_SUFFIX = ".partial"
 
 
 @contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """Give an error of the operating system that names no file the name of `path`: those of reading and writing an open
+    file name none."""
+    try:
+        yield
+    except OSError as error:
+        if is_systems(error) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`.
 
-    On an error the temporary file is removed and `path` is left as it was; an `OSError` that names no file (that of a
-    full disk does not) gets the name of `path`.
+    On an error the temporary file is removed and `path` is left as it was; an `OSError` bears the name of a file.
     """
     path = Path(path)
     partial = _partial(path)
     try:
-        yield partial
-        _flush(partial)
-        os.replace(partial, path)
+        with named(path):
+            yield partial
+            _flush(partial)
+            os.replace(partial, path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
+        if isinstance(error, OSError) and not is_systems(error):  # pyarrow's, where closing a file fails
+            raise OSError(errno.EIO, str(error), str(path)) from error
         raise
     _flush(path.parent)
 
@@ -41,24 +54,28 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success flush every file and rename it to `path`.
 
-    `path` must not exist when the block ends. On an error the folder is removed; an `OSError` that names no file gets
-    the name of `path`.
+    `path` must not exist when the block ends. On an error the folder is removed; an `OSError` bears the name of a file.
     """
     path = Path(path)
     partial = _partial(path)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        for file in sorted(partial.rglob("*")):
-            _flush(file)
-        _flush(partial)
-        os.rename(partial, path)
-    except BaseException as error:
+        with named(path):
+            yield partial
+            for file in sorted(partial.rglob("*")):
+                _flush(file)
+            _flush(partial)
+            os.rename(partial, path)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
         raise
     _flush(path.parent)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file; an `OSError` bears its name, also one of reading."""
+    with named(path):
+        return path.read_bytes()
 
 
 def atomic_write_bytes(path: Path | str, data: bytes) -> None:
@@ -154,6 +171,7 @@ def _partial(path: Path) -> Path:
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with named(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from shards.classes import ClassTable
 from shards.console import JobError, is_systems, one_line
-from shards.files import atomic_folder, locked
+from shards.files import atomic_folder, locked, named, read_bytes
 from shards.layout import CLASSES, INDEX, group_name, shard_tables
 
 _COLUMNS = {"shard": np.uint32, "offset": np.uint64, "size": np.uint32, "crc32": np.uint32}
@@ -98,7 +98,7 @@ def _of_group(tables: list[Path], group: int) -> list[Path]:
 def _state(tables: list[Path]) -> str:
     digest = hashlib.sha256(" ".join(_ARRAYS).encode())
     for table in tables:
-        with open(table, "rb") as file:
+        with named(table), open(table, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL))
             digest.update(f"{table.name} {size}\n".encode())
@@ -125,7 +125,7 @@ def _damaged(folder: Path, what: object) -> JobError:
 
 def _is_current(folder: Path, state: str) -> bool:
     try:
-        return (folder / "state").read_bytes() == state.encode()
+        return read_bytes(folder / "state") == state.encode()
     except FileNotFoundError:
         return False
 

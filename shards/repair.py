@@ -19,7 +19,14 @@ from shards.checksums import seal
 from shards.classes import ClassTable
 from shards.console import JobError, format_count
 from shards.dataset import GPU_CODEC, Manifest
-from shards.files import TEMPORARY_SUFFIX, at_work, atomic_write_bytes, atomic_write_json, remove_partials
+from shards.files import (
+    TEMPORARY_SUFFIX,
+    at_work,
+    atomic_write_bytes,
+    atomic_write_json,
+    read_bytes,
+    remove_partials,
+)
 from shards.index import build_index
 from shards.layout import (
     CHECKSUMS,
@@ -153,7 +160,7 @@ def _settings(dataset: Path, broken: set[str], source: Path) -> tuple[dict[str, 
     """The plan's facts (from the manifest where the plan is lost), and the manifest where it is sound."""
     before = None if MANIFEST in broken else Manifest.load(dataset / MANIFEST)
     if PLAN not in broken:
-        return json.loads((dataset / PLAN).read_text()), before
+        return json.loads(read_bytes(dataset / PLAN)), before
     if before is None:
         raise JobError(
             f"{dataset}: plan.json and dataset.json are both lost, and with them the settings; remove them and run "

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from shards.classes import ClassTable
 from shards.console import JobError
-from shards.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write_json
+from shards.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write_json, named, read_bytes
 
 FORMAT = 1
 WEIGHT_FILES = ("model.safetensors", "heads.safetensors", "config.json", "classes.parquet")
@@ -164,7 +164,7 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _describe(path: Path) -> dict[str, int]:
     crc = 0
-    with path.open("rb") as file:
+    with named(path), path.open("rb") as file:
         while block := file.read(1 << 22):
             crc = zlib.crc32(block, crc)
     return {"bytes": path.stat().st_size, "crc32": crc}
@@ -173,7 +173,7 @@ def _describe(path: Path) -> dict[str, int]:
 def check_files(path: Path, names: Iterable[str]) -> None:
     """Compare files of a checkpoint with what was written; CheckpointError names the first that differs."""
     try:
-        listing = json.loads((path / "files.json").read_text())
+        listing = json.loads(read_bytes(path / "files.json"))
         version = int(listing["format"])
         written = {name: (facts["bytes"], facts["crc32"]) for name, facts in listing["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -206,10 +206,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         classes=weights.classes,
         config=weights.config,
         training=TrainingState(
-            load_file(path / "optimizer.safetensors"), json.loads((path / "optimizer.json").read_text())
+            load_file(path / "optimizer.safetensors"), json.loads(read_bytes(path / "optimizer.json"))
         ),
-        state=json.loads((path / "state.json").read_text()),
-        provenance=json.loads((path / "provenance.json").read_text()),
+        state=json.loads(read_bytes(path / "state.json")),
+        provenance=json.loads(read_bytes(path / "provenance.json")),
     )
 
 
@@ -242,7 +242,7 @@ def _read_weights(path: Path) -> EvaluationWeights:
         model=load_file(path / "model.safetensors"),
         heads=dict(sorted(heads.items())),
         classes=ClassTable.load(path / "classes.parquet"),
-        config=json.loads((path / "config.json").read_text()),
+        config=json.loads(read_bytes(path / "config.json")),
     )
 
 
@@ -271,7 +271,7 @@ def load_latest(run: Path) -> tuple[Path, Checkpoint, list[str]] | None:
 def best_checkpoint(run: Path) -> Path | None:
     """The checkpoint that is marked as the run's best, if it is still there."""
     try:
-        path = run / "checkpoints" / json.loads((run / "best.json").read_text())["checkpoint"]
+        path = run / "checkpoints" / json.loads(read_bytes(run / "best.json"))["checkpoint"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return path if path.is_dir() else None

@@ -1,0 +1,38 @@
+"""Files that appear whole or not at all, and errors that name the file."""
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from shards.console import describe_os_error
+from shards.dataset import Manifest
+from shards.files import atomic_folder, atomic_path
+
+UNREADABLE = Path("/proc/self/mem")  # opens, but its first bytes cannot be read: EIO, as of a bad disk
+
+
+def test_a_file_that_opens_and_cannot_be_read_is_named(tmp_path: Path) -> None:
+    manifest = tmp_path / "dataset.json"
+    manifest.symlink_to(UNREADABLE)
+    with pytest.raises(OSError, match="Input/output error") as raised:
+        Manifest.load(manifest)
+    assert describe_os_error(raised.value) == f"{manifest}: Input/output error"
+
+
+@pytest.mark.parametrize("make", [atomic_path, atomic_folder])
+def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(tmp_path: Path, make: object) -> None:
+    path = tmp_path / "table"
+    if make is atomic_path:
+        path.write_text("old")
+    with pytest.raises(OSError, match="No space left") as raised, make(path):  # type: ignore[operator]
+        Path("/dev/full").write_text("x")
+    assert raised.value.filename == str(path)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == ([("table", "old")] if make is atomic_path else [])
+
+
+def test_an_error_without_a_number_is_told_as_one_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Error closing file") as raised, atomic_path(tmp_path / "t.parquet"):
+        raise OSError("Error closing file")  # as pyarrow says it where a network file system refuses at the end
+    assert raised.value.errno == errno.EIO
+    assert describe_os_error(raised.value) == f"{tmp_path / 't.parquet'}: Error closing file"
