@@ -18,14 +18,16 @@ TEMPORARY_SUFFIX = ".partial"
 
 
 @contextmanager
-def named(path: Path | str) -> Iterator[None]:
+def named(path: Path | str, partial: Path | None = None) -> Iterator[None]:
     """Give an error of the operating system that names no file the name of `path`: those of reading and writing an open
-    file name none."""
+    file name none. One that names `partial`, as which `path` is written, gets it too."""
     try:
         yield
     except OSError as error:
         if is_systems(error) and error.filename is None:
             error.filename = str(path)
+        elif partial is not None and isinstance(error.filename, str):
+            error.filename = error.filename.replace(str(partial), str(path))
         raise
 
 
@@ -38,7 +40,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     path = Path(path)
     partial = _partial(path)
     try:
-        with named(path):
+        with named(path, partial):
             yield partial
             _flush(partial)
             os.replace(partial, path)
@@ -60,7 +62,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     partial = _partial(path)
     partial.mkdir(parents=True)
     try:
-        with named(path):
+        with named(path, partial):
             yield partial
             for file in sorted(partial.rglob("*")):
                 _flush(file)
