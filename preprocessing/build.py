@@ -12,7 +12,7 @@ from preprocessing.finishing import State, Summary, finish
 from preprocessing.output import Output
 from preprocessing.photos import Listing, store_listing
 from preprocessing.plan import Plan, Settings, make_plan
-from preprocessing.revisions import count_bad
+from preprocessing.revisions import count_bad, retried, revisions
 from preprocessing.shard_run import Machinery, write_shards
 from preprocessing.shard_task import ShardResult
 from preprocessing.sources import Source
@@ -147,6 +147,7 @@ def _write_planned(
     shards = plan.shards()[index::count]
     finished = {(group, number): out.finished_shard(group, number) for group, number, _ in shards}
     before = [result for result in finished.values() if result is not None]
+    elsewhere = retried(revisions(out.folder)) if len(before) < len(shards) else frozenset[str]()
     images = sum(size for _, _, size in shards)
     if len(before) < len(shards):
         left = images - sum(r.images + len(r.bad) for r in before)
@@ -154,7 +155,7 @@ def _write_planned(
         check_space(plan, source, out.folder, resizer, min(left, in_flight) if out.store else left)
     write_shards(
         Job((source,), out.folder, resizer, out.store),
-        (plan.task(group, number) for (group, number), result in finished.items() if result is None),
+        (plan.task(*shard).without(elsewhere) for shard, result in finished.items() if result is None),
         before,
         plan.bad if count == 1 else [],
         machinery,

@@ -65,6 +65,7 @@ class ShardTask:
     """One shard to write: planned samples `first` onwards of a group. Columns have shape [k]; metres, degrees.
 
     A timestamp of None means that the photo's name says it, and the heading too; a heading of None is unknown.
+    `elsewhere`: samples that a retry brought into a later shard; they are left out.
     """
 
     group: int
@@ -76,10 +77,15 @@ class ShardTask:
     north: list[float]
     headings: list[float | None] = field(default_factory=list)
     timestamps: list[str | None] = field(default_factory=list)
+    elsewhere: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for column in (self.headings, self.timestamps):
             column += [None] * (len(self.sources) - len(column))
+
+    def without(self, samples: frozenset[str]) -> "ShardTask":
+        """The same task, which leaves `samples` out: they keep their keys, as holes."""
+        return replace(self, elsewhere=samples.intersection(self.sources))
 
     def sample(self, i: int) -> dict[str, Any]:
         """What is planned for sample i, as JSON values; see `Bad.sample`."""

@@ -117,6 +117,14 @@ def revisions(out: Path) -> list[Revision]:
     return [Revision.load(out, number) for number in numbers]
 
 
+def retried(later: Iterable[Revision]) -> frozenset[str]:
+    """The samples that retries among the revisions `later` than a shard brought. Written again, that shard leaves them
+    out: their photos are sound now, and each sample is in one shard."""
+    return frozenset(
+        sample for revision in later if revision.source is None for sample in revision.samples["source"].to_pylist()
+    )
+
+
 def stage(out: Path) -> Path:
     """The folder in which the shards of an unfinished revision are gathered."""
     return out / _STAGE

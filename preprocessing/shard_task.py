@@ -65,12 +65,14 @@ def write_shard(
     stem = out / shard_stem(task.group, task.number)
     partial = stem.with_name(f".{stem.name}.tar.{os.getpid()}{TEMPORARY_SUFFIX}")
     result = ShardResult(task.group, task.number)
-    maker = SampleMaker([Source.of(sources)] if isinstance(sources, Path) else sources, resizer, task.sources)
+    rows = [i for i, sample in enumerate(task.sources) if sample not in task.elsewhere]
+    samples = [task.sources[i] for i in rows]
+    maker = SampleMaker([Source.of(sources)] if isinstance(sources, Path) else sources, resizer, samples)
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb", buffering=1 << 20) as file:
             writer = ShardWriter(file)
-            for i, (jpeg, read) in enumerate(maker.make(task.sources)):
+            for i, (jpeg, read) in zip(rows, maker.make(samples), strict=True):
                 sample = task.sources[i]
                 is_bad = isinstance(jpeg, BadPhoto)
                 if isinstance(jpeg, BadPhoto):

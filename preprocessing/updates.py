@@ -13,7 +13,7 @@ from preprocessing.finishing import State, Summary, finish
 from preprocessing.output import Output
 from preprocessing.photos import Bad
 from preprocessing.resize import BadPhoto, Resizer
-from preprocessing.revisions import PLANNED, Revision, count_bad, publish, read_bad, revisions, stage
+from preprocessing.revisions import PLANNED, Revision, count_bad, publish, read_bad, retried, revisions, stage
 from preprocessing.samples import SampleMaker
 from preprocessing.shard_run import Machinery, bad_limit, check_bad, write_shards
 from preprocessing.shard_task import finished_shard
@@ -108,7 +108,7 @@ def complete_revisions(out: Output, state: State, first: Source, machinery: Mach
     """
     begun = revisions(out.folder)
     for count, revision in enumerate(begun, 1):
-        _complete(out, revision, state, _sources(first, begun[:count]), machinery)
+        _complete(out, revision, state, _sources(first, begun[:count]), retried(begun[count:]), machinery)
     return state.after(begun)
 
 
@@ -117,14 +117,21 @@ def _sources(first: Source, begun: list[Revision]) -> list[Source]:
     return list(dict.fromkeys([first, *(r.source for r in begun if r.source)]))
 
 
-def _complete(out: Output, revision: Revision, state: State, sources: list[Source], machinery: Machinery) -> None:
+def _complete(
+    out: Output,
+    revision: Revision,
+    state: State,
+    sources: list[Source],
+    elsewhere: frozenset[str],
+    machinery: Machinery,
+) -> None:
     shards = revision.shards()
     staged = stage(out.folder)
     staged.mkdir(parents=True, exist_ok=True)
     finished = {s: out.finished_shard(*s) or finished_shard(staged, *s) for s in shards}
     write_shards(
         Job(tuple(sources), staged, state.settings.resizer(), out.store),
-        (task for task in revision.tasks() if finished[task.group, task.number] is None),
+        (t.without(elsewhere) for t in revision.tasks() if finished[t.group, t.number] is None),
         [result for result in finished.values() if result is not None],
         [],
         machinery,

@@ -263,6 +263,29 @@ def test_photos_fetched_anew_are_appended_under_their_labels_and_leave_quarantin
     assert contents(out) == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["group-00/group-00-000000", "group-00/group-00-000001"])
+def test_a_shard_repaired_after_a_retry_leaves_out_what_the_retry_brought(begun, tmp_path, lost):
+    photos = [p for p in sorted((tmp_path / "photos").iterdir()) if labels(begun).get(p.name) == (500000, 4180000)]
+    photos += write_cell(tmp_path / "more", 0, 3, first=100)
+    good = {p: p.read_bytes() for p in photos}
+    for photo in (photos[0], photos[-1]):
+        photo.write_bytes(good[photo][:300])
+    out = tmp_path / "damaged"
+    build(tmp_path / "photos", out, SETTINGS, HERE)
+    add(Source.of(tmp_path / "more"), out, HERE)
+    for photo in (photos[0], photos[-1]):
+        photo.write_bytes(good[photo])
+    assert present(retry_quarantined(out, HERE))[1] == 2
+    before, tars = samples(out), {p: p.read_bytes() for p in out.rglob("*.tar")}
+    (out / f"{lost}.tar").write_bytes(b"")
+    repair(out, verify(out), tmp_path / "photos", 1)
+    assert samples(out) == before
+    assert {p: p.read_bytes() for p in out.rglob("*.tar")} == tars
+    assert quarantine(out) == {}
+    sound(out)
+
+
 def test_photos_that_turn_bad_again_after_they_were_tried_leave_an_empty_shard_that_is_sound(tmp_path, monkeypatch):
     photos = write_photos(tmp_path / "photos")
     good = photos[0].read_bytes()
