@@ -60,9 +60,9 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     """
     path = Path(path)
     partial = _partial(path)
-    partial.mkdir(parents=True)
     try:
         with named(path, partial):
+            partial.mkdir(parents=True)
             yield partial
             for file in sorted(partial.rglob("*")):
                 _flush(file)

@@ -175,12 +175,15 @@ def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -
 
 def _map(folder: Path, group: int) -> dict[str, np.ndarray]:
     try:
-        arrays = {name: np.load(folder / f"{group_name(group)}.{name}.npy", mmap_mode="r") for name in _ARRAYS}
+        with named(folder):
+            arrays = {name: np.load(folder / f"{group_name(group)}.{name}.npy", mmap_mode="r") for name in _ARRAYS}
         for array in arrays.values():  # draws touch it at random: one pass now, not a seek for each on a hard disk
             array._mmap.madvise(mmap.MADV_WILLNEED)
         return {name: np.asarray(array) for name, array in arrays.items()}  # a memmap's elements are slow to get
     except (OSError, ValueError) as error:
-        raise _damaged(folder, error) from None
+        if is_systems(error) and not isinstance(error, FileNotFoundError):
+            raise
+        raise _damaged(folder, one_line(error)) from None
 
 
 def _index(group: int, tables: list[Path], arrays: dict[str, np.ndarray]) -> GroupIndex:

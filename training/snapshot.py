@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +34,7 @@ from training.progress import Progress
 from training.run_folder import LossFile
 
 HEAD_STATE = "heads."
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -133,13 +137,26 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
         except (OSError, SafetensorError) as error:
             whole = list_checkpoints(out)
             kept = f"the last whole one is {whole[0]}" if whole else "there is none before it"
-            remedy = "free some space" if out.exists() else "bring the folder back"
+            reason, remedy = _refusal(error, out)
             raise JobError(
-                f"the checkpoint after step {progress.step} cannot be saved ({error}); {kept}; "
+                f"the checkpoint after step {progress.step} cannot be saved ({reason}); {kept}; "
                 f"{remedy} and go on with --resume"
             ) from error
 
     run.world.made_on(run.world.is_main, write)
+
+
+def _refusal(error: OSError | SafetensorError, out: Path) -> tuple[str, str]:
+    """What kept a file of the run folder `out` from being written, and the way out."""
+    if isinstance(error, OSError):
+        number, place = error.errno, error.filename or out
+    else:
+        found = re.search(r"(?:os error|code:) (\d+)", str(error))
+        number, place = int(found[1]) if found else None, out
+    reason = f"{place}: {os.strerror(number)}" if number else str(error)
+    if not out.exists():
+        return reason, "bring the folder back"
+    return reason, "free some space" if number in _FULL else "mend that"
 
 
 def _checkpoint(

@@ -131,7 +131,11 @@ def test_three_processes_that_go_on_have_the_losses_of_three_that_never_stopped(
 
 
 @pytest.mark.parametrize(
-    ("place", "told_as"), [("file/r", "file/r: Not a directory"), ("r", "the checkpoint after step 8 cannot be saved")]
+    ("place", "told_as"),
+    [
+        ("file/r", "file/r: Not a directory"),
+        ("r", "r/checkpoints: File exists); there is none before it; mend that and go on"),
+    ],
 )
 def test_a_folder_that_the_first_process_cannot_write_is_told_once(
     data: tuple[Path, Path], tmp_path: Path, place: str, told_as: str
@@ -142,7 +146,7 @@ def test_a_folder_that_the_first_process_cannot_write_is_told_once(
     (tmp_path / "r" / "checkpoints").write_text("")  # a file where the folder should be
     code, _, told = train(arguments(data[0], tmp_path / place, resume=True), processes=2)
     assert code == 1
-    assert told.count(f"error: {told_as}" if place == "r" else told_as) == 1
+    assert (told.count("error: "), told.count(told_as)) == (1, 1)
     assert "gloo" not in told
 
 
