@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import utm
 from PIL import Image
 
@@ -15,6 +14,7 @@ from evaluation.ranking import Answers
 from evaluation.result_files import to_latlon
 from shards.classes import ClassTable
 from shards.names import BadName, parse_name
+from shards.plane import on_map
 from training.queries import UNREADABLE
 
 _GPS_TAG = 0x8825
@@ -152,6 +152,6 @@ def _named_position(path: Path, zone: int, southern: bool) -> KnownPosition | No
         latitude, longitude = utm.to_latlon(name.east, name.north, zone, northern=not southern, strict=False)
     except (utm.OutOfRangeError, ValueError):
         return None
-    if not np.isfinite([latitude, longitude]).all():
+    if not on_map(latitude, longitude):
         return None
     return KnownPosition("name", float(latitude), float(longitude))

@@ -133,7 +133,8 @@ def read_sample_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     if not isinstance(facts, dict) or not all(isinstance(facts.get(name), int) for name in _COUNTED_FACTS):
         raise ValueError("its facts are damaged")
     keys = table["key"].to_pylist()
-    if any(not key.isdigit() or len(key) > _LONGEST_KEY for key in keys) or any(a >= b for a, b in pairwise(keys)):
+    numbers = all(key.isascii() and key.isdigit() and len(key) <= _LONGEST_KEY for key in keys)
+    if not numbers or any(a >= b for a, b in pairwise(keys)):
         raise ValueError("its keys are not ascending numbers")
     sizes = table["size"].to_numpy()
     if len(sizes) and not 0 < sizes.min() <= sizes.max() <= _LARGEST_PHOTO:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import HERE, SETTINGS
@@ -18,11 +19,13 @@ from present import present
 from preprocessing import build_shards
 from preprocessing.build import Summary, build
 from preprocessing.photos import list_photos, store_listing
-from preprocessing.plan import make_plan
+from preprocessing.plan import class_order, make_plan
 from preprocessing.shard_run import Machinery
 from shards.console import JobError, WrongArguments
 from shards.dataset import Dataset
 from shards.layout import shard_tables
+from shards.names import hash_names
+from shards.verification import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_BYTES = {"provenance.json"}
@@ -245,6 +248,31 @@ def test_a_plan_depends_on_names_alone_and_the_seed_shuffles_within_classes(tmp_
     assert (other.order != plan.order).any()
     assert (other.label[other.order] == plan.label[plan.order]).all()
     assert other.fingerprint != plan.fingerprint
+
+
+def test_photos_on_the_edges_of_a_cell_are_in_it_and_sound(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(10):
+        path = tmp_path / "photos" / name_at(500000 + i % 2 * 19.99, 4180000 + i % 2 * 19.99, i)
+        path.write_bytes(jpeg(96, i))
+    run(tmp_path / "photos", tmp_path / "out")
+    classes = Dataset.open(tmp_path / "out").classes
+    assert (classes.cell_east.tolist(), classes.cell_north.tolist(), classes.images.tolist()) == (
+        [500000],
+        [4180000],
+        [10],
+    )
+    assert verify(tmp_path / "out").problems == []
+
+
+def test_the_order_within_classes_is_that_of_earlier_versions(monkeypatch):
+    """A build or a repair that an update of this project interrupts goes on with the same samples."""
+    names = hash_names(pa.array([f"a/@{i}@{i}@x{i}@.jpg" for i in range(8)], pa.large_string()))
+    row = np.array([1, 0, -1, 0, 1, 0, 1, 0], np.int32)
+    for step in (1 << 20, 3):  # photos at once
+        monkeypatch.setattr("preprocessing.plan._STEP", step)
+        assert class_order(row, names, 3, 1).tolist() == [5, 1, 7, 3, 0, 6, 4]
+        assert class_order(row, names, 3, 2).tolist() == [11, 10, 2, 14, 6, 3, 15, 7, 13, 0, 9, 1, 12, 8]
 
 
 COMMAND = [sys.executable, str(ROOT / "preprocessing" / "build_shards.py"), "--image-size", "64", "--workers", "2"]

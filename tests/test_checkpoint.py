@@ -66,6 +66,14 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(loaded.heads[3]["bias"], saved.heads[3]["bias"])
 
 
+def test_heads_come_back_in_the_order_of_their_groups(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(1)
+    checkpoint.heads.update({group: {"weight": torch.full((1, 2), float(group))} for group in (10, 2, 11, 1)})
+    heads = load_checkpoint(save_checkpoint(tmp_path, checkpoint)).heads
+    assert list(heads) == [0, 1, 2, 3, 10, 11]
+    assert all((heads[group]["weight"] == group).all() for group in (1, 2, 10, 11))
+
+
 def test_weights_are_saved_without_a_copy_of_them_in_memory_but_for_those_that_share_it(tmp_path: Path) -> None:
     checkpoint = make_checkpoint(7)
     large = torch.randn(1000, 1000)

@@ -181,6 +181,29 @@ def check_batch_norm(found: list[dict[str, Tensor]], ranks: int) -> None:
         )
 
 
+class Alike(World):
+    """A process among others that hold the same."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor.mul_(self.size)
+
+
+def test_batch_norms_that_agree_over_all_ranks_stay_as_they_are_however_far_their_means_lie() -> None:
+    norms = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(2)))
+    with torch.no_grad():
+        for norm in (norms[1], norms[2][0]):  # type: ignore[index]
+            norm.running_mean += torch.tensor([0.5, -900.0, 30.0])[: norm.num_features]
+            norm.running_var *= torch.tensor([2.0, 0.01, 1e-4])[: norm.num_features]
+    before = [buffer.clone() for buffer in norms.buffers()]
+    average_batch_norm(norms, Alike(0, 3, CPU))
+    for old, new in zip(before, norms.buffers(), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-5, atol=0)
+
+
+def test_a_model_without_batch_norms_has_nothing_to_average() -> None:
+    average_batch_norm(nn.Linear(2, 2), World(0, 2, CPU))
+
+
 def join(rank: int, port: int, attempt: int) -> None:
     """Join as torchrun's process of that attempt, whose store is at `port`; in the second one rank 1 comes late."""
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": "2"}

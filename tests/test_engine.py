@@ -223,10 +223,19 @@ def test_heads_compute_in_float32_under_autocast() -> None:
 
 
 def test_clipping_bounds_the_models_gradient_and_reports_its_norm() -> None:
-    engine = engine_with_loss(grad_clip=1e-6)
-    norm = engine.step(0, *a_batch()).grad_norm
-    assert norm is not None
-    assert norm > 1e-6
+    free, clipped = engine_with_loss(), engine_with_loss(grad_clip=1e-6)
+    norms = [engine.step(0, *a_batch(), want_norm=True).grad_norm for engine in (free, clipped)]
+    assert norms[0] == norms[1]
+    assert norms[1] == pytest.approx(first_gradient(free.optimizer), rel=1e-4)
+    assert first_gradient(clipped.optimizer) == pytest.approx(1e-6, rel=1e-4)
+    for group, optimizer in clipped.bank.optimizers.items():
+        assert first_gradient(optimizer) == first_gradient(free.bank.optimizers[group])
+
+
+def first_gradient(optimizer: torch.optim.Optimizer) -> float:
+    """The norm of the gradient that Adam's first step saw: a tenth of it is the first moment."""
+    moments = [state["exp_avg"] for state in optimizer.state.values()]
+    return 10 * float(nn.utils.get_total_norm(moments))
 
 
 def test_the_fp16_scaler_updates_once_a_step_for_model_and_heads_together() -> None:

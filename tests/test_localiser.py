@@ -67,10 +67,15 @@ def test_forms_are_those_of_their_formulas_in_float64(
             np.testing.assert_allclose(answers[form].scores, scores, rtol=1e-4, atol=1e-4)
 
 
+IN_MEMORY = pytest.mark.parametrize("in_memory", [ranking.SCORES_IN_MEMORY, 1])  # or one answer of one photo
+
+
+@IN_MEMORY
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_confidence_is_the_probability_of_the_cells_within_the_threshold(
-    localiser: Localiser, temperature: float
+    localiser: Localiser, temperature: float, in_memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ranking, "SCORES_IN_MEMORY", in_memory)
     vectors = descriptors(localiser)
     answers = localiser.ranker.rank(
         vectors, forms=["raw", "cosine"], threshold=25.0, top_k=3, temperatures={"cosine": temperature}
@@ -79,12 +84,16 @@ def test_confidence_is_the_probability_of_the_cells_within_the_threshold(
     divisors: dict[ScoreForm, float] = {"raw": 1.0, "cosine": temperature}
     for form, divisor in divisors.items():
         probability = probabilities(localiser, vectors, divisor)
-        for i, row in enumerate(answers[form].rows[:, 0]):
+        for (i, k), row in np.ndenumerate(answers[form].rows):
             near = np.hypot(*(centers - centers[row]).T) <= 25
-            assert answers[form].confidence[i, 0] == pytest.approx(probability[i, near].sum(), abs=1e-5)
+            assert answers[form].confidence[i, k] == pytest.approx(probability[i, near].sum(), abs=1e-5)
 
 
-def test_uncertainty_is_the_radius_that_holds_68_percent(localiser: Localiser) -> None:
+@IN_MEMORY
+def test_uncertainty_is_the_radius_that_holds_68_percent(
+    localiser: Localiser, in_memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "SCORES_IN_MEMORY", in_memory)
     vectors = descriptors(localiser)
     answers = localiser.answer(vectors, top_k=2)["cosine"]
     probability = probabilities(localiser, vectors)
@@ -95,6 +104,18 @@ def test_uncertainty_is_the_radius_that_holds_68_percent(localiser: Localiser) -
             radius = answers.uncertainty[i, k]
             assert probability[i, apart <= radius + 0.01].sum() >= 0.68 - 1e-5
             assert radius == pytest.approx(20 / 2**0.5) or probability[i, apart < radius - 0.01].sum() < 0.68
+
+
+def test_confidences_at_temperatures_are_those_of_the_first_answers(localiser: Localiser) -> None:
+    vectors, temperatures = descriptors(localiser), [0.5, 1.0, 3.0]
+    found = localiser.ranker.confidences(vectors, forms=RANKING_FORMS, temperatures=temperatures, threshold=25.0)
+    for form in RANKING_FORMS:
+        rows, confidence = found[form]
+        for i, temperature in enumerate(temperatures):
+            answers = localiser.ranker.rank(vectors, forms=[form], threshold=25.0, temperatures={form: temperature})
+            np.testing.assert_array_equal(rows, answers[form].rows[:, 0])
+            np.testing.assert_allclose(confidence[:, i], answers[form].confidence[:, 0], rtol=1e-5)
+        assert confidence.shape == (len(vectors), 3)
 
 
 def test_ranking_a_hundred_queries_at_once_gives_the_scores_of_one_at_a_time() -> None:

@@ -24,17 +24,20 @@ def test_chance_is_the_mean_over_the_queries_and_nothing_of_none() -> None:
 
 
 def test_calibration_compares_confidence_with_the_share_that_is_right() -> None:
-    confidence = np.array([0.95, 0.95, 1.0, 0.25], np.float32)
-    table, error = calibration(confidence, np.array([True, False, False, False]))
-    assert [line.queries for line in table] == [0, 0, 1, 0, 0, 0, 0, 0, 0, 3]
+    confidence = np.array([0.95, 0.95, 1.0, 0.25, 0.0], np.float32)
+    table, error = calibration(confidence, np.array([True, False, False, False, True]))
+    assert [line.queries for line in table] == [1, 0, 1, 0, 0, 0, 0, 0, 0, 3]
+    assert [line.low for line in table] == pytest.approx(range(0, 100, 10))
+    assert [line.high for line in table] == pytest.approx(range(10, 110, 10))
     assert table[9].right == pytest.approx(100 / 3)
     assert table[9].confidence == pytest.approx(100 * 2.9 / 3)
-    assert table[0].right is None
-    assert error == pytest.approx((3 * (290 / 3 - 100 / 3) + 25) / 4, rel=1e-5)
+    assert table[1].right is None
+    assert error == pytest.approx((100 + 3 * (290 / 3 - 100 / 3) + 25) / 5, rel=1e-5)
 
 
-def test_error_quantiles_of_nothing_are_unknown() -> None:
-    assert error_quantiles(np.array([1.0, 3.0, 5.0]))["median_error_m"] == 3.0
+def test_error_quantiles_are_those_of_their_names_and_of_nothing_unknown() -> None:
+    errors = np.append(np.arange(100.0), 1050)  # of 101 values the p-th quantile is the p-th
+    assert list(error_quantiles(np.random.default_rng(0).permutation(errors)).values()) == [50, 75, 90, 95, 6000 / 101]
     assert all(np.isnan(value) for value in error_quantiles(np.array([])).values())
 
 

@@ -85,6 +85,16 @@ def test_cosine_rises_over_the_warmup_and_falls_to_zero_for_model_and_heads() ->
     assert not schedule.exhausted
 
 
+def test_constant_rises_over_the_warmup_and_stays() -> None:
+    schedule = rates(lr_schedule="constant", warmup_steps=2, epochs=1, iterations_per_epoch=9, lr=3.0, head_lr=6.0)
+    head = make_adam([torch.nn.Parameter(torch.zeros(1))], 6.0)
+    for step, rate in enumerate([1.0, 2.0, *[3.0] * 7]):
+        schedule.apply(step, [head])
+        assert schedule.model_rate == pytest.approx(rate)
+        assert head.param_groups[0]["lr"] == pytest.approx(2 * rate)
+    assert schedule.state_dict() == {}
+
+
 def test_adam_leaves_frozen_parameters_out() -> None:
     frozen = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
     assert len(make_adam([frozen, torch.nn.Parameter(torch.zeros(1))], 1.0).param_groups[0]["params"]) == 1

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from preprocessing.partition import make_partition
 from shards.classes import cell_index
+from shards.console import JobError
 
 COORDINATES = st.one_of(
     st.floats(-900_000, 9_900_000, allow_nan=False),
@@ -89,3 +90,8 @@ def test_cells_far_apart_give_the_same_classes_as_near_ones():
     table = make_partition(east, north, M=20, N=2, min_images=2, zone=10).classes
     assert table.cell_east.tolist() == [0, 9e8]
     assert table.images.tolist() == [2, 2]
+
+
+def test_coordinates_beyond_any_plane_are_one_line() -> None:
+    with pytest.raises(JobError, match="span more than any plane holds"):
+        make_partition(np.array([0.0, 1e12]), np.array([0.0, 1e12]), M=20, N=2, min_images=1, zone=10)

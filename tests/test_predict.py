@@ -6,13 +6,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import utm
 from PIL import Image
 from tiny import SOUTH, WEST, ZONE, class_table, photo, write_queries
 from tiny_run import write_run
 
 from evaluation import predict
-from evaluation.places import exif_position, great_circle, known_position
+from evaluation.places import KnownPosition, east_north, exif_position, great_circle, known_position
 from shards.console import JobError, WrongArguments
 
 
@@ -129,6 +131,7 @@ def test_exif_positions_are_read_in_all_quarters_and_nonsense_is_none(tmp_path: 
     assert south is not None
     assert (south.latitude, south.longitude) == (-33.5, pytest.approx(70.01))
     assert exif_position(with_gps(tmp_path / "n.jpg", (95.0, 0.0, 0.0), "N", (1.0, 0.0, 0.0), "E")) is None
+    assert exif_position(with_gps(tmp_path / "w.jpg", (9.0, 0.0, 0.0), "N", (185.0, 0.0, 0.0), "E")) is None
     assert exif_position(with_gps(tmp_path / "l.jpg", (33.0, 30.0, 0.0), "", (70.0, 0.0, 36.0), "W")) is None
     assert exif_position(with_gps(tmp_path / "l.jpg", (33.0, 30.0, 0.0), "N", (70.0, 0.0, 36.0), "?")) is None
     assert exif_position(with_gps(tmp_path / "z.jpg", (0.0, 0.0, 0.0), "N", (0.0, 0.0, 0.0), "E")) is None
@@ -145,8 +148,31 @@ def test_a_name_without_a_zone_lies_in_that_of_the_classes() -> None:
     assert known_position(Path("plain.jpg"), ZONE) is None
 
 
+@pytest.mark.parametrize(("band", "degrees"), [("M", -7.2), ("N", 0.9), ("S", 37.8), ("G", -44.5)])
+def test_the_band_of_a_name_tells_its_hemisphere_whatever_that_of_the_classes(band: str, degrees: float) -> None:
+    east, north, _, found = utm.from_latlon(degrees, -122.5)
+    assert found == band
+    for southern in (False, True):
+        known = known_position(Path(f"@{east}@{north}@10@{band}@.jpg"), 33, southern=southern)
+        assert known == KnownPosition("name", pytest.approx(degrees), pytest.approx(-122.5))
+        assert east_north(known, 10) == pytest.approx((east, north))
+        assert east_north(known, 0) is None
+
+
+@pytest.mark.parametrize(("east", "north"), [("999999999999", "5"), ("1e300", "5"), (f"{WEST}", "99999999999")])
+def test_a_name_that_lies_nowhere_on_earth_is_no_known_position(east: str, north: str) -> None:
+    assert known_position(Path(f"@{east}@{north}@{ZONE}@S@.jpg"), ZONE) is None
+
+
 def test_great_circles_are_those_of_a_sphere() -> None:
-    assert great_circle(0, 0, 0, 90) == pytest.approx(6_371_008.8 * 3.14159265 / 2)
+    for latitude, longitude, other_latitude, other_longitude in np.random.default_rng(0).uniform(-90, 90, (100, 4)):
+        points = [
+            np.array([np.cos(phi) * np.cos(theta), np.cos(phi) * np.sin(theta), np.sin(phi)])
+            for phi, theta in np.radians([(latitude, longitude * 2), (other_latitude, other_longitude * 2)])
+        ]
+        angle = np.arctan2(np.linalg.norm(np.cross(*points)), points[0] @ points[1])
+        found = great_circle(latitude, longitude * 2, other_latitude, other_longitude * 2)
+        assert found == pytest.approx(6_371_008.8 * angle, rel=1e-9)
     assert great_circle(48, 11, 48, 11) == 0
     assert great_circle(10, 179.9995, 10, -179.9995) == pytest.approx(109.5, abs=0.1)
 

@@ -89,8 +89,9 @@ def test_within_cells_does_not_count_cells_without_images(gallery: Gallery) -> N
     assert held[3:].tolist() == order[3:]
 
 
-def test_exhaustive_search_is_brute_force_over_everything(gallery: Gallery) -> None:
-    searcher = FaissSearcher(gallery, "exhaustive")
+@pytest.mark.parametrize("kind", ["exhaustive", "ivf", "hnsw"])  # of 400 images IVF visits all lists
+def test_searches_of_few_images_are_brute_force_over_everything(gallery: Gallery, kind: str) -> None:
+    searcher = FaissSearcher(gallery, kind)
     for vector in unit(np.random.default_rng(2), 10, 24):
         best = np.argsort(-(gallery.images.vectors @ vector))[:7]
         np.testing.assert_array_equal(searcher.search(vector, vector, 7), best)

@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tiny import SOUTH, WEST, ZONE, class_table, write_queries
 
@@ -76,9 +77,13 @@ def test_queries_without_position_or_pixels_are_left_out_of_the_recall() -> None
     assert outcome.recall == {1: 100.0}
 
 
-def test_ranking_equals_a_full_sort_of_all_groups_for_both_score_forms() -> None:
+@pytest.mark.parametrize("side", [6, 41])  # with 1,681 classes, groups have 13 and 14 strips and several pieces
+def test_ranking_equals_a_full_sort_of_all_groups_for_both_score_forms(
+    side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.scoring._SCORES_IN_CACHE", 10 * 96)
     torch.manual_seed(0)
-    classes = class_table(side=6)
+    classes = class_table(side)
     heads = {group: Head("AAMC", 16, classes.count(group)) for group in classes.groups}
     descriptors = torch.nn.functional.normalize(torch.randn(37, 16), dim=1)
     for form in ("raw", "cosine"):

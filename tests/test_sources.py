@@ -114,6 +114,7 @@ def test_latitude_and_longitude_become_metres_of_the_zone_most_photos_are_in(tmp
     build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
     dataset = Dataset.open(tmp_path / "out")
     assert (dataset.manifest.utm_zone, dataset.manifest.images, dataset.manifest.classes) == (10, 40, 1)
+    assert not dataset.classes.southern
     for row in samples(tmp_path / "out"):
         i = names.index(row["source"])
         expected = utm.from_latlon(latitude[i], longitude[i], force_zone_number=10)[:2]

@@ -100,6 +100,13 @@ def test_windows_differ_and_depend_on_seed_and_first_step_alone(index):
     assert (make_window(index, groups, seed=2, first_step=4, run=4).row != first.row).any()
 
 
+def test_the_windows_of_a_seed_are_those_of_earlier_versions(index):
+    """A run that goes on after an update trains on what it would have trained on."""
+    window = make_window(index, np.array([[0, 1] * 2] * 2), seed=7, first_step=1000, run=4)
+    assert window.label.tolist() == [[3, 0, 2, 4], [3, 0, 2, 4]]
+    assert window.row.tolist() == [[45, 2, 27, 105], [47, 0, 25, 107]]
+
+
 def test_random_numbers_of_one_purpose_serve_no_other(index, monkeypatch):
     used: list[set[tuple[int, ...]]] = []
 
@@ -130,6 +137,7 @@ def test_windows_follow_each_other_without_a_gap_and_grow_up_to_the_largest(wind
     assert all(a.stop == b.start for a, b in pairwise(spans))
     photos = [len(span) * batch_size for span in spans]
     assert photos == sorted(photos)
+    assert all(b < 2 * (a + batch_size) for a, b in pairwise(photos))
     assert min(window, 4096) - batch_size < photos[0] <= max(min(window, 4096), batch_size)
     assert window - batch_size < photos[-1] <= max(window, batch_size)
     for number, span in enumerate(spans):

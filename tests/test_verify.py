@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from present import present
@@ -16,7 +17,8 @@ from present import present
 from shards import verification
 from shards.checksums import DamagedChecksums, read_checksums, seal
 from shards.console import entry
-from shards.layout import CHECKSUMS
+from shards.files import atomic_write_json
+from shards.layout import CHECKSUMS, MANIFEST, PLAN
 from shards.verification import verify
 from shards.verify import main
 
@@ -194,6 +196,31 @@ def test_without_checksums_a_shard_of_another_number_and_wrong_counts_are_found(
     assert "group-00/group-00-000001.parquet: missing" in text
     assert any("classes.parquet: group 0, label 0 has" in t for t in text)
     assert any("dataset.json: says shards 4, but it is 5" in t for t in text)
+
+
+def test_without_checksums_every_count_and_setting_of_the_manifest_is_compared(dataset, tmp_path):
+    folder = tmp_path / "city"
+    shutil.copytree(dataset.path, folder)
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    names = ["shards", "images", "bytes", "classes", "groups", "utm_zone", "M", "N", "skipped", "quarantined"]
+    changed = {name: manifest[name] + 1 for name in names}
+    atomic_write_json(folder / MANIFEST, manifest | changed)
+    text = [str(p) for p in verify(folder).problems]
+    expected = [f"{MANIFEST}: says {name} {value}, but it is {manifest[name]}" for name, value in changed.items()]
+    expected += [f"{MANIFEST}: says {name} {changed[name]}, {PLAN} says {manifest[name]}" for name in ("M", "N")]
+    assert sorted(text) == sorted(expected)
+
+
+@pytest.mark.parametrize("key", ["x", "-00000001", "\u0660" * 9, "0" * 96, "000000001", "9" * 9])
+def test_a_table_whose_keys_are_no_ascending_numbers_is_no_sample_table(dataset, tmp_path, key):
+    folder = tmp_path / "city"
+    shutil.copytree(dataset.path, folder)
+    (folder / CHECKSUMS).unlink(missing_ok=True)
+    table = pq.read_table(folder / TABLE)
+    keys = pa.array([key, *table["key"].to_pylist()[1:]])
+    pq.write_table(table.set_column(table.schema.get_field_index("key"), "key", keys), folder / TABLE)
+    assert f"{TABLE}: not a sample table (its keys are not ascending numbers)" in map(str, verify(folder).problems)
 
 
 def test_a_seal_keeps_the_checksum_of_what_rotted_and_takes_that_of_what_was_written(copy):

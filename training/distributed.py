@@ -152,9 +152,8 @@ def average_batch_norm(model: nn.Module, world: World) -> None:
     layers = batch_norms(model)
     if world.size == 1 or not layers:
         return
-    means = torch.cat([_running(layer)[0] for layer in layers])
-    squares = torch.cat([_running(layer)[1] + _running(layer)[0] ** 2 for layer in layers])
-    both = world.sum(torch.stack([means, squares]).double()) / world.size
+    means, variances = (torch.cat(parts).double() for parts in zip(*map(_running, layers), strict=True))
+    both = world.sum(torch.stack([means, variances + means**2])) / world.size
     variances = both[1] - both[0] ** 2
     start = 0
     for layer in layers:

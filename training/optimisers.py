@@ -45,9 +45,7 @@ class Rates:
         return self.plateau is not None and self.model_rate < LOWEST_RATE
 
     def factor(self, step: int) -> float:
-        """The factor on both base rates in the given step (1 for plateau)."""
-        if self.plateau is not None:
-            return 1.0
+        """The factor on both base rates in the given step of a cosine or constant schedule."""
         warmup = self.config.warmup_steps
         if step < warmup:
             return (step + 1) / (warmup + 1)

@@ -14,7 +14,6 @@ step costs, and the images a second of training from photos on disk beside the r
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import tempfile
@@ -22,13 +21,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is used for its memory events only
-
-import numpy as np
 import paths  # noqa: F401
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from timing import in_turn, peak_of_live_bytes
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,7 +40,6 @@ from training.schedules import make_schedule
 
 BATCH, DIM, CLASSES = 64, 1280, 35_000
 S, M = 100.0, 0.2
-LONGEST_ROUNDS_SECONDS = 25.0
 
 
 class PlainHead(nn.Module):
@@ -92,31 +88,6 @@ def head_rows(rounds: int) -> list[dict[str, str | float | int]]:
     peaks = {name: peak_of_live_bytes(work, clear) for name, work in works.items()}
     times = in_turn(works, rounds, clear)
     return [{"name": name, "milliseconds": times[name], "peak_bytes": peaks[name]} for name in works]
-
-
-def in_turn(works: dict[str, Callable[[], object]], rounds: int, clear: Callable[[], None]) -> dict[str, float]:
-    """Median milliseconds of each work over at most `rounds` rounds."""
-    taken: dict[str, list[float]] = {name: [] for name in works}
-    end = time.perf_counter() + LONGEST_ROUNDS_SECONDS
-    for _ in range(rounds):
-        for name, work in works.items():
-            clear()
-            start = time.perf_counter()
-            work()
-            taken[name].append(1e3 * (time.perf_counter() - start))
-        if time.perf_counter() > end:
-            break
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def peak_of_live_bytes(work: Callable[[], object], clear: Callable[[], None]) -> int:
-    """The most bytes that tensors made by `work` held at one time, from the allocator's own events."""
-    work()
-    clear()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        work()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return int(np.cumsum([event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]).max())
 
 
 def print_heads(rows: list[dict[str, str | float | int]]) -> None:

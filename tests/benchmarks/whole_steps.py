@@ -42,9 +42,9 @@ def option_rows(shards: Path, preset: str, image_size: int, rounds: int) -> list
     options = {name: values for name, values in OPTIONS.items() if "compile" not in values or shutil.which("g++")}
     works: dict[str, Callable[[int], object]] = {}
     for name, values in options.items():
-        works[name] = _step_of(_config(shards, preset, image_size, **values), classes)
-    slow_adam = _config(shards, preset, image_size)
-    works["Adam not fused"] = _step_of(slow_adam, classes, fused=False)
+        works[name] = step_of(config_of(shards, preset, image_size, **values), classes)
+    slow_adam = config_of(shards, preset, image_size)
+    works["Adam not fused"] = step_of(slow_adam, classes, fused=False)
     taken: dict[str, list[float]] = {name: [] for name in works}
     for step in range(rounds + 2):
         for name, work in works.items():
@@ -58,13 +58,13 @@ def option_rows(shards: Path, preset: str, image_size: int, rounds: int) -> list
     ]
 
 
-def _config(shards: Path, preset: str, image_size: int, **values: object) -> TrainConfig:
+def config_of(shards: Path, preset: str, image_size: int, **values: object) -> TrainConfig:
     plain = {"weights": "none", "precision": "fp32", "channels_last": False, "compile": False, "cpu": True}
     settings = plain | {"image_size": image_size, "tracker": "none", "shards": shards, "out": Path("unused")} | values
     return replace(PRESETS[preset], **settings)  # type: ignore[arg-type]
 
 
-def _step_of(config: TrainConfig, classes: ClassTable, fused: bool = True) -> Callable[[int], object]:
+def step_of(config: TrainConfig, classes: ClassTable, fused: bool = True) -> Callable[[int], object]:
     engine = _engine(config, classes)
     if not fused:
         parameters = engine.optimizer.param_groups[0]["params"]
