@@ -81,7 +81,7 @@ class Arguments:
     workers: int = cores_of_process()
     """Processes that resize; the default is one for each core. (ray: as many as the cluster has cores.)"""
     max_bad_share: float | None = None
-    """Stop when more than this share of the photos is bad (default: 0.01, but not for fewer than 25 photos)."""
+    """Stop when more than this share of the photos is bad, from 0 to 1 (default: 0.01, but not for fewer than 26)."""
     rescan: bool = False
     """List the source anew even where no folder's time has changed."""
 
@@ -91,6 +91,8 @@ class Arguments:
                                 ("zone", 0, 60), ("limit", 0, 10**12)):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise WrongArguments(f"--{name.replace('_', '-')} must be from {low} to {high}")
+        if self.max_bad_share is not None and not 0 <= self.max_bad_share <= 1:
+            raise WrongArguments("--max-bad-share must be from 0 to 1: a share of the photos, 0.05 for 5 %")
         changes = (self.add is not None) + self.retry_quarantined
         if changes + self.dry_run + self.finish + (self.task_index is not None) > 1:
             raise WrongArguments(

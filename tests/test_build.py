@@ -296,6 +296,7 @@ def test_wrong_arguments_exit_with_2_and_failed_jobs_with_1(tmp_path):
         (["--add", ""], "--source and --add take"),
         (["--source", "photos", "--M", "0"], "--M must be from 1"),
         (["--source", "photos", "--task-count", "2"], "--task-count goes with"),
+        (["--source", "photos", "--max-bad-share", "5"], "--max-bad-share must be from 0 to 1"),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, monkeypatch, words, said):

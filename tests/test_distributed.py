@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shards.sampler import slots_of_rank
-from training.distributed import World, average_batch_norm, join_after_restart
+from training.distributed import World, average_batch_norm, batch_norms, join_after_restart
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.model import GeoModel
@@ -190,10 +190,9 @@ class Alike(World):
 
 def test_batch_norms_that_agree_over_all_ranks_stay_as_they_are_however_far_their_means_lie() -> None:
     norms = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(2)))
-    with torch.no_grad():
-        for norm in (norms[1], norms[2][0]):  # type: ignore[index]
-            norm.running_mean += torch.tensor([0.5, -900.0, 30.0])[: norm.num_features]
-            norm.running_var *= torch.tensor([2.0, 0.01, 1e-4])[: norm.num_features]
+    for norm in batch_norms(norms):
+        norm.running_mean = torch.tensor([0.5, -900.0, 30.0])[: norm.num_features]
+        norm.running_var = torch.tensor([2.0, 0.01, 1e-4])[: norm.num_features]
     before = [buffer.clone() for buffer in norms.buffers()]
     average_batch_norm(norms, Alike(0, 3, CPU))
     for old, new in zip(before, norms.buffers(), strict=True):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import utm
 from PIL import Image
+from present import present
 from tiny import SOUTH, WEST, ZONE, class_table, photo, write_queries
 from tiny_run import write_run
 
 from evaluation import predict
-from evaluation.places import KnownPosition, east_north, exif_position, great_circle, known_position
+from evaluation.places import east_north, exif_position, great_circle, known_position
 from shards.console import JobError, WrongArguments
 
 
@@ -153,8 +154,12 @@ def test_the_band_of_a_name_tells_its_hemisphere_whatever_that_of_the_classes(ba
     east, north, _, found = utm.from_latlon(degrees, -122.5)
     assert found == band
     for southern in (False, True):
-        known = known_position(Path(f"@{east}@{north}@10@{band}@.jpg"), 33, southern=southern)
-        assert known == KnownPosition("name", pytest.approx(degrees), pytest.approx(-122.5))
+        known = present(known_position(Path(f"@{east}@{north}@10@{band}@.jpg"), 33, southern=southern))
+        assert (known.source, known.latitude, known.longitude) == (
+            "name",
+            pytest.approx(degrees),
+            pytest.approx(-122.5),
+        )
         assert east_north(known, 10) == pytest.approx((east, north))
         assert east_north(known, 0) is None
 
@@ -166,11 +171,11 @@ def test_a_name_that_lies_nowhere_on_earth_is_no_known_position(east: str, north
 
 def test_great_circles_are_those_of_a_sphere() -> None:
     for latitude, longitude, other_latitude, other_longitude in np.random.default_rng(0).uniform(-90, 90, (100, 4)):
-        points = [
+        one, other = (
             np.array([np.cos(phi) * np.cos(theta), np.cos(phi) * np.sin(theta), np.sin(phi)])
             for phi, theta in np.radians([(latitude, longitude * 2), (other_latitude, other_longitude * 2)])
-        ]
-        angle = np.arctan2(np.linalg.norm(np.cross(*points)), points[0] @ points[1])
+        )
+        angle = np.arctan2(np.linalg.norm(np.cross(one, other)), one @ other)
         found = great_circle(latitude, longitude * 2, other_latitude, other_longitude * 2)
         assert found == pytest.approx(6_371_008.8 * angle, rel=1e-9)
     assert great_circle(48, 11, 48, 11) == 0

@@ -88,9 +88,10 @@ def ours(
         loader.close()
 
 
-def rate(batches: Iterator[int], seconds: float) -> float:
-    """Images a second over `seconds`, after a warm-up of a fifth of that."""
-    for _ in range(4):
+def rate(batches: Iterator[int], seconds: float, ahead: int = 4) -> float:
+    """Images a second over `seconds`, after a warm-up of `ahead` batches, which may have been made before, and a fifth
+    of that."""
+    for _ in range(ahead):
         next(batches)
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds / 5:

@@ -6,18 +6,19 @@ turn, medians.
 
 DIR is a checkout of gmberton/CosPlace, of amaralibey/OpenVPRLab, or recognition/arcface_torch in one of
 deepinsight/insightface; name at least one. Nothing of theirs is copied: their modules are imported from there.
-CosPlace and arcface_torch need no package beside ours; OpenVPRLab needs `pip install pandas rich lightning`, and our
-extra `index` for FAISS. arcface_torch's loader is left out: it needs mxnet, and CUDA for the folder of files too.
+CosPlace and arcface_torch need no package beside ours; OpenVPRLab needs `pip install pandas rich lightning`, and
+FAISS (our extra `retrieval`). arcface_torch's loader is left out: it needs mxnet, and CUDA for the folder of files too.
 
 loading  photos in the page cache to float32 batches of 64, ImageNet-normalised, in images a second. A row says from
-         photos of how many pixels (512: as CosPlace asserts; 224: what our data sets keep, made once), to crops of how
-         many pixels, and what was done to them. Each project has no worker process, as one core is all there is.
+         photos of how many pixels (512: as CosPlace asserts; 224: what our data sets keep, made once), to images of how
+         many pixels, and what was done to them. No worker processes, as one core is all there is.
   loading-ours        this project's loader and what its training makes of a batch: `crop` a random crop of 0.66 to 1
                       of the area, resized to 224; `colour` brightness, contrast and saturation changed by up to 0.7
-  loading-cosplace    TrainDataset in InfiniteDataLoader: `none` the decoded photos of 512 pixels and no more, which is
-                      what its default leaves to a GPU; `crop` its augmentation on the CPU with the same range of areas
-                      and no change of colours; `colour` with its 0.7 for the same three; `colour, hue` with its 0.5 for
-                      the hue too, its default (ours has none)
+                      too; `crop, as bytes` what the loader itself hands over, uint8, for a device to normalise
+  loading-cosplace    TrainDataset in InfiniteDataLoader: `none` the decoded photos of 512 pixels and no more (not even
+                      normalised), its default, which leaves the rest to a GPU; `crop` its augmentation on the CPU with
+                      the same range of areas and no change of colours; `colour` with its 0.7 for the same three,
+                      changed before the crop; `colour, hue` with its 0.5 for the hue too, its default (ours has none)
   loading-openvprlab  the DataLoader of VPRDataModule over GSVCitiesDataset, four photos a place: `resize` its transform
                       to 224 pixels without RandAugment (so without any augmentation); `RandAugment` all of it
 heads    forward and backward of a head with its loss: batch 64, 1280 dimensions, 35,000 classes, float32, s 100, m 0.2;

@@ -36,6 +36,7 @@ from training.model import to_input
 LARGE = 512  # pixels of a photo, as CosPlace's data set asserts
 COLOUR, HUE = 0.7, 0.5  # CosPlace's defaults
 AREA = 0.34  # most that a random crop takes away: ours is fixed
+BYTES = "crop, as bytes"
 A_PLACE = 4  # photos that OpenVPRLab draws of a place
 ROUNDS, SECONDS = 3, 2.0
 
@@ -63,8 +64,8 @@ def loading_rows(code: dict[str, list[Any]], photos: Path | None, scratch: Path)
     shards = {pixels: scratch / f"shards-{pixels}" for pixels in (SIZE, LARGE)}
     for pixels, out in shards.items():
         build(photos, out, Settings(20, 1, 10, pixels, 90, "fast", 0), Machinery(1))
-        sides.append(Side("loading-ours", pixels, SIZE, "crop", partial(ours, out, 0.0)))
-        sides.append(Side("loading-ours", pixels, SIZE, "colour", partial(ours, out, COLOUR)))
+        for done in ("crop", "colour", BYTES):
+            sides.append(Side("loading-ours", pixels, SIZE, done, partial(ours, out, done)))
     if "cosplace" in code:
         train_dataset, commons = code["cosplace"]
         sides += cosplace_sides(train_dataset, commons, photos.resolve(), scratch)
@@ -75,7 +76,7 @@ def loading_rows(code: dict[str, list[Any]], photos: Path | None, scratch: Path)
     for _ in range(ROUNDS):
         for side, measured in zip(sides, rates, strict=True):
             batches = counted(side)
-            measured.append(rate(batches, SECONDS))
+            measured.append(rate(batches, SECONDS, ahead=4 if side.name == "loading-ours" else 1))
             batches.close()
     return [
         {
@@ -87,23 +88,24 @@ def loading_rows(code: dict[str, list[Any]], photos: Path | None, scratch: Path)
 
 
 def counted(side: Side) -> Generator[int, None, None]:
-    """The sizes of a side's batches, which are float32 [B, 3, S, S] or the run fails."""
+    """The sizes of a side's batches, which are float32 [B, 3, S, S] (bytes: uint8 [B, S, S, 3]) or the run fails."""
+    S = side.image_pixels
+    wanted = (torch.uint8, (S, S, 3)) if side.done == BYTES else (torch.float32, (3, S, S))
     for images in side.make():
-        assert images.dtype == torch.float32
-        assert images.shape[1:] == (3, side.image_pixels, side.image_pixels)
+        assert (images.dtype, images.shape[1:]) == wanted
         yield len(images)
 
 
-def ours(shards: Path, colour: float) -> Iterator[Tensor]:
+def ours(shards: Path, done: str) -> Iterator[Tensor]:
     """Batches as our training makes them: crops of the loader's threads, then floats, normalised, colours changed."""
     dataset = Dataset.open(shards)
     groups = np.full(BATCH, dataset.classes.groups[0])
     loader = Loader(dataset, lambda _: groups, batch_size=BATCH, image_size=SIZE, seed=0, decoder="cpu", threads=1)
     try:
         for batch in loader.batches(0, 1_000_000):
-            images = to_input(batch.images)
-            if colour:
-                images = change_colours(images, colour_changes(0, batch.step, np.arange(BATCH), colour))
+            images = batch.images if done == BYTES else to_input(batch.images)
+            if done == "colour":
+                images = change_colours(images, colour_changes(0, batch.step, np.arange(BATCH), COLOUR))
             yield images
     finally:
         loader.close()
