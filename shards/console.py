@@ -33,7 +33,7 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     """Run an entry point and exit: 0 on success, 1 on a failed job, 2 on wrong arguments, 130 on Ctrl-C.
 
     Errors of the operating system that no caller turned into a `JobError` (a full disk, a folder
-    without permission) are printed as one line that names the file.
+    without permission) are printed as one line that names the file, and so is memory that does not suffice.
     """
     if module := sys.modules["__main__"].__spec__:  # so that --help names what was typed, not a file in site-packages
         sys.argv[0] = f"python -m {module.name}"
@@ -51,6 +51,8 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
         if not is_systems(error):
             raise
         code = _fail(describe_os_error(error))
+    except MemoryError as error:
+        code = _fail(f"not enough memory ({one_line(error)})")
     if sys.stdout:  # None where it was closed from the start
         sys.stdout.flush()
     sys.exit(code)

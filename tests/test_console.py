@@ -1,12 +1,14 @@
 """Numbers with units and nouns, as a person reads them, and how a process ends."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from shards.console import format_bytes, format_count, format_duration
+from shards.console import entry, format_bytes, format_count, format_duration
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,3 +64,9 @@ def test_threads_inside_torch_do_not_abort_a_process_that_ends() -> None:
     command = [sys.executable, "-c", THREADS_IN_TORCH]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "told handlers ran\n", "error: nothing to train on\n")
+
+
+def test_memory_that_does_not_suffice_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        entry(lambda: np.zeros(1 << 60, np.uint8).sum())
+    assert re.fullmatch(r"error: not enough memory \(Unable to allocate .*\)\n", capsys.readouterr().err)
