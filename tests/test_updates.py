@@ -1,11 +1,8 @@
 """Changes of a finished data set: labels stay, samples become those of a clean build, interruptions do no harm."""
 
-import errno
-import fcntl
 import os
 import shutil
 import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +13,16 @@ import pytest
 from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
 from present import present
-from test_build import COMMAND, ROOT, contents, quarantine
+from test_build import COMMAND, contents, quarantine
 
 from preprocessing.build import build
 from preprocessing.build_shards import main
-from preprocessing.claim import TaskLock
 from preprocessing.engine import run_tasks
 from preprocessing.revisions import Revision
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
 from shards.console import JobError, entry
 from shards.dataset import Dataset
-from shards.files import at_work
 from shards.index import open_index
 from shards.layout import CHECKSUMS, REVISION_FILES, shard_tables
 from shards.reader import ShardReader
@@ -349,56 +344,6 @@ def test_a_list_is_added_to_a_folder_with_headings_from_the_list(begun, tmp_path
     skipped_before = [r for name, r in rows.items() if "@" in name and 500080 <= r["east"] < 500100]
     assert [np.isfinite(r["heading"]) for r in skipped_before] == [True] * 6
     assert add(Source.of(place), begun, HERE) is None
-    sound(begun)
-
-
-def test_changes_beside_another_command_are_refused(begun, tmp_path):
-    with at_work(begun):
-        with pytest.raises(JobError, match="another command is at work"):
-            add(Source.of(tmp_path / "photos"), begun, HERE)
-        with pytest.raises(JobError, match="another command is at work"):
-            retry_quarantined(begun, HERE)
-    with at_work(begun, beside_others=True), at_work(begun, beside_others=True):
-        pass
-
-
-HOLDER = """
-import contextlib, errno, fcntl, sys
-from pathlib import Path
-from preprocessing.claim import TaskLock
-from shards.files import at_work
-
-def flock(*_):
-    raise OSError(errno.EBADF, "as NFS says of a folder")
-
-fcntl.flock = flock
-out, task = Path(sys.argv[1]), sys.argv[2] == "task"
-with at_work(out, beside_others=task), TaskLock.of(out, 1, 3) if task else contextlib.nullcontext():
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-@pytest.mark.parametrize("first", ["command", "task"])
-def test_where_folders_cannot_be_locked_a_file_keeps_commands_apart(begun, monkeypatch, first):
-    def flock(*_):
-        raise OSError(errno.EBADF, "as NFS says of a folder")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, begun, first], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as holder:
-        assert present(holder.stdout).readline() == "held\n"
-        with pytest.raises(JobError, match="another command is at work"):
-            retry_quarantined(begun, HERE)
-        with at_work(begun, beside_others=True):
-            if first == "task":  # others may start, the same one may not
-                with TaskLock.of(begun, 0, 3):
-                    pass
-            with pytest.raises(JobError, match="at work already"), TaskLock.of(begun, 1, 3):
-                pass
-    assert holder.returncode == 0
-    assert retry_quarantined(begun, HERE) is None
     sound(begun)
 
 

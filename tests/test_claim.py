@@ -1,0 +1,80 @@
+"""Commands that meet on one data set: one at a time, tasks of a plan beside each other."""
+
+import errno
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import HERE, SETTINGS
+from photos import write_photos
+from present import present
+from test_build import ROOT
+
+from preprocessing.build import build
+from preprocessing.claim import TaskLock
+from preprocessing.sources import Source
+from preprocessing.updates import add, retry_quarantined
+from shards.console import JobError
+from shards.files import at_work
+from shards.verification import verify
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Path:
+    write_photos(tmp_path / "photos")
+    build(tmp_path / "photos", tmp_path / "out", SETTINGS, HERE)
+    return tmp_path / "out"
+
+
+def test_changes_beside_another_command_are_refused(built: Path, tmp_path: Path) -> None:
+    with at_work(built):
+        with pytest.raises(JobError, match="another command is at work"):
+            add(Source.of(tmp_path / "photos"), built, HERE)
+        with pytest.raises(JobError, match="another command is at work"):
+            retry_quarantined(built, HERE)
+    with at_work(built, beside_others=True), at_work(built, beside_others=True):
+        pass
+
+
+HOLDER = """
+import contextlib, errno, fcntl, sys
+from pathlib import Path
+from preprocessing.claim import TaskLock
+from shards.files import at_work
+
+def flock(*_):
+    raise OSError(errno.EBADF, "as NFS says of a folder")
+
+fcntl.flock = flock
+out, task = Path(sys.argv[1]), sys.argv[2] == "task"
+with at_work(out, beside_others=task), TaskLock.of(out, 1, 3) if task else contextlib.nullcontext():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("first", ["command", "task"])
+def test_where_folders_cannot_be_locked_a_file_keeps_commands_apart(
+    built: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.EBADF, "as NFS says of a folder")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, built, first], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    ) as holder:
+        assert present(holder.stdout).readline() == "held\n"
+        with pytest.raises(JobError, match="another command is at work"):
+            retry_quarantined(built, HERE)
+        with at_work(built, beside_others=True):
+            if first == "task":  # others may start, the same one may not
+                with TaskLock.of(built, 0, 3):
+                    pass
+            with pytest.raises(JobError, match="at work already"), TaskLock.of(built, 1, 3):
+                pass
+    assert holder.returncode == 0
+    assert retry_quarantined(built, HERE) is None
+    assert not verify(built).problems
