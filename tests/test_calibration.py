@@ -1,12 +1,16 @@
-"""Temperatures from validation queries, against outcomes whose probabilities are known."""
+"""Calibration by validation queries: temperatures against known probabilities, and what evaluate.py makes of them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import write_queries
+from tiny_run import evaluate_here, write_run
 
 from evaluation.calibration import TEMPERATURES, Calibration, fit
+from evaluation.ranking import RANKING_FORMS
 from shards.console import JobError
 
 
@@ -69,3 +73,85 @@ def test_a_calibration_is_read_back_and_a_damaged_one_is_a_clear_error(tmp_path:
         (tmp_path / "calibration.json").write_text(text)
         with pytest.raises(JobError, match=r"calibration\.json: no calibration"):
             Calibration.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run_and_queries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("evaluate")
+    return write_run(folder / "run"), write_queries(folder / "queries", each=2)
+
+
+def test_validation_queries_of_no_use_are_one_error_and_the_rest_goes_on(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, queries = run_and_queries
+    words = ["--checkpoints", run, "--queries", queries, "--out", tmp_path, "--no-report"]
+    assert evaluate_here(monkeypatch, *words, "--val-queries", tmp_path / "none") == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"error: {tmp_path / 'none'}: no such folder of photos; {run} keeps")
+    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["lr_at_1"] > 80
+
+
+def test_validation_queries_choose_the_form_and_the_temperature_that_later_answers_keep(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, val = shutil.copytree(run_and_queries[0], tmp_path / "run"), run_and_queries[1]
+    test = write_queries(tmp_path / "test", size=48)
+    words = ["--checkpoints", run, "--queries", test, "--no-report"]
+    assert evaluate_here(monkeypatch, *words, "--val-queries", val, "--out", tmp_path / "a") == 0
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    (row,), fitted = results["rows"], results["calibrations"][str(run)]
+    assert sorted(fitted["lr_at_1"]) == sorted(RANKING_FORMS)
+    assert fitted["lr_at_1"][fitted["form"]] == max(fitted["lr_at_1"].values())
+    assert (fitted["queries"], fitted["count"], row["form"]) == (str(val), 32, fitted["form"])
+    assert row["temperature"] == fitted["temperatures"][row["form"]] != 1
+    assert "32 queries" in capsys.readouterr().out
+    assert json.loads(next(run.rglob("calibration.json")).read_text()) == fitted
+    # Nothing but the stored calibration is needed the next time.
+    assert evaluate_here(monkeypatch, *words, "--out", tmp_path / "b") == 0
+    again = json.loads((tmp_path / "b" / "results.json").read_text())["rows"][0]
+    assert (again["temperature"], again["calibration_error"]) == (row["temperature"], row["calibration_error"])
+    before = tmp_path / "c"
+    words[1] = run_and_queries[0]
+    assert evaluate_here(monkeypatch, *words, "--out", before) == 0
+    untouched = json.loads((before / "results.json").read_text())["rows"][0]
+    assert untouched["temperature"] is None
+    assert untouched["calibration_error"] != row["calibration_error"]
+
+
+def test_a_training_whose_validation_queries_are_not_here_says_that_nothing_is_calibrated(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = write_run(tmp_path / "run", val_queries=tmp_path / "val")
+    words = ["--checkpoints", run, "--queries", run_and_queries[1], "--no-report", "--out", tmp_path / "o"]
+    assert evaluate_here(monkeypatch, *words) == 0
+    assert f"{tmp_path / 'val'}: the training's validation queries are not here" in capsys.readouterr().err
+    assert evaluate_here(monkeypatch, *words, "--val-queries", run_and_queries[1]) == 0
+    capsys.readouterr()
+    assert evaluate_here(monkeypatch, *words) == 0
+    assert "not here" not in capsys.readouterr().err
+
+
+def test_queries_that_the_confidence_was_fitted_to_are_told_from_others(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, val = shutil.copytree(run_and_queries[0], tmp_path / "run"), run_and_queries[1]
+    words = ["--checkpoints", run, "--queries", val, "--val-queries", val, "--no-report", "--out", tmp_path / "o"]
+    assert evaluate_here(monkeypatch, *words) == 0
+    assert "the validation queries themselves" in capsys.readouterr().err
+    assert json.loads((tmp_path / "o" / "results.json").read_text())["rows"][0]["fitted"] is True
+    next(run.rglob("calibration.json")).write_text('{"form": "best"}')
+    assert evaluate_here(monkeypatch, *words) == 1
+    assert "calibration.json: no calibration" in capsys.readouterr().err

@@ -15,12 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import ROOT, SOUTH, WEST, ZONE, class_table, write_queries
-from tiny_run import write_run
+from tiny_run import evaluate_here, write_run
 
-from evaluation import evaluate
 from evaluation.localiser import Localiser
 from evaluation.query_set import Settings, evaluate_set
-from evaluation.ranking import RANKING_FORMS
 from evaluation.result_files import is_southern
 from shards.console import JobError, WrongArguments
 from shards.names import PhotoName, format_name, parse_name
@@ -34,12 +32,6 @@ def run_and_queries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pat
     return write_run(folder / "run"), write_queries(folder / "queries", each=2)
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """The exit code of evaluate.py with these arguments, in this process."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--cpu", "--threads", "1"])
-    return evaluate.main()
-
-
 def test_a_row_has_lr_at_n_beside_chance_and_ceiling(
     run_and_queries: tuple[Path, Path],
     tmp_path: Path,
@@ -47,7 +39,7 @@ def test_a_row_has_lr_at_n_beside_chance_and_ceiling(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, queries = run_and_queries
-    assert run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "o") == 0
+    assert evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "o") == 0
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     (row,) = results["rows"]
     assert (row["checkpoint"], row["queries"], row["form"]) == (str(run), str(queries), "cosine")
@@ -84,7 +76,7 @@ def test_csv_and_parquet_say_the_same_as_json(
     run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, queries = run_and_queries
-    run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, "--no-report")
+    evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, "--no-report")
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     (line,) = csv.DictReader((tmp_path / "results.csv").open())
     assert float(line["lr_at_1"]) == row["lr_at_1"]
@@ -114,7 +106,7 @@ def test_photos_that_cannot_be_scored_are_said_and_left_out(
     (folder / "plain.jpg").write_bytes(good.read_bytes())
     (folder / f"@{WEST + 9}@{SOUTH + 9}@cut@.jpg").write_bytes(good.read_bytes()[:400])
     (folder / format_name(PhotoName(381523.0, 3946790.0, 54, "S"))).write_bytes(good.read_bytes())
-    assert run_here(monkeypatch, "--checkpoints", run, "--queries", folder, "--out", tmp_path / "o") == 0
+    assert evaluate_here(monkeypatch, "--checkpoints", run, "--queries", folder, "--out", tmp_path / "o") == 0
     (row,) = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
     assert (row["scored"], row["photos"]) == (32, 35)
     assert (row["unlocated"], row["unreadable"], row["set_aside"]) == (1, 1, 1)
@@ -160,7 +152,7 @@ def test_what_cannot_be_evaluated_is_one_line_and_the_rest_goes_on(
         "--out",
         tmp_path / "o",
     ]
-    assert run_here(monkeypatch, *words) == 1
+    assert evaluate_here(monkeypatch, *words) == 1
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert [Path(row["queries"]).name for row in results["rows"]] == ["unnamed", "queries"]
     assert results["rows"][0]["lr_at_1"] is None
@@ -186,7 +178,7 @@ def test_queries_of_a_list_are_answered_as_those_of_a_folder(
     listed = tmp_path / "queries.csv"
     listed.write_text("\n".join([*rows, "photos/IMG_0.jpg,,", "photos/IMG_99.jpg,548900,4178200"]))
     words = ["--checkpoints", run, "--queries", queries, listed, "--val-queries", listed, "--out", tmp_path / "o"]
-    assert run_here(monkeypatch, *words) == 0
+    assert evaluate_here(monkeypatch, *words) == 0
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     by_name, by_list = results["rows"]
     assert by_list["queries"] == str(listed)
@@ -209,7 +201,7 @@ def test_a_name_that_is_not_utf_8_is_written_with_its_bytes_escaped(
     shutil.copy(
         os.fsencode(photo), os.fsencode(folder) + b"/" + os.fsencode(photo.name).replace(b"@.jpg", b"@\xff@.jpg")
     )
-    assert run_here(monkeypatch, "--checkpoints", run, "--queries", folder, "--out", tmp_path / "o") == 0
+    assert evaluate_here(monkeypatch, "--checkpoints", run, "--queries", folder, "--out", tmp_path / "o") == 0
     table = pq.read_table(tmp_path / "o" / "predictions.parquet")
     assert table["photo"].to_pylist() == [photo.name.replace("@.jpg", r"@\xff@.jpg")]
     assert table["scored"].to_pylist() == [True]
@@ -223,13 +215,13 @@ def test_without_a_row_earlier_results_stay_as_they_were(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run, queries = run_and_queries
-    assert run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, "--no-report") == 0
+    assert evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, "--no-report") == 0
     before = (tmp_path / "results.json").read_bytes()
     photo = next(queries.iterdir())
-    assert run_here(monkeypatch, "--checkpoints", run, "--queries", photo, "--out", tmp_path) == 1
-    assert run_here(monkeypatch, "--checkpoints", tmp_path, "--queries", queries, "--out", tmp_path) == 1
+    assert evaluate_here(monkeypatch, "--checkpoints", run, "--queries", photo, "--out", tmp_path) == 1
+    assert evaluate_here(monkeypatch, "--checkpoints", tmp_path, "--queries", queries, "--out", tmp_path) == 1
     with pytest.raises(JobError, match="no finished data set"):
-        run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, "--shards", queries)
+        evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, "--shards", queries)
     said = capsys.readouterr().err
     assert f"error: {photo}: a file; name the folder of photos that holds it" in said
     assert f"error: {tmp_path}: no checkpoint of this project (it has no files.json); name a run" in said
@@ -243,86 +235,10 @@ def test_a_report_of_earlier_results_does_not_stay_beside_new_ones(
 ) -> None:
     run, queries = run_and_queries
     words = ["--checkpoints", run, "--queries", queries, "--out", tmp_path]
-    run_here(monkeypatch, *words)
+    evaluate_here(monkeypatch, *words)
     assert (tmp_path / "report.html").exists()
-    run_here(monkeypatch, *words, "--no-report", "--ns", 1)
+    evaluate_here(monkeypatch, *words, "--no-report", "--ns", 1)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.parquet", "results.csv", "results.json"]
-
-
-def test_validation_queries_of_no_use_are_one_error_and_the_rest_goes_on(
-    run_and_queries: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run, queries = run_and_queries
-    words = ["--checkpoints", run, "--queries", queries, "--out", tmp_path, "--no-report"]
-    assert run_here(monkeypatch, *words, "--val-queries", tmp_path / "none") == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith(f"error: {tmp_path / 'none'}: no such folder of photos; {run} keeps")
-    assert json.loads((tmp_path / "results.json").read_text())["rows"][0]["lr_at_1"] > 80
-
-
-def test_validation_queries_choose_the_form_and_the_temperature_that_later_answers_keep(
-    run_and_queries: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run, val = shutil.copytree(run_and_queries[0], tmp_path / "run"), run_and_queries[1]
-    test = write_queries(tmp_path / "test", size=48)
-    words = ["--checkpoints", run, "--queries", test, "--no-report"]
-    assert run_here(monkeypatch, *words, "--val-queries", val, "--out", tmp_path / "a") == 0
-    results = json.loads((tmp_path / "a" / "results.json").read_text())
-    (row,), fitted = results["rows"], results["calibrations"][str(run)]
-    assert sorted(fitted["lr_at_1"]) == sorted(RANKING_FORMS)
-    assert fitted["lr_at_1"][fitted["form"]] == max(fitted["lr_at_1"].values())
-    assert (fitted["queries"], fitted["count"], row["form"]) == (str(val), 32, fitted["form"])
-    assert row["temperature"] == fitted["temperatures"][row["form"]] != 1
-    assert "32 queries" in capsys.readouterr().out
-    assert json.loads(next(run.rglob("calibration.json")).read_text()) == fitted
-    # Nothing but the stored calibration is needed the next time.
-    assert run_here(monkeypatch, *words, "--out", tmp_path / "b") == 0
-    again = json.loads((tmp_path / "b" / "results.json").read_text())["rows"][0]
-    assert (again["temperature"], again["calibration_error"]) == (row["temperature"], row["calibration_error"])
-    before = tmp_path / "c"
-    words[1] = run_and_queries[0]
-    assert run_here(monkeypatch, *words, "--out", before) == 0
-    untouched = json.loads((before / "results.json").read_text())["rows"][0]
-    assert untouched["temperature"] is None
-    assert untouched["calibration_error"] != row["calibration_error"]
-
-
-def test_a_training_whose_validation_queries_are_not_here_says_that_nothing_is_calibrated(
-    run_and_queries: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run = write_run(tmp_path / "run", val_queries=tmp_path / "val")
-    words = ["--checkpoints", run, "--queries", run_and_queries[1], "--no-report", "--out", tmp_path / "o"]
-    assert run_here(monkeypatch, *words) == 0
-    assert f"{tmp_path / 'val'}: the training's validation queries are not here" in capsys.readouterr().err
-    assert run_here(monkeypatch, *words, "--val-queries", run_and_queries[1]) == 0
-    capsys.readouterr()
-    assert run_here(monkeypatch, *words) == 0
-    assert "not here" not in capsys.readouterr().err
-
-
-def test_queries_that_the_confidence_was_fitted_to_are_told_from_others(
-    run_and_queries: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run, val = shutil.copytree(run_and_queries[0], tmp_path / "run"), run_and_queries[1]
-    words = ["--checkpoints", run, "--queries", val, "--val-queries", val, "--no-report", "--out", tmp_path / "o"]
-    assert run_here(monkeypatch, *words) == 0
-    assert "the validation queries themselves" in capsys.readouterr().err
-    assert json.loads((tmp_path / "o" / "results.json").read_text())["rows"][0]["fitted"] is True
-    next(run.rglob("calibration.json")).write_text('{"form": "best"}')
-    assert run_here(monkeypatch, *words) == 1
-    assert "calibration.json: no calibration" in capsys.readouterr().err
 
 
 def test_n_and_threshold_can_be_chosen(
@@ -343,7 +259,7 @@ def test_n_and_threshold_can_be_chosen(
         1,
         "--no-report",
     ]
-    assert run_here(monkeypatch, *words) == 0
+    assert evaluate_here(monkeypatch, *words) == 0
     (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [name for name in row if name.startswith("lr_at")] == ["lr_at_1", "lr_at_3"]
     assert row["lr_at_3"] == row["ceiling"] == 0  # photos are taken 2.8 m from the centres
@@ -354,7 +270,7 @@ def test_class_maps_in_another_place_have_no_answer_within_reach(
 ) -> None:
     other = write_run(tmp_path / "run", class_table(shift=50))
     words = ["--checkpoints", other, "--queries", run_and_queries[1], "--out", tmp_path / "o", "--no-report"]
-    assert run_here(monkeypatch, *words) == 0
+    assert evaluate_here(monkeypatch, *words) == 0
     (row,) = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
     assert row["ceiling"] == row["lr_at_20"] == row["chance"]["lr_at_20"] == 0
     assert row["outside_every_class"] == 100
@@ -374,9 +290,9 @@ def test_an_output_folder_that_holds_a_data_set_or_is_a_file_is_refused(
     run, queries = run_and_queries
     (tmp_path / "dataset.json").write_text("{}")
     with pytest.raises(JobError, match="holds a data set"):
-        run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path)
+        evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path)
     with pytest.raises(JobError, match="is a file"):
-        run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "dataset.json")
+        evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "dataset.json")
 
 
 @pytest.mark.parametrize(
@@ -387,7 +303,7 @@ def test_wrong_arguments_are_named(
 ) -> None:
     run, queries = run_and_queries
     with pytest.raises((SystemExit, WrongArguments), match=f"^2$|^{words[0]}: "):
-        run_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, *words)
+        evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path, *words)
 
 
 @pytest.mark.slow

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from tiny import class_table, photo
 
+from evaluation import evaluate
 from shards.classes import ClassTable
 from shards.provenance import provenance
 from training.checkpoint import Checkpoint, TrainingState, save_checkpoint
@@ -56,3 +59,9 @@ def write_run(
         ),
     )
     return path
+
+
+def evaluate_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """The exit code of evaluate.py with these arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words), "--cpu", "--threads", "1"])
+    return evaluate.main()
