@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -159,17 +159,21 @@ def _out_of_the_way(dataset: Path, names: list[str]) -> Iterator[None]:
 def _settings(dataset: Path, broken: set[str], source: Path) -> tuple[dict[str, Any], Manifest | None]:
     """The plan's facts (from the manifest where the plan is lost), and the manifest where it is sound."""
     before = None if MANIFEST in broken else Manifest.load(dataset / MANIFEST)
-    if PLAN not in broken:
-        return json.loads(read_bytes(dataset / PLAN)), before
-    if before is None:
-        raise JobError(
-            f"{dataset}: plan.json and dataset.json are both lost, and with them the settings; remove them and run "
-            "preprocessing/build_shards.py with the settings that made the data set (provenance.json holds the command)"
-        )
-    counts = ("format_version", "revision", "utm_zone", "groups", "classes", "shards", "images", "skipped",
-              "quarantined", "bytes")  # fmt: skip
-    facts = {name: value for name, value in asdict(before).items() if name not in counts}
-    return facts | {"source": source.resolve().name}, before
+    if before is not None and PLAN in broken:
+        counts = ("format_version", "revision", "utm_zone", "groups", "classes", "shards", "images", "skipped",
+                  "quarantined", "bytes")  # fmt: skip
+        facts = {name: value for name, value in asdict(before).items() if name not in counts}
+        return facts | {"source": source.resolve().name}, before
+    # Where the manifest is missing, the plan may be broken only in that an interrupted rebuild from photos in another
+    # place noted that place after the data set was sealed; the build compares it with its fingerprint.
+    with suppress(FileNotFoundError, ValueError, AttributeError):
+        plan = json.loads(read_bytes(dataset / PLAN))
+        if {"codec", "fingerprint"} <= plan.keys():
+            return plan, before
+    raise JobError(
+        f"{dataset}: plan.json and dataset.json are both lost, and with them the settings; remove them and run "
+        "preprocessing/build_shards.py with the settings that made the data set (provenance.json holds the command)"
+    )
 
 
 def _option(name: str, value: Any) -> list[str]:

@@ -12,7 +12,7 @@ from test_verify import IDX, TAR, contents, flip, only_problem, run
 from preprocessing.build import build
 from shards.checksums import seal
 from shards.console import JobError
-from shards.layout import CHECKSUMS, shard_tables
+from shards.layout import CHECKSUMS, MANIFEST, shard_tables
 from shards.repair import repair
 from shards.verification import verify
 
@@ -147,3 +147,27 @@ def test_repair_keeps_to_the_share_of_bad_photos_that_the_data_set_had(tmp_path)
     tar.unlink()
     repair(out, verify(out), source, 1)
     assert contents(out) == before
+
+
+@pytest.mark.slow
+def test_a_repair_from_photos_in_another_place_that_stopped_goes_on(tmp_path):
+    source, out, moved = (tmp_path / name for name in ("photos", "out", "moved"))
+    write_photos(source)
+    build(source, out, SETTINGS, HERE)
+    seal(out)
+    before = contents(out)
+    shutil.copytree(source, moved)
+    (out / MANIFEST).unlink()
+    shard_tables(out)[0].with_suffix(".tar").unlink()
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # as Ctrl-C ends a repair
+        build(moved, out, SETTINGS, replace(HERE, run_tasks=interrupted))
+    repair(out, verify(out), moved, 1)
+    assert verify(out).problems == []
+    after = contents(out)
+    places = {name for name in before if before[name] != after[name]}
+    assert places == {"plan.json", "listing.parquet", "checksums.txt"}
+    assert after.keys() == before.keys()
