@@ -97,6 +97,15 @@ def test_a_list_south_of_the_equator_makes_a_class_map_that_says_so(tmp_path):
     assert (len(classes), classes.southern, classes.crs) == (2, True, "UTM zone 56 south, metres")
 
 
+@pytest.mark.parametrize("zone", [1, 60])
+def test_the_zone_of_names_is_that_of_the_map_at_the_ends_of_the_earth_too(tmp_path, zone):
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        (tmp_path / "photos" / f"@334000.5@6249000.5@{zone}@V@{i}@.jpg").write_bytes(jpeg(96, i))
+    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
+    assert Dataset.open(tmp_path / "out").manifest.utm_zone == zone
+
+
 @pytest.mark.parametrize(("band", "southern"), [("H", True), ("N", False), ("", False)])
 def test_names_say_by_their_band_whether_a_city_lies_south_of_the_equator(tmp_path, band, southern):
     (tmp_path / "photos").mkdir()
