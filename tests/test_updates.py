@@ -33,6 +33,7 @@ from shards.layout import CHECKSUMS, REVISION_FILES, shard_tables
 from shards.reader import ShardReader
 from shards.repair import repair
 from shards.verification import verify
+from shards.verify import print_summary
 
 
 def samples(out: Path) -> set[tuple]:
@@ -404,13 +405,17 @@ def test_where_folders_cannot_be_locked_a_file_keeps_commands_apart(begun, monke
 
 @pytest.mark.parametrize("name", [f"000002{end}" for end in REVISION_FILES])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"PAR1 and nothing")])
-def test_damage_to_what_an_addition_planned_is_found_and_neither_repaired_nor_built_upon(begun, tmp_path, name, damage):
+def test_damage_to_what_an_addition_planned_is_found_and_neither_repaired_nor_built_upon(
+    begun, tmp_path, capsys, name, damage
+):
     write_cell(tmp_path / "more", 0, 3, first=100)
     add(Source.of(tmp_path / "more"), begun, HERE)
     damage(begun / "revisions" / name)
     before = contents(begun)
     report = verify(begun)
     assert [p.file for p in report.problems] == [f"revisions/{name}"]
+    print_summary(report, str(begun))
+    assert "1 problem in 1 file; --repair tells how to mend them" in capsys.readouterr().out
     with pytest.raises(JobError, match="back from a copy, or build the data set anew"):
         repair(begun, report, tmp_path / "photos", 1)
     write_cell(tmp_path / "more", 1, 3, first=100)
