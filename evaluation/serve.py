@@ -4,7 +4,7 @@ JPEG, PNG and WebP. Uploads stay in memory and are forgotten once answered. The 
 
 python evaluation/serve.py --checkpoint RUN [--shards DIR]
 
-Programs post a photo and get what `predict.py --json` prints, or an HTTP error with {"error": "the reason in words"}:
+Programs post a photo and get the fields of `predict.py --json`, or an HTTP error with {"error": "the reason in words"}:
 
 curl --data-binary @photo.jpg "http://127.0.0.1:8000/locate?name=photo.jpg"
 """

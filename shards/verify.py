@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from shards.checksums import seal
 from shards.console import WrongArguments, entry, format_bytes, format_count, format_duration
+from shards.layout import REVISIONS
 from shards.mirror import fetch_all, named_by_url, scratch_folder
 from shards.repair import repair
 from shards.soundness import Problem
@@ -95,7 +96,8 @@ def print_summary(report: Report, dataset: str) -> None:
             print("there is no checksums.txt: a changed name of a source photo in a table would go unseen; see --seal")
         return
     files = len({problem.file for problem in report.problems})
-    way_out = "--repair tells how to mend them" if is_url(dataset) else "--repair --source PHOTOS rebuilds them"
+    lost = any(problem.file.startswith(f"{REVISIONS}/") for problem in report.problems)  # nothing rebuilds these
+    way_out = "--repair tells how to mend them" if lost or is_url(dataset) else "--repair --source PHOTOS rebuilds them"
     print(f"{dataset}: {format_count(len(report.problems), 'problem')} in {format_count(files, 'file')}; {way_out}")
 
 

@@ -154,6 +154,14 @@ def test_a_foreign_folder_is_no_checkpoint(tmp_path: Path, content: str) -> None
         load_latest(tmp_path)
 
 
+def test_what_is_no_checkpoint_is_told_from_what_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, reason in {"empty": "it has no files.json", "file": "a file", "nowhere": "no such folder"}.items():
+        with pytest.raises(CheckpointError, match=rf"{name}: no checkpoint of this project \({reason}\)"):
+            load_for_evaluation(tmp_path / name)
+
+
 def test_folders_whose_names_hold_no_step_are_no_checkpoints(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, make_checkpoint(1))
     for name in ("step-", "step-x", "step-\u00b2", "other"):

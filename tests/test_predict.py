@@ -15,7 +15,8 @@ from tiny import SOUTH, WEST, ZONE, class_table, photo, write_queries
 from tiny_run import write_run
 
 from evaluation import predict
-from evaluation.places import east_north, exif_position, great_circle, known_position
+from evaluation.places import east_north, exif_position, great_circle, known_position, top_places
+from evaluation.ranking import Answers
 from shards.console import JobError, WrongArguments
 
 
@@ -167,6 +168,23 @@ def test_the_band_of_a_name_tells_its_hemisphere_whatever_that_of_the_classes(ba
 @pytest.mark.parametrize(("east", "north"), [("999999999999", "5"), ("1e300", "5"), (f"{WEST}", "99999999999")])
 def test_a_name_that_lies_nowhere_on_earth_is_no_known_position(east: str, north: str) -> None:
     assert known_position(Path(f"@{east}@{north}@{ZONE}@S@.jpg"), ZONE) is None
+
+
+def test_places_are_farther_apart_than_asked_and_as_many_as_asked() -> None:
+    classes = class_table()
+    order = np.random.default_rng(0).permutation(16)[None]
+    answers = Answers(order, *(np.arange(16, dtype=np.float32)[None] for _ in range(3)))
+    centers = classes.centers()
+    for apart in (0.0, 20.0, 30.0, 40.0):  # cells are 20 m wide: some centres are exactly so far from each other
+        expected: list[int] = []
+        for row in order[0].tolist():
+            if all(np.hypot(*(centers[row] - centers[better])) > apart for better in expected):
+                expected.append(row)
+        for count in (1, 3, 16):
+            places = top_places(answers, 0, classes, count=count, apart=apart)
+            assert [(place.east, place.north) for place in places] == [tuple(centers[row]) for row in expected[:count]]
+            assert [place.label for place in places] == classes.label[expected[:count]].tolist()
+            assert [place.confidence for place in places] == [order[0].tolist().index(row) for row in expected[:count]]
 
 
 def test_great_circles_are_those_of_a_sphere() -> None:

@@ -117,6 +117,14 @@ def test_the_flat_index_follows_from_the_tables_as_described(dataset):
                 == rows["label"].to_numpy()[order]).all()  # fmt: skip
 
 
+def test_the_state_of_the_flat_index_is_as_described(dataset):
+    digest = hashlib.sha256(b"starts shard offset size crc32")
+    for table in sorted(dataset.path.glob("group-*/group-*.parquet")):
+        data = table.read_bytes()
+        digest.update(f"{table.name} {len(data)}\n".encode() + data[-8192:])
+    assert (dataset.path / "index" / "state").read_text().strip() == digest.hexdigest()
+
+
 def test_checksums_are_as_described(dataset):
     body, last = (dataset.path / "checksums.txt").read_text().rsplit("# sha256 of the lines above: ", 1)
     assert hashlib.sha256(body.encode()).hexdigest() == last.strip()

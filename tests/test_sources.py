@@ -17,7 +17,9 @@ from photos import jpeg, name_at, write_photos
 from present import present
 
 from preprocessing.build import build, dry_run
+from preprocessing.coordinates import _rows_of, locate
 from preprocessing.engine import Job
+from preprocessing.photos import list_photos
 from preprocessing.plan import make_plan
 from preprocessing.resize import Resizer
 from preprocessing.shard_task import write_shard
@@ -95,6 +97,39 @@ def test_a_list_south_of_the_equator_makes_a_class_map_that_says_so(tmp_path):
     add(Source.of(write_csv(tmp_path / "more.csv", path=more, **at), tmp_path / "more"), tmp_path / "out", HERE)
     classes = Dataset.open(tmp_path / "out").classes
     assert (len(classes), classes.southern, classes.crs) == (2, True, "UTM zone 56 south, metres")
+
+
+def test_of_photos_of_one_name_all_but_the_first_are_set_aside_and_the_listing_stays_as_it_was(tmp_path):
+    names = [f"@{500000 + i}@4180000@10@S@{i}@.jpg" for i in range(9)]
+    for folder in ("a", "b", "c"):
+        (tmp_path / folder).mkdir()
+        for name in names[::2] if folder == "b" else names[:7]:
+            (tmp_path / folder / name).touch()
+    places, _, _, bad = locate(list_photos(tmp_path, None, lambda n: None), 0)
+    repeated = [*(f"b/{name}" for name in names[:7:2]), *(f"c/{name}" for name in names[:7])]
+    assert sorted((b.source, b.reason) for b in bad) == [(path, "duplicate name") for path in sorted(repeated)]
+    assert np.isnan(places.east).sum() == len(repeated)
+
+    rows = {"path": ["x.jpg", "y.jpg", "x.jpg"], "latitude": [37.7] * 3, "longitude": [-122.4] * 3}
+    listing = list_named(write_csv(tmp_path / "list.csv", **rows), tmp_path, 0)
+    before = present(listing.places).east.copy()
+    assert np.isnan(locate(listing, 0)[0].east).tolist() == [False, False, True]
+    assert np.array_equal(present(listing.places).east, before)
+
+
+def test_names_are_found_among_more_than_are_compared_at_once():
+    names = np.random.default_rng(0).permutation(np.arange(2**20 + 5000, dtype=np.uint64))
+    for sought in (names[-1:], np.sort(names[::1000]), np.array([0, 7, 2**20 + 4999, 2**40], np.uint64)):
+        assert np.array_equal(_rows_of(names, sought), np.flatnonzero(np.isin(names, sought)))
+
+
+@pytest.mark.parametrize("zone", [1, 60])
+def test_the_zone_of_names_is_that_of_the_map_at_the_ends_of_the_earth_too(tmp_path, zone):
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        (tmp_path / "photos" / f"@334000.5@6249000.5@{zone}@V@{i}@.jpg").write_bytes(jpeg(96, i))
+    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
+    assert Dataset.open(tmp_path / "out").manifest.utm_zone == zone
 
 
 @pytest.mark.parametrize(("band", "southern"), [("H", True), ("N", False), ("", False)])

@@ -27,7 +27,14 @@ LOWEST_RATE = 1e-6  # the paper's run ends when the model's rate is under it
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a backbone and one margin head per group on a data set of shards."""
+    """Train a backbone and one margin head per group on a data set of shards.
+
+    Saves and exits with 0 on SIGTERM and SIGUSR1 too; the same command with --resume goes on.
+
+    python training/train.py --shards shards/city --val-queries val/queries --out runs/first
+
+    accelerate launch --config_file launch/eight_gpus.yaml training/train.py --shards shards/city --out runs/first
+    """
 
     shards: str = tyro.MISSING
     """Folder or URL of the data set that preprocessing/build_shards.py wrote."""
