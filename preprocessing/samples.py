@@ -85,7 +85,7 @@ def cut_crop(strip: np.ndarray, turn: float) -> np.ndarray:
     """
     height, width = strip.shape[:2]
     if width < 2 * height:
-        raise BadPhoto("not a panorama", f"{width} x {height} pixels")
+        raise BadPhoto("not a panorama", f"{width / height:.2f} times as wide as high, less than twice")
     left = round(width / 2 + turn * width / 360 - height / 2) % width
     if left + height <= width:
         return np.ascontiguousarray(strip[:, left : left + height])

@@ -11,6 +11,7 @@ from test_sources import samples
 
 from preprocessing.build import build
 from preprocessing.plan import make_plan
+from preprocessing.revisions import read_bad
 from preprocessing.samples import cut_crop
 from preprocessing.sources import Source
 from shards.dataset import Dataset
@@ -82,4 +83,6 @@ def test_what_is_no_panorama_is_set_aside_crop_by_crop(tmp_path):
         replace(HERE, max_bad_share=1),
     )
     assert summary.reasons == {"not a panorama": 12, "truncated": 12}
+    details = {b.detail for b in read_bad(tmp_path / "out" / "quarantine.jsonl") if b.reason == "not a panorama"}
+    assert details == {"1.00 times as wide as high, less than twice"}  # of the photo, not of its scaled decoding
     assert summary.manifest.images == 24

@@ -108,6 +108,7 @@ def cosplace_head(cosface_loss: Any, weight: Tensor) -> tuple[nn.Module, Loss]:
 
 
 def arcface_head(margin_losses: Any, partial_fc: Any, weight: Tensor, kind: Kind) -> tuple[nn.Module, Loss]:
+    """Within `one_process`; its module returns the batch's mean loss."""
     margins = {"AAMC": (1.0, M, 0.0), "LMCC": (1.0, 0.0, M)}
     head = partial_fc.PartialFC_V2(margin_losses.CombinedMarginLoss(S, *margins[kind]), weight.shape[1], len(weight))
     head.weight.data.copy_(weight.detach())

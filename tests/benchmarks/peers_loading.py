@@ -112,6 +112,7 @@ def ours(shards: Path, done: str) -> Iterator[Tensor]:
 
 
 def cosplace_sides(train_dataset: Any, commons: Any, photos: Path, scratch: Path) -> list[Side]:
+    """What CosPlace does by default, and its augmentation on the CPU with none, some and all of its colours."""
     first = next(photos.rglob("*.jpg"))
     with Image.open(first) as photo:
         if photo.size != (LARGE, LARGE):
