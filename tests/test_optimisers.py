@@ -25,6 +25,13 @@ def test_the_papers_run_ends_after_the_third_cut() -> None:
     assert math.isclose(schedule.model_rate, 1e-7, rel_tol=1e-9)
 
 
+def test_with_the_plateau_schedule_no_step_changes_a_rate() -> None:
+    schedule, head = rates(lr=3e-4), make_adam([torch.nn.Parameter(torch.zeros(1))], 0.5)
+    for step in (0, 5, 10**6):
+        schedule.apply(step, [head])
+        assert (schedule.model_rate, head.param_groups[0]["lr"]) == (3e-4, 0.5)
+
+
 def test_a_lower_loss_resets_the_patience() -> None:
     schedule = rates(patience=2)
     for loss in (5.0, 5.0, 5.0, 4.0, 4.0, 4.0):
