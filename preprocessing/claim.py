@@ -12,7 +12,7 @@ from preprocessing.plan import Plan, Settings
 from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import GPU_CODEC
-from shards.files import atomic_write_json, read_bytes, try_lock
+from shards.files import atomic_write_json, is_partial, read_bytes, try_lock
 from shards.layout import LISTING, LOCK, MANIFEST, PLAN, PROVENANCE
 from shards.provenance import provenance
 
@@ -25,7 +25,7 @@ def check_output(source: Source, out: Path) -> None:
         raise JobError(f"{out}: is a file; --out takes a folder")
     source.check(out)
     ours = any((out / name).exists() for name in (MANIFEST, PLAN, LISTING, LOCK))
-    if out.is_dir() and not ours and any(out.iterdir()):
+    if out.is_dir() and not ours and not all(is_partial(path.name) for path in out.iterdir()):
         raise JobError(f"{out}: not empty and not a data set; choose an empty or new folder")
 
 

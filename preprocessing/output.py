@@ -9,6 +9,7 @@ from pathlib import Path
 from preprocessing.shard_task import ShardResult, finished_shard
 from shards.checksums import files_below, read_checksums
 from shards.console import JobError
+from shards.files import is_partial
 from shards.layout import CHECKSUMS, INDEX, LISTING, MANIFEST, PLAN, shard_numbers, shard_stem, shard_tables
 from shards.mirror import fetch_all, is_small, named_by_url, scratch_folder
 from shards.store import PARALLEL, Store, is_url
@@ -85,7 +86,8 @@ class Output:
     def _fetch(self) -> None:
         assert self.store is not None
         sizes = self.store.sizes()
-        if sizes and not any(name in sizes for name in (MANIFEST, PLAN, LISTING)):
+        ours = any(name in sizes for name in (MANIFEST, PLAN, LISTING))
+        if not ours and not all(is_partial(name) for name in sizes):
             raise JobError(f"{self.place}: not empty and not a data set; choose an empty or new place")
         above = [n for n in sizes if is_small(n) and not _of_shard(n) and not n.startswith(f"{INDEX}/")]
         fetch_all(self.store, above, self.folder, {})

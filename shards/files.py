@@ -154,6 +154,11 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_partial(name: str) -> bool:
+    """Whether a file or folder in a data set is what a killed writer left, by its name or path."""
+    return name.rpartition("/")[2].startswith(".") and name.endswith(TEMPORARY_SUFFIX)
+
+
 def remove_partials(folder: Path | str) -> int:
     """Remove what killed writers left under `folder`; return how many files and folders that were."""
     leftovers = list(Path(folder).rglob(f".*{TEMPORARY_SUFFIX}"))

@@ -182,6 +182,16 @@ def test_an_output_folder_of_something_else_is_left_alone(tmp_path):
     assert contents(tmp_path / "ours") == before
 
 
+def test_a_build_that_was_killed_at_its_first_file_goes_on(tmp_path):
+    photos = tmp_path / "photos"
+    write_photos(photos)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".listing.parquet.7-0a1b2c3d.partial").write_bytes(b"PAR1")
+    build(photos, out, SETTINGS, HERE)
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
 def test_a_second_run_over_a_finished_data_set_changes_nothing(tmp_path):
     write_photos(tmp_path / "photos")
     run(tmp_path / "photos", tmp_path / "out")

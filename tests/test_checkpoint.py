@@ -1,6 +1,7 @@
 """Checkpoints: whole or not at all, nothing pickled, and the previous one used where the last is damaged."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -245,3 +246,15 @@ def test_a_checkpoint_of_a_later_format_says_so(tmp_path: Path) -> None:
     (path / "files.json").write_text(json.dumps(listing | {"format": 99}))
     with pytest.raises(CheckpointError, match="later version"):
         load_checkpoint(path)
+
+
+def test_weights_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, make_checkpoint(1))
+    weights = path / "heads.safetensors"
+    data = b"\xff" * 7 + weights.read_bytes()[7:]  # no safetensors file, but one that its listing describes
+    weights.write_bytes(data)
+    listing = json.loads((path / "files.json").read_text())
+    listing["files"][weights.name] = {"bytes": len(data), "crc32": zlib.crc32(data)}
+    (path / "files.json").write_text(json.dumps(listing))
+    with pytest.raises(CheckpointError, match=r"heads\.safetensors: cannot be read \(.*header"):
+        load_for_evaluation(tmp_path)

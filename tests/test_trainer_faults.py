@@ -139,6 +139,11 @@ def test_a_run_folder_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "other"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("")
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / ".config.json.7-0a1b2c3d.partial").write_text("{")  # what a kill at the first file leaves
+    assert train_here(configure(shards, killed, epochs=1)).progress.step == 8
+    assert not list(killed.glob(".config*"))
     with pytest.raises(JobError, match="holds files that are no run"):
         Trainer(configure(shards, foreign))
     with pytest.raises(JobError, match="is a file"):

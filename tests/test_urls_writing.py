@@ -169,6 +169,13 @@ def test_a_dry_run_leaves_only_the_list(photos, memory):
     assert list(Store.at(memory).sizes()) == ["listing.parquet"]
 
 
+def test_a_build_that_was_killed_at_its_first_file_at_a_url_goes_on(photos, memory):
+    store = Store.at(memory)
+    store.files.pipe_file(store._path(".plan.json.7-0a1b2c3d.partial"), b"{")
+    build_at(memory, photos)
+    assert "dataset.json" in stored(memory)
+
+
 def test_a_place_of_something_else_is_left_alone_and_named_by_its_url(photos, memory):
     store = Store.at(memory)
     store.files.pipe_file(store._path("thesis.txt"), b"mine")

@@ -24,11 +24,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shards.classes import ClassTable
-from shards.console import JobError
+from shards.console import JobError, one_line
 from shards.files import TEMPORARY_SUFFIX, atomic_folder, atomic_write_json, named, read_bytes
 
 FORMAT = 1
@@ -206,7 +207,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         classes=weights.classes,
         config=weights.config,
         training=TrainingState(
-            load_file(path / "optimizer.safetensors"), json.loads(read_bytes(path / "optimizer.json"))
+            _load_tensors(path / "optimizer.safetensors"), json.loads(read_bytes(path / "optimizer.json"))
         ),
         state=json.loads(read_bytes(path / "state.json")),
         provenance=json.loads(read_bytes(path / "provenance.json")),
@@ -232,14 +233,21 @@ def load_for_evaluation(path: Path) -> EvaluationWeights:
     raise CheckpointError(reasons[0] if reasons else f"{path}: the run holds no checkpoint")
 
 
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({one_line(error)})") from error
+
+
 def _read_weights(path: Path) -> EvaluationWeights:
     heads: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(path / "heads.safetensors").items():
+    for key, tensor in _load_tensors(path / "heads.safetensors").items():
         group, name = key.split(".", 1)
         heads.setdefault(int(group), {})[name] = tensor
     return EvaluationWeights(
         path=path,
-        model=load_file(path / "model.safetensors"),
+        model=_load_tensors(path / "model.safetensors"),
         heads=dict(sorted(heads.items())),
         classes=ClassTable.load(path / "classes.parquet"),
         config=json.loads(read_bytes(path / "config.json")),

@@ -13,7 +13,7 @@ from torch import nn
 
 from shards.classes import ClassTable
 from shards.console import JobError, format_count, last_line
-from shards.files import atomic_write_json, atomic_write_text, remove_partials, try_lock
+from shards.files import atomic_write_json, atomic_write_text, is_partial, remove_partials, try_lock
 from shards.provenance import provenance
 from training.checkpoint import EvaluationWeights, list_checkpoints, load_for_evaluation
 from training.head_bank import HeadBank
@@ -28,7 +28,7 @@ def check_run_folder(out: Path, resume: bool) -> None:
     """JobError where `out` is no place for this run: another run without `--resume`, a file, a foreign folder."""
     if out.exists() and not out.is_dir():
         raise JobError(f"--out {out}: is a file; name a folder")
-    if not out.is_dir() or all(path.name == LOCK for path in out.iterdir()):
+    if not out.is_dir() or all(path.name == LOCK or is_partial(path.name) for path in out.iterdir()):
         return
     if not (out / CONFIG).exists() and not (out / "checkpoints").is_dir():
         raise JobError(f"--out {out}: holds files that are no run; name an empty folder")

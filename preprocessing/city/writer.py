@@ -21,7 +21,7 @@ from tqdm import tqdm
 from preprocessing.city.plan import BAND, CELL, MIN_PHOTOS_PER_CELL, ZONE, CitySettings, Panorama, Plan
 from preprocessing.city.streetview import Renderer
 from shards.console import JobError, format_bytes, format_count, format_duration
-from shards.files import TEMPORARY_SUFFIX, atomic_write_json, remove_partials
+from shards.files import TEMPORARY_SUFFIX, atomic_write_json, is_partial, remove_partials
 from shards.names import PhotoName, format_name
 from shards.provenance import provenance
 from shards.workers import follow_parent
@@ -78,9 +78,11 @@ def render_city(out: Path, settings: CitySettings, workers: int) -> dict[str, An
         return record
     began = time.perf_counter()
     plan = Plan(settings)
+    total = sum(len(pano.headings) for pano in plan.panoramas)
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(out / RECORD, record)
     for pano in plan.panoramas:
         (out / photo_path(plan, pano, 0)).parent.mkdir(parents=True, exist_ok=True)
-    total = sum(len(pano.headings) for pano in plan.panoramas)
     tasks = [range(a, min(a + TASK, len(plan.panoramas))) for a in range(0, len(plan.panoramas), TASK)]
     written = _run(out, settings, tasks, total, min(workers, len(tasks)))
     remove_partials(out)
@@ -111,10 +113,8 @@ def _claim(out: Path, settings: CitySettings) -> dict[str, Any]:
             raise JobError(f"{out}: holds a city of other settings ({', '.join(differ)}); choose another --out")
         whole = complete and sum(1 for _ in out.rglob("*.jpg")) >= record["photos"]["total"]
         return dict(record) if whole else wanted | {"complete": False}
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and not all(is_partial(path.name) for path in out.iterdir()):
         raise JobError(f"{out}: holds other files and no {RECORD}; choose another --out or an empty folder")
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(path, wanted | {"complete": False})
     return wanted | {"complete": False}
 
 
