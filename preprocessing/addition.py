@@ -16,6 +16,7 @@ from preprocessing.plan import class_order, when_and_whither
 from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, read_bad
 from preprocessing.sources import Source, prefix, split_sample, turns
 from shards.classes import ClassTable, cell_index, group_of
+from shards.files import named
 from shards.layout import QUARANTINE, SHARD_SAMPLES, SKIPPED, group_name, shard_tables
 from shards.names import hash_names
 
@@ -157,7 +158,9 @@ def _known(out: Path, sources: list[Source], source: Source) -> np.ndarray:
     tables = [pa.chunked_array([quarantined]), pq.read_table(out / SKIPPED, columns=["source"])["source"]]
     hashes = [_identities(names, sources, source) for names in tables]
     for table in shard_tables(out):
-        hashes.append(_identities(pq.read_table(table, columns=["source"])["source"], sources, source))
+        with named(table):
+            names = pq.read_table(table, columns=["source"])["source"]
+        hashes.append(_identities(names, sources, source))
     return np.concatenate(hashes)
 
 

@@ -17,6 +17,7 @@ from preprocessing.shard_task import ShardResult
 from shards.checksums import seal
 from shards.classes import ClassTable
 from shards.dataset import Manifest
+from shards.files import named
 from shards.index import build_index
 from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST, QUARANTINE, SKIPPED, group_name, shard_tables
 from shards.writer import shard_facts
@@ -133,7 +134,8 @@ def _count(out: Path, classes: ClassTable) -> tuple[ClassTable, list[ShardResult
         results.append(result)
         first = int(np.searchsorted(classes.group, result.group))
         count = classes.count(result.group)
-        labels = pq.read_table(table, columns=["label"])["label"].to_numpy()
+        with named(table):
+            labels = pq.read_table(table, columns=["label"])["label"].to_numpy()
         images[first : first + count] += np.bincount(labels, minlength=count)
         assert table.parent.name == group_name(result.group)
     return replace(classes, images=images), results

@@ -62,6 +62,8 @@ def describe_os_error(error: OSError) -> str:
     """One line for an `OSError`: the file, what happened, and the way out where there is one."""
     where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
     what = error.strerror or str(error)
+    if error.filename and error.errno and "[errno " in what:  # pyarrow's, which tells how it was reading
+        what = os.strerror(error.errno)
     advice = {
         errno.ENOSPC: "; free some space and run the same command again",
         errno.EDQUOT: "; free some space and run the same command again",

@@ -153,7 +153,8 @@ def gather(tables: list[Path], labels: int) -> dict[str, np.ndarray]:
 
 def _read_table(table: Path) -> pa.Table:
     try:
-        return pq.read_table(table, columns=["label", "offset", "size", "crc32"])
+        with named(table):
+            return pq.read_table(table, columns=["label", "offset", "size", "crc32"])
     except (pa.ArrowException, OSError) as error:
         if is_systems(error):
             raise

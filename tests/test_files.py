@@ -3,11 +3,12 @@
 import errno
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from shards.console import describe_os_error
 from shards.dataset import Manifest
-from shards.files import atomic_folder, atomic_path
+from shards.files import atomic_folder, atomic_path, named
 
 UNREADABLE = Path("/proc/self/mem")  # opens, but its first bytes cannot be read: EIO, as of a bad disk
 
@@ -18,6 +19,12 @@ def test_a_file_that_opens_and_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Input/output error") as raised:
         Manifest.load(manifest)
     assert describe_os_error(raised.value) == f"{manifest}: Input/output error"
+
+
+def test_a_table_that_opens_and_cannot_be_read_is_named_in_few_words(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="Error reading bytes") as raised, named(tmp_path / "classes.parquet"):
+        pa.OSFile(str(UNREADABLE)).read(8)
+    assert describe_os_error(raised.value) == f"{tmp_path / 'classes.parquet'}: Input/output error"
 
 
 def test_a_write_that_fails_names_the_file_and_leaves_the_old_one(tmp_path: Path) -> None:
