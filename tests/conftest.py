@@ -93,3 +93,13 @@ def queries(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import write_queries
 
     return write_queries(tmp_path_factory.mktemp("tiny") / "queries")
+
+
+@pytest.fixture(scope="module")
+def run_and_queries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that answers without training, and two query photos of every class. Tests must not change them."""
+    from tiny import write_queries
+    from tiny_run import write_run
+
+    folder = tmp_path_factory.mktemp("evaluate")
+    return write_run(folder / "run"), write_queries(folder / "queries", each=2)

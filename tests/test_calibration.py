@@ -75,12 +75,6 @@ def test_a_calibration_is_read_back_and_a_damaged_one_is_a_clear_error(tmp_path:
             Calibration.load(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def run_and_queries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("evaluate")
-    return write_run(folder / "run"), write_queries(folder / "queries", each=2)
-
-
 def test_validation_queries_of_no_use_are_one_error_and_the_rest_goes_on(
     run_and_queries: tuple[Path, Path],
     tmp_path: Path,

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import ROOT, SOUTH, WEST, ZONE, class_table, write_queries
+from tiny import ROOT, SOUTH, WEST, ZONE, class_table
 from tiny_run import evaluate_here, write_run
 
 from evaluation.localiser import Localiser
@@ -24,12 +24,6 @@ from shards.console import JobError, WrongArguments
 from shards.names import PhotoName, format_name, parse_name
 from training.distributed import World
 from training.queries import list_queries
-
-
-@pytest.fixture(scope="module")
-def run_and_queries(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("evaluate")
-    return write_run(folder / "run"), write_queries(folder / "queries", each=2)
 
 
 def test_a_row_has_lr_at_n_beside_chance_and_ceiling(
