@@ -5,6 +5,7 @@ four bytes a pixel since its kernels are faster so; anything unusual (PNG) goes 
 to a square, as the reference does, and turned upright where their metadata say so.
 """
 
+import functools
 import io
 import warnings
 from collections.abc import Sequence
@@ -30,6 +31,20 @@ _TABLES_AND_COMMENTS = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
 _MOST_CUBIC = 1.6  # scaled decoding leaves less than a factor of 2, of which this much needs no area filter
 _PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 _ORIENTATION_TAG = 0x0112
+_LUMA_TABLE = b"\xff\xdb\x00\x43\x00"  # what stands before the 64 bytes of the quantisation table of luminance
+_TRUST = (
+    (1.00, 0.99, 1.00, 1.01, 1.05, 1.04, 0.99, 0.84),
+    (0.99, 1.01, 1.00, 1.02, 1.04, 1.03, 0.94, 0.79),
+    (1.00, 1.00, 1.01, 1.02, 1.03, 1.00, 0.90, 0.76),
+    (1.01, 1.02, 1.02, 1.02, 1.01, 0.97, 0.89, 0.74),
+    (1.05, 1.04, 1.03, 1.01, 0.99, 0.94, 0.86, 0.73),
+    (1.04, 1.03, 1.00, 0.97, 0.94, 0.90, 0.80, 0.71),
+    (0.99, 0.94, 0.90, 0.89, 0.86, 0.80, 0.72, 0.65),
+    (0.84, 0.79, 0.76, 0.74, 0.73, 0.71, 0.65, 0.49),
+)
+"""By vertical and horizontal frequency, what a coefficient of luminance of the fast path's JPEGs must be multiplied by
+to be nearest, in least squares, to that of a Lanczos reduction: the cubic step weakens middle frequencies, and of the
+highest much is aliasing and rounding (tests/benchmarks/RESULTS.md). The tables that decoders multiply by say so."""
 
 
 class BadPhoto(Exception):
@@ -96,7 +111,11 @@ class Resizer:
     def encode(self, photo: np.ndarray) -> bytes:
         """`photo` (uint8 [size, size, 3 or 4]) as a JPEG."""
         colours = "RGB" if photo.shape[2] == 3 else "RGBX"
-        return simplejpeg.encode_jpeg(photo, self.quality, colours, "420", fastdct=True)
+        jpeg = simplejpeg.encode_jpeg(photo, self.quality, colours, "420", fastdct=True)
+        if self.resize_filter != "fast":
+            return jpeg
+        start, table = _trusted_table(self.quality)
+        return jpeg[:start] + table + jpeg[start + len(table) :]
 
     def jpeg_header(self, data: bytes) -> JpegHeader:
         """The header of a JPEG; raises `BadPhoto` where that much is bad."""
@@ -158,9 +177,19 @@ class Resizer:
             raise BadPhoto("too small", f"{width} x {height} pixels for an image size of {self.size}")
 
 
+@functools.cache
+def _trusted_table(quality: int) -> tuple[int, bytes]:
+    """Where in a JPEG of this quality the quantisation table of luminance stands, and `_TRUST` times that table."""
+    jpeg = simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8), quality, "RGB", "420")
+    start = jpeg.index(_LUMA_TABLE) + len(_LUMA_TABLE)
+    places = sorted(np.ndindex(8, 8), key=lambda at: (sum(at), at[sum(at) % 2 == 0]))  # zigzag
+    steps = zip(jpeg[start : start + 64], places, strict=True)
+    return start, bytes(max(1, round(step * _TRUST[row][column])) for step, (row, column) in steps)
+
+
 def cpu_codec_name() -> str:
-    """The libraries that decide the bytes of a JPEG, with versions."""
-    return f"simplejpeg {simplejpeg.__version__}, OpenCV {cv2.__version__}"
+    """What decides the bytes of a JPEG: libraries with versions, and that the fast way's table is fitted."""
+    return f"simplejpeg {simplejpeg.__version__}, OpenCV {cv2.__version__}, fitted table"
 
 
 def _bad_jpeg(data: bytes, error: ValueError) -> BadPhoto:
