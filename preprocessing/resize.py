@@ -32,7 +32,7 @@ _MOST_CUBIC = 1.6  # scaled decoding leaves less than a factor of 2, of which th
 _PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 _ORIENTATION_TAG = 0x0112
 _LUMA_TABLE = b"\xff\xdb\x00\x43\x00"  # what stands before the 64 bytes of the quantisation table of luminance
-_TRUST = (
+_LUMA_GAINS = (
     (1.00, 0.99, 1.00, 1.01, 1.05, 1.04, 0.99, 0.84),
     (0.99, 1.01, 1.00, 1.02, 1.04, 1.03, 0.94, 0.79),
     (1.00, 1.00, 1.01, 1.02, 1.03, 1.00, 0.90, 0.76),
@@ -114,7 +114,7 @@ class Resizer:
         jpeg = simplejpeg.encode_jpeg(photo, self.quality, colours, "420", fastdct=True)
         if self.resize_filter != "fast":
             return jpeg
-        start, table = _trusted_table(self.quality)
+        start, table = _fitted_table(self.quality)
         return jpeg[:start] + table + jpeg[start + len(table) :]
 
     def jpeg_header(self, data: bytes) -> JpegHeader:
@@ -178,13 +178,13 @@ class Resizer:
 
 
 @functools.cache
-def _trusted_table(quality: int) -> tuple[int, bytes]:
-    """Where in a JPEG of this quality the quantisation table of luminance stands, and `_TRUST` times that table."""
+def _fitted_table(quality: int) -> tuple[int, bytes]:
+    """Where in a JPEG of this quality the quantisation table of luminance stands, and `_LUMA_GAINS` times that table."""
     jpeg = simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8), quality, "RGB", "420")
     start = jpeg.index(_LUMA_TABLE) + len(_LUMA_TABLE)
     places = sorted(np.ndindex(8, 8), key=lambda at: (sum(at), at[sum(at) % 2 == 0]))  # zigzag
     steps = zip(jpeg[start : start + 64], places, strict=True)
-    return start, bytes(max(1, round(step * _TRUST[row][column])) for step, (row, column) in steps)
+    return start, bytes(max(1, round(step * _LUMA_GAINS[row][column])) for step, (row, column) in steps)
 
 
 def cpu_codec_name() -> str:
