@@ -14,10 +14,11 @@ import numpy as np
 import simplejpeg
 
 from preprocessing.resize import BadPhoto, Resizer, is_whole
-from shards.console import JobError
+from shards.console import JobError, first_line
 
 _REMEDY = "pip install 'divide-and-classify[gpu-codec]'"
 _MOST_PIXELS = 1 << 25  # of a photo on the GPU, and of all that are decoded there at a time: 0.1 GB, and 1 GB to reduce
+_MOST_REDUCED = 40  # times, of either side: torch's filter fails beyond 47, where its weights fill a block's 48 kB
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class GpuResizer(Resizer):
     def check(self) -> None:
         """Raise `JobError` where the libraries or the GPU are not there, or cannot make a JPEG."""
         grey = simplejpeg.encode_jpeg(np.full((64, 64, 3), 128, np.uint8))
-        if _machines(self.device).small([grey], 32, self.quality) == [None]:
+        if self._small([grey], 32) == [None]:
             raise JobError(f"--codec gpu: nvImageCodec makes no JPEG here, as without nvJPEG: {_REMEDY}")
 
     def make(self, photos: Sequence[bytes]) -> list[bytes | BadPhoto]:
@@ -63,20 +64,25 @@ class GpuResizer(Resizer):
         except BadPhoto:
             return 0
         pixels = header.height * header.width
-        plain = header.colorspace in ("YCbCr", "Gray") and header.scalable and pixels <= _MOST_PIXELS
-        return pixels if plain else 0
+        plain = header.colorspace in ("YCbCr", "Gray") and header.scalable
+        fits = pixels <= _MOST_PIXELS and max(header.height, header.width) <= _MOST_REDUCED * self.size
+        return pixels if plain and fits else 0
 
     def _make_some(self, photos: Sequence[bytes], chosen: list[int], made: list[bytes | BadPhoto | None]) -> None:
         """Fill `made` for the `chosen` of `photos`; None stays where the GPU cannot decode one."""
         if not chosen:
             return
-        machines = _machines(self.device)
-        try:
-            small = machines.small([photos[i] for i in chosen], self.size, self.quality)
-        except machines.out_of_memory:
-            raise JobError("the GPU's memory is full; fewer --workers need less (the same command goes on)") from None
-        for i, jpeg in zip(chosen, small, strict=True):
+        for i, jpeg in zip(chosen, self._small([photos[i] for i in chosen], self.size), strict=True):
             made[i] = jpeg
+
+    def _small(self, photos: list[bytes], size: int) -> list[bytes | None]:
+        try:
+            return _machines(self.device).small(photos, size, self.quality)
+        except RuntimeError as error:  # of torch or nvImageCodec, which names a full memory by its CUDA number only
+            raise JobError(
+                f"the GPU failed ({first_line(error)}); where its memory is full, fewer --workers need less (the same "
+                "command goes on)"
+            ) from error
 
 
 class _Machines:
@@ -84,7 +90,6 @@ class _Machines:
 
     def __init__(self, codec: Any, torch: Any, device: str) -> None:
         self._codec, self._torch = codec, torch
-        self.out_of_memory = torch.OutOfMemoryError
         self._cuda = device != "cpu"
         # On a GPU its own decoders only: nvImageCodec's for the CPU would take over in silence, and ours is at hand.
         gpu = (codec.HW_GPU_ONLY, codec.HYBRID_CPU_GPU, codec.GPU_ONLY)

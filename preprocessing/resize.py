@@ -179,7 +179,7 @@ class Resizer:
 
 @functools.cache
 def _fitted_table(quality: int) -> tuple[int, bytes]:
-    """Where in a JPEG of this quality the quantisation table of luminance stands, and `_LUMA_GAINS` times that table."""
+    """Where in a JPEG of this quality luminance's quantisation table stands, and `_LUMA_GAINS` times that table."""
     jpeg = simplejpeg.encode_jpeg(np.zeros((8, 8, 3), np.uint8), quality, "RGB", "420")
     start = jpeg.index(_LUMA_TABLE) + len(_LUMA_TABLE)
     places = sorted(np.ndindex(8, 8), key=lambda at: (sum(at), at[sum(at) % 2 == 0]))  # zigzag

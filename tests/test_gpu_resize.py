@@ -109,6 +109,34 @@ def test_no_more_pixels_are_decoded_at_a_time_than_the_limit(monkeypatch):
     assert len(sizes) == 6
 
 
+def test_what_shrinks_further_than_torchs_filter_can_on_a_gpu_is_left_to_the_cpu_codec(monkeypatch):
+    monkeypatch.setattr(gpu_resize._Machines, "small", lambda *_: pytest.fail("it came to the GPU"))
+    for width, height in [(64 * 40 + 8, 64), (64, 64 * 40 + 8)]:
+        photo = saved(Image.fromarray(picture(64, 1)).resize((width, height)))
+        (small,) = GpuResizer(64, 95, device="cpu").make([photo])
+        assert isinstance(small, bytes)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_torchs_filter_shrinks_as_far_as_photos_are_given_to_it():
+    photos = [saved(Image.fromarray(picture(64, 1)).resize(size)) for size in [(64 * 40, 64), (64, 64 * 40)]]
+    made = GpuResizer(64, 95).make([*photos, saved(Image.fromarray(picture(2560, 1)))])
+    assert all(isinstance(small, bytes) for small in made)
+
+
+def test_a_gpu_that_fails_is_one_line_with_the_way_out(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("CUDA Runtime failure: '#2' at image.cpp:62\nstack")
+
+    monkeypatch.setattr(gpu_resize._Machines, "small", fail)
+    resizer = GpuResizer(64, 95, device="cpu")
+    for use in (resizer.check, lambda: resizer.make([jpeg(128, 1)])):
+        with pytest.raises(JobError, match=r"'#2' at image.cpp:62\).*fewer --workers") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_one_line_says_so_and_nothing_is_begun(tmp_path):
     write_photos(tmp_path / "photos")

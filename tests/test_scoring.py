@@ -9,13 +9,15 @@ import torch
 from tiny import SOUTH, WEST, ZONE, class_table, write_queries
 
 from shards.classes import ClassTable
+from shards.console import JobError
 from training.heads import Head
-from training.queries import Queries, list_queries
+from training.queries import Queries, QueryBatch, list_queries
 from training.scoring import (
     ClassBlock,
     assess_ranking,
     cell_distances,
     class_blocks,
+    describe_batches,
     describe_queries,
     merge_rankings,
     rank_classes,
@@ -136,3 +138,13 @@ def test_descriptors_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     ]
     torch.testing.assert_close(described[0].vectors, described[1].vectors, atol=1e-6, rtol=0)
     assert described[0].readable.all()
+
+
+def test_a_batch_that_a_gpu_has_no_room_for_is_one_line_with_its_size() -> None:
+    class Full(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    batch = QueryBatch(np.arange(5), np.zeros((5, 32, 48, 3), np.uint8))
+    with pytest.raises(JobError, match=r"for 5 photos of 48 x 32 pixels at once; give fewer by --batch-size"):
+        describe_batches(Full(), [batch], 5, device=torch.device("cpu"))

@@ -8,21 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import ROOT, arguments
+from torch._inductor.exc import InductorError, TritonMissing
 
 from shards.console import JobError
 from training.torch_errors import torch_errors_told
 
 
-def test_a_full_gpu_is_one_line_with_what_needs_less() -> None:
-    said = (
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_full_gpu_is_one_line_with_what_needs_less(compiling: bool) -> None:
+    said = torch.OutOfMemoryError(
         "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1.20 GiB is "
         "free. Including non-PyTorch memory, this process has 77.90 GiB memory in use."
     )
     with pytest.raises(JobError) as error, torch_errors_told():
-        raise torch.OutOfMemoryError(said)
+        raise InductorError(said, None) if compiling else said
     assert str(error.value).startswith(
         "CUDA out of memory. Tried to allocate 2.00 GiB; less is needed with --accumulate"
     )
+    assert "\n" not in str(error.value)
+
+
+def test_a_gpu_that_triton_cannot_compile_for_is_one_line_with_the_way_out() -> None:
+    with pytest.raises(JobError, match=r"^--compile: .*--no-compile") as error, torch_errors_told():
+        raise TritonMissing(None)
     assert "\n" not in str(error.value)
 
 

@@ -15,7 +15,9 @@ from tiny import ZONE, arguments, class_table, configure, train, train_here, wri
 import training.trainer as trainer_module
 from shards.console import JobError
 from shards.names import parse_name
+from training.assembly import check_against_world
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
+from training.distributed import World
 from training.heads import Head
 from training.model import GeoModel
 from training.queries import list_queries, query_size
@@ -236,6 +238,15 @@ def test_settings_that_the_data_set_or_the_machine_cannot_serve_are_one_clear_li
             train_here(configure(shards, tmp_path / "r", **settings))
         assert "\n" not in str(error.value)
         assert not (tmp_path / "r").exists()
+
+
+def test_batch_norms_over_several_gpus_are_not_compiled(shards: Path, tmp_path: Path) -> None:
+    gpus, gpu = (World(0, size, torch.device("cuda")) for size in (2, 1))
+    compiled = configure(shards, tmp_path / "r", sync_bn=True, compile=True)
+    with pytest.raises(JobError, match=r"--sync-bn: each of its layers .*; add --no-compile"):
+        check_against_world(compiled, gpus, 4)
+    check_against_world(compiled, gpu, 4)
+    check_against_world(replace(compiled, compile=False), gpus, 4)
 
 
 def test_a_data_set_of_one_class_a_group_trains_to_no_loss(tmp_path: Path) -> None:

@@ -72,6 +72,11 @@ def check_against_world(config: TrainConfig, world: World, groups: int) -> None:
         raise JobError(f"--batch-size {config.batch_size}: less than one image for each of {world.size} processes")
     if config.sync_bn and world.device.type != "cuda":
         raise JobError("--sync-bn needs GPUs")
+    if config.sync_bn and config.compile and world.size > 1:
+        raise JobError(
+            "--sync-bn: each of its layers waits for the device, which cuts a compiled model into pieces that are "
+            "compiled again and again; add --no-compile"
+        )
     if config.head_sample_rate < 1 and world.size == 1:
         raise JobError("--head-sample-rate needs several processes: it samples the parts of a sharded head")
 

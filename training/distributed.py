@@ -66,25 +66,30 @@ class World:
     def bring_to_main(self, tensors: dict[str, Tensor] | None, source: int) -> dict[str, Tensor]:
         """Send `tensors` from rank `source` to rank 0 one by one; rank 0 gets them on the CPU, others nothing.
 
-        Only the two ranks concerned need to call it; `tensors` is read on `source` only.
+        All ranks must call it; `tensors` is read on `source` only.
         """
+        own = (tensors or {}) if self.rank == source else {}
         if source == 0:
-            return {name: t.detach().cpu() for name, t in (tensors or {}).items()} if self.is_main else {}
-        if self.rank == source:
-            assert tensors is not None
-            dist.send_object_list([{name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}], dst=0)
-            for tensor in tensors.values():
-                dist.send(tensor.detach().to(self.device).contiguous(), dst=0)
-        elif self.is_main:
-            header: list[Any] = [None]
-            dist.recv_object_list(header, src=source)
-            received = {}
-            for name, (shape, dtype) in header[0].items():
+            return {name: tensor.detach().cpu() for name, tensor in own.items()}
+        kinds = self.gather({name: (tuple(tensor.shape), tensor.dtype) for name, tensor in own.items()})[source]
+        received = {}
+        for name, (shape, dtype) in kinds.items():
+            if self.rank == source:
+                _exchange(dist.isend, own[name].detach().to(self.device).contiguous(), 0)
+            elif self.is_main:
                 buffer = torch.empty(shape, dtype=dtype, device=self.device)
-                dist.recv(buffer, src=source)
+                _exchange(dist.irecv, buffer, source)
                 received[name] = buffer.cpu()
-            return received
-        return {}
+        return received
+
+
+def _exchange(operation: Callable[..., Any], tensor: Tensor, peer: int) -> None:
+    """Send a tensor to a rank or receive it from there, through the connections that all ranks have already.
+
+    By itself a send or receive of NCCL makes a communicator of the two, with memory of its own on both GPUs.
+    """
+    for work in dist.batch_isend_irecv([dist.P2POp(operation, tensor, peer)]):
+        work.wait()
 
 
 def join_after_restart(backend: str) -> None:

@@ -99,7 +99,7 @@ class TrainConfig:
     channels_last: bool = False
     """Keep the model's weights in the channels-last memory format."""
     sync_bn: bool = False
-    """Batch-norm statistics over the batch of all GPUs."""
+    """Batch-norm statistics over the batch of all GPUs; every batch norm then waits for them (with --no-compile)."""
     offload_heads: bool = False
     """Keep heads and optimiser state of groups that are not being trained in main memory (sequential)."""
     shard_head: bool = False

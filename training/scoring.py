@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from shards.classes import ClassTable
-from shards.console import progress_bar
+from shards.console import JobError, format_count, progress_bar
 from training.heads import Head, ScoreForm
 from training.model import to_input
 from training.queries import Queries, QueryBatch, SetAside, read_queries
@@ -97,7 +97,7 @@ def describe_batches(
 ) -> Descriptors:
     """Descriptors of `count` queries that come as decoded batches; the model is left in the mode it was in.
 
-    With a `title`, progress is shown under it where it takes long.
+    With a `title`, progress is shown under it where it takes long. JobError where a batch is too large for the GPU.
     """
     vectors: Tensor | None = None
     readable = np.zeros(count, dtype=bool)
@@ -113,6 +113,12 @@ def describe_batches(
             vectors[torch.from_numpy(batch.indices)] = described
             readable[batch.indices] = True
             bar.update(len(batch.indices))
+    except torch.OutOfMemoryError as error:
+        photos, height, width, _ = batch.images.shape
+        raise JobError(
+            f"the GPU's memory is too small for {format_count(photos, 'photo')} of {width} x {height} pixels at once; "
+            "give fewer by --batch-size (--val-batch-size in training)"
+        ) from error
     finally:
         bar.close()
         if was_training:

@@ -16,17 +16,24 @@ def torch_errors_told() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        what = ". ".join(str(error).split(". ")[:2])
-        raise JobError(
-            f"{what}; less is needed with --accumulate 4 (the same step in parts), --precision bf16, --offload-heads, "
-            "or --shard-head on several GPUs"
-        ) from error
+        raise _out_of_memory(error) from error
     except RuntimeError as error:
-        from torch._dynamo.exc import BackendCompilerFailed  # seconds, which a run that compiles has spent already
+        from torch._dynamo.exc import TorchDynamoException  # seconds, which a run that compiles has spent already
 
-        if not isinstance(error, BackendCompilerFailed):
+        if not isinstance(error, TorchDynamoException):
             raise
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, torch.OutOfMemoryError):
+            raise _out_of_memory(inner) from error
         raise JobError(
-            f"--compile: {first_line(error)}; it needs a C++ compiler (g++) and Python's headers, or "
+            f"--compile: {first_line(error)}; it needs a C++ compiler (g++), Python's headers and on a GPU Triton, or "
             "--no-compile (TORCH_LOGS=+dynamo tells more)"
         ) from error
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> JobError:
+    what = ". ".join(str(error).split(". ")[:2])
+    return JobError(
+        f"{what}; less is needed with --accumulate 4 (the same step in parts), --precision bf16, --offload-heads, or "
+        "--shard-head on several GPUs"
+    )
