@@ -10,6 +10,11 @@ accelerate launch evaluation/evaluate.py --checkpoints RUN --queries PHOTOS --ou
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,6 +5,11 @@ python evaluation/export.py RUN --to onnx|torchscript|hub --out DIR
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

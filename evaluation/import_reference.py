@@ -7,6 +7,11 @@ python evaluation/import_reference.py --checkpoint best_model.pth --train-list L
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 import glob
 import pickle
 from collections.abc import Mapping

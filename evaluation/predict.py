@@ -7,6 +7,11 @@ python evaluation/predict.py --checkpoint RUN photo.jpg [more photos, folders, "
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 import math
 import sys
 from dataclasses import dataclass

@@ -8,6 +8,11 @@ python evaluation/retrieve.py --checkpoint RUN --database PHOTOS --queries PHOTO
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 import math
 import sys
 import time

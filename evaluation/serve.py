@@ -11,6 +11,11 @@ curl --data-binary @photo.jpg "http://127.0.0.1:8000/locate?name=photo.jpg"
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 import errno
 import ipaddress
 import math

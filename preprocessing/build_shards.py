@@ -8,6 +8,11 @@ python preprocessing/build_shards.py --source photos/train/database --out shards
 python preprocessing/build_shards.py --out shards/city --add more_photos
 """
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 import signal
 from dataclasses import dataclass
 from typing import Annotated, Literal

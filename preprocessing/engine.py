@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,10 +21,9 @@ from shards.console import JobError
 from shards.layout import shard_stem
 from shards.mirror import scratch_folder
 from shards.store import Store, answered
-from shards.workers import follow_parent
+from shards.workers import ctrl_c_held_back, end_pool, follow_parent
 
 _POLL_SECONDS = 0.2
-_GRACE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,14 +79,16 @@ def run_tasks(
     running: set[Future[ShardResult]] = set()
     try:
         for task in tasks:
-            running.add(_submit(pool, task))
+            with ctrl_c_held_back():
+                running.add(pool.submit(_work, task))
             while len(running) >= 2 * workers:
                 yield from _finished(running, counters, progress)
         while running:
             yield from _finished(running, counters, progress)
     except Stopped:
         stop.set()
-        raise Stopped([bad for future in running if not future.cancel() for bad in _set_aside(future)]) from None
+        begun = [future for future in running if future.running() or future.done()]
+        raise Stopped([bad for future in begun for bad in _set_aside(future)]) from None
     except BrokenProcessPool:
         raise JobError(
             "a worker process was killed (out of memory?); the same command goes on where it was, "
@@ -96,25 +96,7 @@ def run_tasks(
         ) from None
     finally:
         stop.set()
-        _end(pool, running)
-
-
-def _end(pool: ProcessPoolExecutor, running: set[Future[ShardResult]]) -> None:
-    """Leave workers a moment to drop their shards; one that starts, or waits for a disk or a network, is killed."""
-    started = [future for future in running if not future.cancel()]
-    if wait(started, _GRACE_SECONDS).not_done:
-        for worker in multiprocessing.active_children():
-            worker.kill()
-    pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _submit(pool: ProcessPoolExecutor, task: ShardTask) -> Future[ShardResult]:
-    """Submit with Ctrl-C held back: workers started here inherit that, and leave it to this process."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        return pool.submit(_work, task)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        end_pool(pool)
 
 
 def _set_aside(future: Future[ShardResult]) -> list[Bad]:

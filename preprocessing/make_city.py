@@ -8,6 +8,11 @@ python preprocessing/make_city.py --out city --seed 0 --blocks 3 --size 512 --ye
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated

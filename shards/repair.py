@@ -94,6 +94,8 @@ def _set_aside(dataset: Path, names: list[str]) -> None:
                 raise JobError(f"{place}: already there; move it away, so that {name} of the data set can go there")
             shutil.move(dataset / name, place)
             print(f"{name}: moved to {place}")
+        with suppress(OSError):  # the folder holds other files
+            os.removedirs((dataset / name).parent)
 
 
 def _rebuild_dali_index(path: Path) -> None:

@@ -5,6 +5,11 @@ python shards/show.py shards/city --out city.png
 python shards/show.py s3://bucket/city
 """
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -45,7 +45,7 @@ from shards.layout import (
 )
 from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum
 from shards.store import Store
-from shards.workers import follow_parent
+from shards.workers import ctrl_c_held_back, end_pool, follow_parent
 
 PARALLEL_BYTES = 1 << 29  # of tars: below, starting processes takes longer than checking in this one
 _ROWS = {"skipped": SKIPPED, "quarantined": QUARANTINE}
@@ -362,10 +362,11 @@ def _run(tasks: Sequence[Callable[[], ShardReport]], workers: int) -> Iterator[S
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, follow_parent, (os.getpid(),))
     try:
-        futures: list[Future[ShardReport]] = [pool.submit(task) for task in tasks]
+        with ctrl_c_held_back():
+            futures: list[Future[ShardReport]] = [pool.submit(task) for task in tasks]
         for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise JobError("a worker process was killed (out of memory?); fewer --workers need less memory") from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        end_pool(pool)

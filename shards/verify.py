@@ -7,6 +7,11 @@ python shards/verify.py shards/city
 python shards/verify.py shards/city --repair --source photos/train/database
 """
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,10 +1,16 @@
-"""How many workers there may be, and what every worker process of a pool begins with."""
+"""How many workers there may be, and how the worker processes of a pool begin and end."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 
 _PR_SET_PDEATHSIG = 1
+_GRACE_SECONDS = 1.0
 
 
 def cores_of_process() -> int:
@@ -13,8 +19,40 @@ def cores_of_process() -> int:
 
 
 def follow_parent(parent: int) -> None:
-    """Leave Ctrl-C to the process `parent`, which started this one, and end with it however it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """End with the process `parent`, which started this one, however it ends."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+@contextmanager
+def ctrl_c_held_back() -> Iterator[None]:
+    """Hold Ctrl-C back within this block: processes that start in it inherit that, and leave it to this process."""
+    came = []  # through another thread, which does not hold it back
+    before = signal.signal(signal.SIGINT, lambda *of: came.append(of))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
+def end_pool(pool: ProcessPoolExecutor) -> None:
+    """Drop what a pool has not begun and leave its workers a moment to end what they have; then they are killed.
+
+    Cancel no future before: one that is cancelled by others than the pool itself ends the pool's own thread with an
+    error when a worker dies, and the process may wait for that thread for ever.
+    """
+    killer = threading.Timer(_GRACE_SECONDS, _kill_children)
+    killer.daemon = True
+    killer.start()
+    pool.shutdown(wait=True, cancel_futures=True)
+    killer.cancel()
+
+
+def _kill_children() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()

@@ -176,8 +176,9 @@ def test_a_run_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
         load_for_evaluation(tmp_path)
 
 
+@pytest.mark.parametrize("step", [1, 2])
 def test_an_interrupted_save_leaves_the_previous_checkpoint_and_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     save_checkpoint(tmp_path, make_checkpoint(1))
     written = []
@@ -190,7 +191,7 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint_and_no_other(
 
     monkeypatch.setattr(checkpoint_module, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, make_checkpoint(2))
+        save_checkpoint(tmp_path, make_checkpoint(step))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
     assert load_checkpoint(list_checkpoints(tmp_path)[0]).state["step"] == 1
 

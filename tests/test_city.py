@@ -2,6 +2,11 @@
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +16,7 @@ import pytest
 import utm
 from conftest import CITY
 from present import present
+from test_build import ROOT
 
 from preprocessing.city.buildings import cast
 from preprocessing.city.plan import (
@@ -222,6 +228,31 @@ def test_an_interrupted_city_goes_on_to_the_same_bytes(city: Path, tmp_path: Pat
     render_city(out, CITY, workers=1)
     assert photos(out) == photos(city)
     assert not list(out.rglob("*.partial"))
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_city_in_a_word_also_while_its_workers_start(tmp_path: Path) -> None:
+    command: list[str | Path] = [
+        sys.executable,
+        ROOT / "preprocessing" / "make_city.py",
+        "--out",
+        tmp_path / "city",
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2:  # multiprocessing's own, and a worker
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.15)  # it is at its imports now
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err
 
 
 def test_a_folder_with_something_else_is_refused_and_left_alone(city: Path, tmp_path: Path) -> None:

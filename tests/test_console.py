@@ -1,6 +1,7 @@
 """Numbers with units and nouns, as a person reads them, and how a process ends."""
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.console import entry, format_bytes, format_count, format_duration
+from shards.console import entry, format_bytes, format_count, format_duration, quit_on_ctrl_c
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -64,6 +65,16 @@ def test_threads_inside_torch_do_not_abort_a_process_that_ends() -> None:
     command = [sys.executable, "-c", THREADS_IN_TORCH]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (1, "told handlers ran\n", "error: nothing to train on\n")
+
+
+def test_ctrl_c_that_a_shell_has_ignored_for_a_background_job_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        quit_on_ctrl_c()
+        with pytest.raises(SystemExit, match="0"):
+            entry(lambda: signal.raise_signal(signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_memory_that_does_not_suffice_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

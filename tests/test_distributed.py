@@ -78,11 +78,16 @@ def gradients(engine: Engine, batch_size: int, world: World) -> dict[str, Any]:
 
 
 def after_steps(engine: Engine, batch_size: int, world: World) -> dict[str, Any]:
-    """Losses of three steps, then all heads and optimiser states as rank 0 collects them, and a ranking."""
+    """Losses of three steps, then all heads and optimiser states as rank 0 collects them, and a ranking.
+
+    Several ranks also make a step that is for nothing, since one of them is asked to stop.
+    """
     losses = []
     for step in range(3):
         images, labels, groups = global_batch(engine, batch_size, step)
         mine = slots_of_rank(batch_size, world.rank, world.size)
+        if step == 1 and world.size > 1:
+            assert engine.step(step, images[mine], labels[mine], groups[mine], asked_to_stop=world.rank == 1).stop
         losses.append(engine.step(step, images[mine], labels[mine], groups[mine]).losses)
     heads, state = engine.bank.collect()
     generator = torch.Generator().manual_seed(9)

@@ -189,6 +189,17 @@ def test_a_loss_that_is_not_finite_changes_nothing() -> None:
     assert engine.step(2, images, labels, groups).finite
 
 
+def test_a_step_in_which_a_rank_is_asked_to_stop_changes_nothing() -> None:
+    engine = engine_with_loss()
+    images, labels, groups = a_batch()
+    engine.step(0, images, labels, groups)
+    before = weights_of(engine)
+    outcome = engine.step(1, torch.zeros_like(images), torch.zeros_like(labels), groups, asked_to_stop=True)
+    assert (outcome.stop, outcome.finite) == (True, False)
+    for old, new in zip(before, weights_of(engine), strict=True):
+        assert torch.equal(old, new)
+
+
 def test_accumulation_gives_the_same_step_as_the_whole_batch() -> None:
     whole, parts = engine_with_loss(), engine_with_loss(accumulate=3)
     for engine in (whole, parts):

@@ -1,10 +1,12 @@
 """Builds that are killed, started twice, stopped or run out of disk."""
 
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,9 @@ from photos import write_photos
 from test_build import COMMAND, contents
 
 from preprocessing.build import assemble, build, build_share
+from preprocessing.engine import Job, run_tasks
+from preprocessing.plan import ShardTask
+from preprocessing.resize import Resizer
 from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from shards.console import JobError
@@ -127,6 +132,48 @@ def test_ctrl_c_ends_the_build_with_a_summary_and_the_command_goes_on(big, tmp_p
     again = start(source, tmp_path / "out")
     again.communicate()
     assert contents(tmp_path / "out") == expected
+
+
+class Killed(Job):
+    """The workers at its tasks are killed as soon as its folder is there."""
+
+    def run(self, task, monitor):
+        while not self.out.is_dir():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_are_killed_after_ctrl_c_while_tasks_wait_are_no_error_of_a_thread(tmp_path, monkeypatch):
+    def press(counts):
+        (tmp_path / "killed").mkdir()
+        raise KeyboardInterrupt
+
+    errors: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    task = ShardTask(0, 0, 0, [], [], [], [])
+    with pytest.raises(KeyboardInterrupt):
+        list(run_tasks(Killed((), tmp_path / "killed", Resizer(64, 90)), iter([task] * 9), 2, press))
+    assert not errors
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_sigterm_to_all_processes_of_a_build_ends_it_as_ctrl_c_does_and_the_command_goes_on(big, tmp_path):
+    command = big[0], tmp_path / "out", "--N", "8", "--workers", "2"
+    process = start(*command)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 3:  # multiprocessing's own, and workers
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.2)  # so that more tasks wait than workers begin, which are still at their imports
+    os.killpg(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from there" in printed
+    assert "Traceback" not in printed
+    again = start(*command)
+    printed, _ = again.communicate()
+    assert again.returncode == 0, printed
 
 
 @pytest.mark.slow

@@ -144,6 +144,25 @@ def test_an_entry_point_prints_its_options_from_any_directory(path: str, tmp_pat
         assert said in " ".join(as_script.stdout.split())  # what it does, its exit codes, an example
 
 
+PRESSES = """
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGINT)
+sys.exit("went on")
+"""
+
+
+@pytest.mark.parametrize("path", ENTRY_POINTS)
+def test_ctrl_c_at_the_first_import_of_a_package_is_no_traceback(path: str, tmp_path: Path) -> None:
+    for package in ("cv2", "numpy", "PIL", "pyarrow", "torch", "tqdm", "tyro"):
+        (tmp_path / f"{package}.py").write_text(PRESSES)
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for command in ([str(ROOT / path)], ["-m", dotted(ROOT / path)]):
+        done = subprocess.run(
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_every_entry_point_of_the_design_is_there() -> None:
     wanted = {"preprocessing/build_shards.py", "preprocessing/make_city.py", "shards/verify.py", "shards/show.py",
               "training/train.py", "evaluation/evaluate.py", "evaluation/predict.py", "evaluation/retrieve.py",

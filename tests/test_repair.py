@@ -49,11 +49,16 @@ def test_repair_moves_extra_files_beside_the_data_set_and_deletes_none(copy):
     (copy / "group-00" / "notes.txt").write_text("mine")
     (copy / "a\nb").write_text("odd")
     (copy / ".x.1.partial").write_text("left over")
+    folders = {p for p in copy.rglob("*") if p.is_dir()}
+    for name in ("mine/too/deep", "mine/.y.2.partial", "killed/.z.3.partial"):
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        (copy / name).write_text(name)
     repair(copy, verify(copy), None, 1)
     assert verify(copy).problems == []
+    assert {p for p in copy.rglob("*") if p.is_dir()} == folders
     aside = copy.with_name("city-set-aside")
     assert (aside / "group-00" / "notes.txt").read_text() == "mine"
-    assert {p.name for p in aside.iterdir()} == {"group-00", "a\nb"}
+    assert {p.name for p in aside.iterdir()} == {"group-00", "a\nb", "mine"}
 
 
 def test_rebuilding_a_shard_without_the_photos_is_refused_and_takes_nothing_away(copy):

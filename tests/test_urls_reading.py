@@ -1,6 +1,8 @@
 """Data sets at URLs: read as from a folder, in training and by the commands that show."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +33,8 @@ from shards.overview import describe
 from shards.pictures import contact_sheet
 from shards.store import Store
 from shards.stream import StreamSettings
+from training.checkpoint import list_checkpoints, load_checkpoint
+from training.interruption import Interruption
 from training.run_folder import read_losses
 
 
@@ -132,9 +136,8 @@ def test_a_server_that_sends_whole_files_for_parts_is_one_clear_error(whole, mod
         batches(Dataset.open(url), mode)
 
 
-@pytest.mark.parametrize("mode", ["indexed", "stream"])
-def test_closing_does_not_wait_for_a_server_that_is_silent(whole, mode):
-    asked, answer = threading.Event(), threading.Event()
+def silent_about_tars(asked: threading.Event, answer: threading.Event) -> type[SimpleHTTPRequestHandler]:
+    """What tells when it is asked for a tar, and waits before it answers."""
 
     class SilentAboutTars(SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -149,7 +152,13 @@ def test_closing_does_not_wait_for_a_server_that_is_silent(whole, mode):
             else:
                 super().do_GET()
 
-    with http_server(whole, SilentAboutTars) as url:
+    return SilentAboutTars
+
+
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_closing_does_not_wait_for_a_server_that_is_silent(whole, mode):
+    asked, answer = threading.Event(), threading.Event()
+    with http_server(whole, silent_about_tars(asked, answer)) as url:
         dataset = Dataset.open(url)
         groups = np.resize(dataset.classes.groups, 24)
         loader = Loader(dataset, lambda step: groups, batch_size=24, image_size=32, seed=4, mode=mode, decoder="cpu")
@@ -169,6 +178,30 @@ def test_closing_does_not_wait_for_a_server_that_is_silent(whole, mode):
         assert not closing.is_alive()
         assert outcome.exception(timeout=20) is not None
         answer.set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_a_signal_while_a_server_is_silent_saves_and_leaves_and_the_run_goes_on_as_if_nothing_happened(tmp_path, mode):
+    folder, run = write_dataset(tmp_path / "tiny").path, tmp_path / "run"
+    whole = train_here(configure(folder, tmp_path / "whole", read=mode))
+    train_here(configure(folder, run, read=mode, epochs=1))
+    asked, answer = threading.Event(), threading.Event()
+
+    def ask() -> None:
+        asked.wait(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        answer.wait(20)
+        answer.set()  # else a training that waits for it ends only after many requests of 30 s
+
+    with http_server(folder, silent_about_tars(asked, answer)) as url, Interruption() as interruption:
+        threading.Thread(target=ask, daemon=True).start()
+        stopped = train_here(configure(url, run, read=mode, resume=True), interruption)
+        answer.set()
+    assert stopped.progress.step == 8
+    assert load_checkpoint(list_checkpoints(run)[0]).config["shards"] == url
+    train_here(configure(folder, run, read=mode, resume=True))
+    assert read_losses(run) == read_losses(whole.config.out)
 
 
 def test_a_mirror_is_fetched_once_and_anew_when_the_data_set_changes(whole, tmp_path, monkeypatch):

@@ -1,10 +1,16 @@
 """Worker processes end with the process that started them."""
 
+import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+
+import pytest
+
+from shards.workers import ctrl_c_held_back
 
 POOL = """
 import multiprocessing, os, time
@@ -36,3 +42,19 @@ def test_an_idle_worker_ends_when_its_parent_is_killed():
     while runs(worker) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not runs(worker)
+
+
+def test_ctrl_c_that_is_held_back_comes_after_the_block_also_where_another_thread_takes_it():
+    ended, done = threading.Event(), threading.Event()
+    threading.Thread(target=done.wait).start()
+
+    def press() -> None:
+        with ctrl_c_held_back():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        press()
+    assert ended.is_set()
+    done.set()

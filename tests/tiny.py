@@ -139,7 +139,7 @@ def train(words: list[str], processes: int = 1) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def configure(shards: Path, out: Path, **values: object) -> TrainConfig:
+def configure(shards: Path | str, out: Path, **values: object) -> TrainConfig:
     """The configuration of a tiny run in this process."""
     settings = {name.replace("-", "_"): value for name, value in TINY.items()}
     return TrainConfig(shards=str(shards), out=out, **{**settings, "cpu": True, **values})  # type: ignore[arg-type]

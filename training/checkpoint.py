@@ -132,8 +132,6 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     """
     path = run / "checkpoints" / checkpoint_name(checkpoint.state["step"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        _delete(path)
     with atomic_folder(path) as folder:
         _save_tensors(checkpoint.model, folder / "model.safetensors")
         heads = {f"{group}.{name}": t for group, head in checkpoint.heads.items() for name, t in head.items()}
@@ -146,6 +144,8 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
         checkpoint.classes.save(folder / "classes.parquet")
         files = {file.name: _describe(file) for file in sorted(folder.iterdir())}
         atomic_write_json(folder / "files.json", {"format": FORMAT, "files": files})
+        if path.exists():
+            _delete(path)
     return path
 
 

@@ -31,7 +31,8 @@ class StepOutcome:
 
     `losses` and `hits` are sums per group over the step's samples, float64 [G] in the order of the bank's groups;
     `finite` False means that the step was skipped; `grad_norm` is the norm of the model's gradient where it was
-    taken, `head_norms` those of this rank's heads' by group; `stop` says that some rank was asked to stop.
+    taken, `head_norms` those of this rank's heads' by group; `stop` says that it was skipped because some rank was
+    asked to stop.
     """
 
     losses: np.ndarray
@@ -92,7 +93,8 @@ class Engine:
         """Train on this rank's samples of the global batch.
 
         `images` uint8 [b, S, S, 3] (or floating [b, 3, S, S], taken as normalised), `labels` int64 [b], `groups`
-        int64 [b] of group ids on the host. A loss that is not finite on any rank skips the step on all of them.
+        int64 [b] of group ids on the host. A loss that is not finite on any rank skips the step on all of them, and so
+        does a rank that is asked to stop, whatever its batch is.
         """
         seed_model_randomness(self.config.seed, step, self.world.rank)
         trained = self.bank.groups_of_step(groups)
@@ -102,7 +104,7 @@ class Engine:
         totals = np.array(sums.wait())
         count = len(self.position)
         losses, hits, stop = totals[:count], totals[count : 2 * count], bool(totals[-1])
-        if not np.isfinite(losses).all():
+        if stop or not np.isfinite(losses).all():
             self._forget_gradients(trained)
             self.guard.restore()
             return StepOutcome(losses, hits, False, None, stop)

@@ -4,6 +4,11 @@ python training/train.py --shards DIR --out RUN [--preset quickstart] [--val-que
 accelerate launch training/train.py --shards DIR --out RUN ...
 """
 
+if __name__ == "__main__":
+    from shards.console import quit_on_ctrl_c
+
+    quit_on_ctrl_c()
+
 from shards.console import entry
 from training.interruption import Interruption
 from training.one_voice import ended_at_once, one_voice

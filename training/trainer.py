@@ -28,7 +28,7 @@ from training.assembly import (
 from training.checkpoint import best_checkpoint, list_checkpoints
 from training.distributed import average_batch_norm, to_device
 from training.engine import StepOutcome
-from training.interruption import Interruption
+from training.interruption import AskedToStop, Interruption
 from training.presets import TrainConfig
 from training.progress import Progress, Timing
 from training.run_folder import begin_run, check_run_folder, lock_run, start_from
@@ -152,17 +152,19 @@ class Trainer:
         self.engine.bank.place(int(g) for g in np.unique(self.schedule(progress.step)))
         self.timing = Timing(config.batch_size)
         while progress.step < end:
-            batch: Batch = next(batches)
             step = progress.step
+            batch, asked_to_stop = self._next_batch(batches, step)
             log = step % config.log_every == 0
             outcome = self.engine.step(
                 step,
                 batch.images.to(self.world.device, non_blocking=True),
                 to_device(batch.labels, self.world.device),
                 batch.groups,
-                asked_to_stop=self.interruption.received is not None,
+                asked_to_stop=asked_to_stop,
                 want_norm=log,
             )
+            if outcome.stop:
+                return True
             self.timing.add(batch.wait_seconds)
             progress.step += 1
             if self.loss_file is not None:
@@ -180,12 +182,18 @@ class Trainer:
                 self._say_on_the_way(outcome)
             if profiler is not None:
                 profiler.step()
-            if outcome.stop:
-                return True
             due = config.save_every and progress.step % config.save_every == 0 and progress.step < end
             if due and not self.skipped_in_row:
                 self._save()
         return False
+
+    def _next_batch(self, batches: Iterator[Batch], step: int) -> tuple[Batch, bool]:
+        """The batch of a step; where a signal comes before it, a blank one and True: other ranks may be in the step."""
+        try:
+            with self.interruption.ends_wait():
+                return next(batches), False
+        except AskedToStop:
+            return self.loader.blank(step), True
 
     def _say_on_the_way(self, outcome: StepOutcome) -> None:
         rate, left = self.timing.rate(), self.total_steps - self.progress.step

@@ -24,7 +24,7 @@ from shards.console import JobError, format_bytes, format_count, format_duration
 from shards.files import TEMPORARY_SUFFIX, atomic_write_json, is_partial, remove_partials
 from shards.names import PhotoName, format_name
 from shards.provenance import provenance
-from shards.workers import follow_parent
+from shards.workers import ctrl_c_held_back, end_pool, follow_parent
 
 RECORD = "city.json"
 FORMAT = 1
@@ -177,19 +177,19 @@ def _run(out: Path, settings: CitySettings, tasks: list[range], total: int, work
                 cv2.setNumThreads(threads)
             return written
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _start, (out, settings, os.getpid())) as pool:
-            try:
+        pool = ProcessPoolExecutor(workers, context, _start, (out, settings, os.getpid()))
+        try:
+            with ctrl_c_held_back():
                 left = {pool.submit(_work, numbers) for numbers in tasks}
-                while left:
-                    done, left = wait(left, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        written.append(future.result())
-                        bar.update(written[-1].photos)
-            except BrokenProcessPool as error:
-                raise JobError(f"{out}: a worker died (out of memory?); run again with fewer --workers") from error
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+            while left:
+                done, left = wait(left, return_when=FIRST_COMPLETED)
+                for future in done:
+                    written.append(future.result())
+                    bar.update(written[-1].photos)
+        except BrokenProcessPool as error:
+            raise JobError(f"{out}: a worker died (out of memory?); run again with fewer --workers") from error
+        finally:
+            end_pool(pool)
     return written
 
 
