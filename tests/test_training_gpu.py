@@ -56,14 +56,20 @@ def test_a_step_waits_for_the_device_only_for_its_losses(
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
 def test_the_losses_are_those_of_the_cpu(
-    shards: Path, tmp_path: Path, options: dict[str, object], tolerance: float, steps: int
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, object],
+    tolerance: float,
+    steps: int,
 ) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     train_on_gpu(shards, tmp_path / "gpu", **options)
     plain = {"schedule": options.get("schedule", "sequential")}
     train_on_gpu(shards, tmp_path / "cpu", cpu=True, **plain)
     found, wanted = (read_losses(tmp_path / name) for name in ("gpu", "cpu"))
     assert len(found) == len(wanted)
-    np.testing.assert_allclose(found[:steps], wanted[:steps], rtol=tolerance)
+    np.testing.assert_allclose(found[:steps], wanted[:steps], rtol=tolerance, atol=tolerance)  # some are near 0
 
 
 @pytest.mark.parametrize("options", [{"precision": "fp16", "ema": 0.9}, {"offload_heads": True}])
@@ -73,7 +79,7 @@ def test_a_run_that_resumes_goes_on_with_the_losses_of_one_that_did_not_stop(
     train_on_gpu(shards, tmp_path / "whole", **options)
     train_on_gpu(shards, tmp_path / "parts", **options, epochs=2)
     train_on_gpu(shards, tmp_path / "parts", **options, resume=True)
-    np.testing.assert_allclose(read_losses(tmp_path / "parts"), read_losses(tmp_path / "whole"), rtol=2e-2)
+    np.testing.assert_allclose(read_losses(tmp_path / "parts"), read_losses(tmp_path / "whole"), rtol=2e-2, atol=2e-2)
 
 
 def test_offloaded_heads_and_their_moments_leave_the_device_and_come_back(shards: Path, tmp_path: Path) -> None:
