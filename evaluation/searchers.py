@@ -12,6 +12,8 @@ from torch import Tensor
 from evaluation.gallery import Gallery, Images
 from shards.console import JobError
 
+_ADDED = 1 << 16  # images at a time
+
 
 class Searcher(Protocol):
     """Finds the images of a gallery nearest to one query.
@@ -64,8 +66,10 @@ class CellSearcher:
 
     `weights` float32 [C, D'] score the classes of the gallery's map, with `bias` [C] for logits; classes without
     images are left out. Each answer is another place: first the best image of each of the `top_cells` best classes,
-    the most alike first, then an image of each class that follows. The images lie, in half precision, in an inverted
-    file of FAISS whose lists are the cells and whose coarse quantiser is the classifier. JobError without FAISS.
+    the most alike first, then an image of each class that follows. The images lie, a byte a number, in an inverted
+    file of FAISS whose lists are the cells and whose coarse quantiser is the classifier. Their distances are squared
+    ones of bytes, which FAISS sums as whole numbers: of unit vectors the nearest is the most alike. JobError without
+    FAISS.
     """
 
     name = "within-cells"
@@ -85,16 +89,20 @@ class CellSearcher:
             self.quantizer,
             vectors.shape[1],
             len(rows),
-            faiss.ScalarQuantizer.QT_fp16,
-            faiss.METRIC_INNER_PRODUCT,
+            faiss.ScalarQuantizer.QT_8bit_direct,
+            faiss.METRIC_L2,
             False,  # the vectors themselves, not what they differ by from a list's centre
         )
         self.index.is_trained = True
+        self.scale = np.float32(127 / max(vectors.max(initial=0), -vectors.min(initial=0), 1e-9))
         cells = np.repeat(np.arange(len(rows)), sizes[kept])
         numbers = np.arange(len(vectors))
-        self.index.add_core(len(vectors), *map(faiss.swig_ptr, (vectors, numbers, cells)))
+        for first in range(0, len(vectors), _ADDED):
+            block = slice(first, first + _ADDED)
+            added = self._to_bytes(vectors[block]), numbers[block], cells[block]
+            self.index.add_core(len(added[0]), *map(faiss.swig_ptr, added))
         self.central = _most_central(gallery.images, cells, gallery.starts[kept])
-        self.bytes = vectors.nbytes // 2 + numbers.nbytes + rows.nbytes
+        self.bytes = vectors.nbytes // 4 + numbers.nbytes + rows.nbytes
 
     def search(self, vector: np.ndarray, classifier_vector: np.ndarray, count: int) -> np.ndarray:
         """`count` images of as many cells; the most alike of all others behind them where there are fewer cells."""
@@ -103,8 +111,9 @@ class CellSearcher:
         cells = self.classes.search(classifier_vector[None], max(self.top_cells, count))[1][0]
         cells = cells[cells >= 0]
         searched = cells[: self.top_cells]
-        likeness, best = self._search(np.repeat(vector[None], len(searched), axis=0), searched[:, None], 1)
-        places = np.concatenate([best[np.argsort(-likeness[:, 0]), 0], self.central[cells[self.top_cells :]]])
+        vector = self._to_bytes(vector)
+        distances, best = self._search(np.repeat(vector[None], len(searched), axis=0), searched[:, None], 1)
+        places = np.concatenate([best[np.argsort(distances[:, 0]), 0], self.central[cells[self.top_cells :]]])
         if len(places) >= count:
             return places[:count]
         others = self._search(vector[None], cells[None], count + len(places))[1][0]
@@ -112,10 +121,14 @@ class CellSearcher:
         return np.concatenate([places, others])[:count]
 
     def _search(self, vectors: np.ndarray, cells: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Likeness and number of the best images of some cells [q, c] each, [q, count]; -1 where there are fewer."""
+        """Distance and number of the best images of some cells [q, c] each, [q, count]; -1 where there are fewer."""
         self.index.nprobe = cells.shape[1]
-        likeness, numbers = self.index.search_preassigned(vectors, count, cells, None)
-        return likeness, numbers
+        distances, numbers = self.index.search_preassigned(vectors, count, cells, None)
+        return distances, numbers
+
+    def _to_bytes(self, vectors: np.ndarray) -> np.ndarray:
+        """Whole numbers from 1 to 255 for numbers up to the largest of the images', as the float32 that FAISS takes."""
+        return np.rint(np.clip(vectors * self.scale, -127, 127)) + np.float32(128)
 
 
 def _most_central(images: Images, cells: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -50,7 +50,7 @@ def test_a_gallery_holds_each_cell_s_images_in_one_run(gallery: Gallery) -> None
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_within_cells_names_another_place_with_each_image(gallery: Gallery, with_bias: bool) -> None:
-    """Brute force in half precision: the best image of each top cell, a central one of those behind, all others."""
+    """Brute force in bytes: the best image of each top cell, a central one of those behind, all others."""
     rng = np.random.default_rng(1)
     weights = torch.from_numpy(unit(rng, 16, 8))
     bias = torch.from_numpy(rng.normal(size=16).astype(np.float32)) if with_bias else None
@@ -58,11 +58,12 @@ def test_within_cells_names_another_place_with_each_image(gallery: Gallery, with
     images = gallery.images
     rows = CellIndex(class_table()).holding(images.east, images.north)
     inside = np.flatnonzero(rows >= 0)
+    step = np.abs(images.vectors[inside]).max() / 127
     for vector, own in zip(unit(rng, 20, 24), unit(rng, 20, 8), strict=True):
         order = np.argsort(-(weights.numpy() @ own + (0 if bias is None else bias.numpy())))
-        alike = images.vectors.astype(np.float16).astype(np.float32) @ vector
-        best = [max(np.flatnonzero(rows == row), key=lambda i: alike[i]) for row in order[:3]]
-        expected = sorted(best, key=lambda i: -alike[i])
+        apart = np.square(np.rint(images.vectors / step) - np.clip(np.rint(vector / step), -127, 127)).sum(axis=1)
+        best = [min(np.flatnonzero(rows == row), key=lambda i: apart[i]) for row in order[:3]]
+        expected = sorted(best, key=lambda i: apart[i])
         for row in order[3:]:
             of_cell = np.flatnonzero(rows == row)
             east, north = images.east[of_cell], images.north[of_cell]
@@ -70,9 +71,30 @@ def test_within_cells_names_another_place_with_each_image(gallery: Gallery, with
         np.testing.assert_array_equal(searcher.search(vector, own, 2), expected[:2])
         np.testing.assert_array_equal(searcher.search(vector, own, 16), expected)
         others = np.setdiff1d(inside, expected)
-        expected += others[np.argsort(-alike[others])].tolist()
-        np.testing.assert_array_equal(searcher.search(vector, own, 40), expected[:40])
-        np.testing.assert_array_equal(searcher.search(vector, own, 1000), expected)
+        expected += others[np.argsort(apart[others])].tolist()
+        for count in (40, 1000):  # some of the others are equally far, since distances are whole numbers
+            found = searcher.search(vector, own, count)
+            np.testing.assert_array_equal(found[:16], expected[:16])
+            np.testing.assert_array_equal(apart[found], apart[expected[:count]])
+            assert len(np.unique(found)) == len(found)
+
+
+def test_a_byte_a_number_names_the_photo_that_is_most_alike_but_for_near_ties() -> None:
+    rng = np.random.default_rng(6)
+    classes = class_table()
+    east, north = classes.centers().repeat(300, axis=0).T
+    skewed = np.abs(rng.normal(size=(4_800, 256))).astype(np.float32) ** 3  # a few large numbers, as after pooling
+    images = Images(skewed / np.linalg.norm(skewed, axis=1, keepdims=True), east, north)
+    gallery = Gallery.of(images, CellIndex(classes))
+    searcher = CellSearcher(gallery, torch.from_numpy(unit(rng, 16, 8)), None, 16)
+    vectors = gallery.images.vectors
+    lost = []
+    for query in np.abs(rng.normal(size=(50, 256))).astype(np.float32) ** 3:
+        query /= np.linalg.norm(query)
+        found = searcher.search(query, unit(rng, 8), 16)
+        lost.append(np.max(vectors @ query) - vectors[found[0]] @ query)
+    assert max(lost) < 0.005
+    assert np.mean(np.array(lost) < 1e-6) > 0.85
 
 
 def test_within_cells_does_not_count_cells_without_images(gallery: Gallery) -> None:
