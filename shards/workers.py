@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 1.0
@@ -46,13 +47,17 @@ def end_pool(pool: ProcessPoolExecutor) -> None:
     Cancel no future before: one that is cancelled by others than the pool itself ends the pool's own thread with an
     error when a worker dies, and the process may wait for that thread for ever.
     """
-    killer = threading.Timer(_GRACE_SECONDS, _kill_children)
+    calls = vars(pool)["_call_queue"]  # Python has no other way to it
+    killer = threading.Timer(_GRACE_SECONDS, _kill_children, (calls,))
     killer.daemon = True
     killer.start()
     pool.shutdown(wait=True, cancel_futures=True)
     killer.cancel()
 
 
-def _kill_children() -> None:
+def _kill_children(calls: Any) -> None:
     for process in multiprocessing.active_children():
         process.kill()
+    # Python 3.11.2, Debian 12's, waits for ever for the thread that puts a large task into a pipe which no worker reads
+    # any more; closed, the pipe ends that thread, as in Python itself from 3.11.6 and 3.12.1 on (its issue 94777).
+    calls._reader.close()

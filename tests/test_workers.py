@@ -31,6 +31,30 @@ def runs(process: int) -> bool:
         return False
 
 
+BROKEN = """
+import multiprocessing, os, signal, time
+from concurrent.futures import ProcessPoolExecutor
+from shards.workers import end_pool
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    worker = pool.submit(os.getpid).result()
+    tasks = [pool.submit(time.sleep, 600), *(pool.submit(len, bytes(1 << 20)) for _ in range(4))]
+    while not tasks[1].running():
+        time.sleep(0.01)
+    os.kill(worker, signal.SIGKILL)
+    end_pool(pool)
+    print(all(task.done() for task in tasks))
+"""
+
+
+def test_a_pool_whose_worker_is_killed_ends_also_where_a_large_task_is_on_its_way_to_it(tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(BROKEN)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "True\n", done.stderr
+
+
 def test_an_idle_worker_ends_when_its_parent_is_killed():
     parent = subprocess.Popen([sys.executable, "-c", POOL], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
