@@ -1,5 +1,6 @@
 """Runs shard tasks on all cores, with progress, a clean Ctrl-C, and an early stop when too much is bad."""
 
+import ctypes
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -7,7 +8,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
-from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import cv2
@@ -73,8 +73,8 @@ def run_tasks(
     a worker failed or was killed.
     """
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    counters = [context.Value("q", 0) for _ in range(3)]
+    stop = context.RawValue("b", 0)
+    counters = [context.Value("q", 0) for _ in range(3)]  # read without their locks, which a killed worker may hold
     pool = ProcessPoolExecutor(workers, context, _start_worker, (job, stop, counters, answered, os.getpid()))
     running: set[Future[ShardResult]] = set()
     try:
@@ -86,7 +86,7 @@ def run_tasks(
         while running:
             yield from _finished(running, counters, progress)
     except Stopped:
-        stop.set()
+        stop.value = 1
         begun = [future for future in running if future.running() or future.done()]
         raise Stopped([bad for future in begun for bad in _set_aside(future)]) from None
     except BrokenProcessPool:
@@ -95,7 +95,7 @@ def run_tasks(
             "fewer --workers need less memory"
         ) from None
     finally:
-        stop.set()
+        stop.value = 1
         end_pool(pool)
 
 
@@ -110,7 +110,7 @@ def _finished(
     running: set[Future[ShardResult]], counters: list["Synchronized[int]"], progress: Callable[[Counts], bool]
 ) -> Iterator[ShardResult]:
     done, _ = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
-    if not progress(Counts(*(counter.value for counter in counters))):
+    if not progress(Counts(*(counter.get_obj().value for counter in counters))):
         raise Stopped([])
     running -= done
     for future in done:
@@ -120,7 +120,7 @@ def _finished(
 @dataclass
 class _Worker:
     job: Job
-    stop: Event
+    stop: ctypes.c_byte
     counters: list["Synchronized[int]"]
 
     def monitor(self, photos: int, source_bytes: int, bad: int) -> bool:
@@ -128,14 +128,14 @@ class _Worker:
             if value:
                 with counter.get_lock():
                     counter.get_obj().value += value
-        return not self.stop.is_set()
+        return not self.stop.value
 
 
 _worker: _Worker
 
 
 def _start_worker(
-    job: Job, stop: Event, counters: list["Synchronized[int]"], answered_before: set[str], parent: int
+    job: Job, stop: ctypes.c_byte, counters: list["Synchronized[int]"], answered_before: set[str], parent: int
 ) -> None:
     global _worker
     follow_parent(parent)

@@ -157,6 +157,30 @@ def test_workers_that_are_killed_after_ctrl_c_while_tasks_wait_are_no_error_of_a
     assert not multiprocessing.active_children()
 
 
+class KilledWhileItCounts(Job):
+    """The first worker is killed while it holds the lock of a counter."""
+
+    def run(self, task, monitor):
+        monitor.__self__.counters[0].get_lock().acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_while_it_counts_is_no_hang(tmp_path):
+    def hangs(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, hangs)
+    signal.alarm(30)
+    try:
+        task = ShardTask(0, 0, 0, [], [], [], [])
+        job = KilledWhileItCounts((), tmp_path, Resizer(64, 90))
+        with pytest.raises(JobError, match="a worker process was killed"):
+            list(run_tasks(job, iter([task] * 3), 2, lambda counts: True))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.slow
 def test_sigterm_to_all_processes_of_a_build_ends_it_as_ctrl_c_does_and_the_command_goes_on(big, tmp_path):
     command = big[0], tmp_path / "out", "--N", "8", "--workers", "2"
