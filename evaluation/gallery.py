@@ -14,13 +14,12 @@ from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from shards.console import JobError, format_count, is_systems, one_line, printable
 from shards.dataset import Dataset
-from shards.files import atomic_path, named
+from shards.files import atomic_path, read_table
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
 from shards.photo_list import is_list
@@ -119,8 +118,7 @@ def describe_shards(
     tables = []
     for path in shard_tables(dataset.path):
         try:
-            with named(path):
-                table = pq.read_table(path, columns=["east", "north", "key", "offset", "size", "crc32"])
+            table = read_table(path, ["east", "north", "key", "offset", "size", "crc32"])
         except (pa.ArrowException, OSError, KeyError) as error:
             if is_systems(error):
                 raise

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from preprocessing.coordinates import locate
 from preprocessing.finishing import State
@@ -16,7 +15,7 @@ from preprocessing.plan import class_order, when_and_whither
 from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, read_bad
 from preprocessing.sources import Source, prefix, split_sample, turns
 from shards.classes import ClassTable, cell_index, group_of
-from shards.files import named
+from shards.files import read_table
 from shards.layout import QUARANTINE, SHARD_SAMPLES, SKIPPED, group_name, shard_tables
 from shards.names import hash_names
 
@@ -155,12 +154,10 @@ def _crops(samples: pa.ChunkedArray, sources: list[Source]) -> np.ndarray:
 def _known(out: Path, sources: list[Source], source: Source) -> np.ndarray:
     """Hashes of what the data set knows of the photos that `source` may hold: samples, skipped and quarantined ones."""
     quarantined = pa.array([b.source for b in read_bad(out / QUARANTINE) if b.sample], pa.string())
-    tables = [pa.chunked_array([quarantined]), pq.read_table(out / SKIPPED, columns=["source"])["source"]]
+    tables = [pa.chunked_array([quarantined]), read_table(out / SKIPPED, ["source"])["source"]]
     hashes = [_identities(names, sources, source) for names in tables]
     for table in shard_tables(out):
-        with named(table):
-            names = pq.read_table(table, columns=["source"])["source"]
-        hashes.append(_identities(names, sources, source))
+        hashes.append(_identities(read_table(table, ["source"])["source"], sources, source))
     return np.concatenate(hashes)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from preprocessing.claim import claimed
 from preprocessing.photos import Bad
@@ -17,7 +16,7 @@ from preprocessing.shard_task import ShardResult
 from shards.checksums import seal
 from shards.classes import ClassTable
 from shards.dataset import Manifest
-from shards.files import named
+from shards.files import read_table
 from shards.index import build_index
 from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST, QUARANTINE, SKIPPED, group_name, shard_tables
 from shards.writer import shard_facts
@@ -70,7 +69,7 @@ class State:
         _, settings, fingerprint = claimed(out)
         Manifest.load(out / MANIFEST)
         by_name = [b for b in read_bad(out / QUARANTINE) if b.sample is None]
-        skipped = pq.read_table(out / SKIPPED)
+        skipped = read_table(out / SKIPPED)
         state = State(settings, fingerprint, ClassTable.load(out / CLASSES), skipped, by_name, [])
         return state.after(revisions(out))
 
@@ -134,8 +133,7 @@ def _count(out: Path, classes: ClassTable) -> tuple[ClassTable, list[ShardResult
         results.append(result)
         first = int(np.searchsorted(classes.group, result.group))
         count = classes.count(result.group)
-        with named(table):
-            labels = pq.read_table(table, columns=["label"])["label"].to_numpy()
+        labels = read_table(table, ["label"])["label"].to_numpy()
         images[first : first + count] += np.bincount(labels, minlength=count)
         assert table.parent.name == group_name(result.group)
     return replace(classes, images=images), results

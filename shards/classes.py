@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.console import JobError, is_systems, one_line
-from shards.files import atomic_path, named
+from shards.files import atomic_path, read_table
 
 _COLUMNS = {
     "group": np.int32,
@@ -122,8 +122,7 @@ class ClassTable:
     def load(path: Path | str) -> "ClassTable":
         """Read a table that `save` wrote; raises `JobError` where it is missing or something else."""
         try:
-            with named(path):
-                table = pq.read_table(path)
+            table = read_table(path)
             M, N, zone = (int(table.schema.metadata[name]) for name in (b"M", b"N", b"zone"))
             southern = table.schema.metadata.get(b"southern") == b"1"
             columns = {name: table[name].to_numpy().astype(kind) for name, kind in _COLUMNS.items()}

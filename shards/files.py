@@ -11,6 +11,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from shards.console import JobError, is_systems
 from shards.layout import LOCK
 
@@ -72,6 +75,12 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _flush(path.parent)
+
+
+def read_table(path: Path | str, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file's table, or some columns of it; an `OSError` bears its name, also one of reading."""
+    with named(path):
+        return pq.read_table(path, columns=columns)
 
 
 def read_bytes(path: Path) -> bytes:

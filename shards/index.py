@@ -14,11 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from shards.classes import ClassTable
 from shards.console import JobError, is_systems, one_line
-from shards.files import atomic_folder, locked, named, read_bytes
+from shards.files import atomic_folder, locked, named, read_bytes, read_table
 from shards.layout import CLASSES, INDEX, group_name, shard_tables
 
 _COLUMNS = {"shard": np.uint32, "offset": np.uint64, "size": np.uint32, "crc32": np.uint32}
@@ -153,8 +152,7 @@ def gather(tables: list[Path], labels: int) -> dict[str, np.ndarray]:
 
 def _read_table(table: Path) -> pa.Table:
     try:
-        with named(table):
-            return pq.read_table(table, columns=["label", "offset", "size", "crc32"])
+        return read_table(table, ["label", "offset", "size", "crc32"])
     except (pa.ArrowException, OSError) as error:
         if is_systems(error):
             raise
