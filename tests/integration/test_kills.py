@@ -2,7 +2,9 @@
 
 import multiprocessing as mp
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,15 +13,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tiny import configure, train_here
 
+from training.checkpoint import checkpoint_step, list_checkpoints
 from training.run_folder import read_losses
 
 pytestmark = pytest.mark.slow
 
-KILLS = 20
+KILLS, SAVE_EVERY = 20, 2
 
 
 def run(shards: Path, out: Path) -> None:
-    train_here(configure(shards, out, epochs=6, iterations_per_epoch=20, save_every=2, resume=True, batch_size=8))
+    settings = {"epochs": 6, "iterations_per_epoch": 20, "save_every": SAVE_EVERY, "batch_size": 8}
+    train_here(configure(shards, out, resume=True, **settings))
+
+
+def latest_step(out: Path) -> int:
+    """The step of the latest checkpoint, 0 where there is none."""
+    return max((checkpoint_step(path) for path in list_checkpoints(out)), default=0)
 
 
 def test_twenty_kills_at_random_moments_leave_the_losses_bit_for_bit(shards: Path, tmp_path: Path) -> None:
@@ -28,15 +37,24 @@ def test_twenty_kills_at_random_moments_leave_the_losses_bit_for_bit(shards: Pat
     processes.set_forkserver_preload(["training.trainer"])
     moments = random.Random(0)
     rounds = 0
-    for _ in range(KILLS):
-        child = processes.Process(target=run, args=(shards, tmp_path / f"killed-{rounds}"))
+    killed_at: list[int] = []
+    while len(killed_at) < KILLS:
+        out = tmp_path / f"killed-{rounds}"
+        child = processes.Process(target=run, args=(shards, out))
+        goal = latest_step(out) + SAVE_EVERY * moments.randrange(5)  # so that a slow machine is killed in training too
         child.start()
-        child.join(moments.uniform(0.1, 0.8))
-        if child.exitcode is not None:
+        while child.is_alive() and latest_step(out) < goal:
+            time.sleep(0.005)
+        child.join(moments.uniform(0.0, 0.3))
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+        if child.exitcode == -signal.SIGKILL:
+            killed_at.append(latest_step(out))
+        else:
             assert child.exitcode == 0
             rounds += 1
-        child.kill()
-        child.join()
+    assert len(set(killed_at)) > KILLS / 3
     for number in range(rounds + 1):
         out = tmp_path / f"killed-{number}"
         run(shards, out)
