@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shards.sampler import slots_of_rank
-from training.distributed import World, average_batch_norm, batch_norms, join_after_restart
+from training.distributed import World, averaged_batch_norms, batch_norms, join_after_restart
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.model import GeoModel
@@ -116,8 +116,10 @@ def work(rank: int, ranks: int, folder: str, batch_size: int) -> None:
     assert isinstance(layer, nn.BatchNorm2d)
     layer.running_mean = torch.tensor([float(rank), 1.0])
     layer.running_var = torch.tensor([1.0, 2.0 + rank])
-    average_batch_norm(norms, world)
-    results["batch norm"] = {"mean": layer.running_mean, "var": layer.running_var}
+    before = [layer.running_mean.clone(), layer.running_var.clone()]
+    with averaged_batch_norms(norms, world):
+        results["batch norm"] = {"mean": layer.running_mean.clone(), "var": layer.running_var.clone()}
+    assert torch.equal(torch.stack(before), torch.stack([layer.running_mean, layer.running_var]))
     torch.save(results, f"{folder}/rank-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
@@ -199,14 +201,15 @@ def test_batch_norms_that_agree_over_all_ranks_stay_as_they_are_however_far_thei
         norm.running_mean = torch.tensor([0.5, -900.0, 30.0])[: norm.num_features]
         norm.running_var = torch.tensor([2.0, 0.01, 1e-4])[: norm.num_features]
     before = [buffer.clone() for buffer in norms.buffers()]
-    average_batch_norm(norms, Alike(0, 3, CPU))
-    for old, new in zip(before, norms.buffers(), strict=True):
-        torch.testing.assert_close(new, old, rtol=1e-5, atol=0)
+    with averaged_batch_norms(norms, Alike(0, 3, CPU)):
+        for old, new in zip(before, norms.buffers(), strict=True):
+            torch.testing.assert_close(new, old, rtol=1e-5, atol=0)
 
 
 def test_a_model_without_batch_norms_has_nothing_to_average() -> None:
     without_statistics = nn.BatchNorm1d(2, track_running_stats=False)
-    average_batch_norm(nn.Sequential(nn.Linear(2, 2), without_statistics), World(0, 2, CPU))
+    with averaged_batch_norms(nn.Sequential(nn.Linear(2, 2), without_statistics), World(0, 2, CPU)) as statistics:
+        assert statistics.shape == (2, 0)
 
 
 def join(rank: int, port: int, attempt: int) -> None:

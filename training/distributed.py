@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -148,25 +149,45 @@ def batch_norms(model: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
     ]
 
 
-@torch.no_grad()
-def average_batch_norm(model: nn.Module, world: World) -> None:
-    """Replace the running statistics by those over all ranks, in place: each rank saw other samples.
+def running_statistics(model: nn.Module) -> Tensor:
+    """A copy of the running means (first row) and variances of all batch norms, float [2, numbers]."""
+    rows: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for layer in batch_norms(model):
+        for row, statistics in zip(rows, _running(layer), strict=True):
+            row.append(statistics)
+    return torch.stack([torch.cat(row) for row in rows]) if rows[0] else torch.empty(2, 0)
 
-    The variance of the whole is the mean of the variances plus the variance of the means.
-    """
-    layers = batch_norms(model)
-    if world.size == 1 or not layers:
-        return
-    means, variances = (torch.cat(parts).double() for parts in zip(*map(_running, layers), strict=True))
-    both = world.sum(torch.stack([means, variances + means**2])) / world.size
-    variances = both[1] - both[0] ** 2
+
+@torch.no_grad()
+def set_running_statistics(model: nn.Module, statistics: Tensor) -> None:
+    """Put back what `running_statistics` took."""
     start = 0
-    for layer in layers:
+    for layer in batch_norms(model):
         mean, variance = _running(layer)
         stop = start + len(mean)
-        mean.copy_(both[0, start:stop])
-        variance.copy_(variances[start:stop])
+        mean.copy_(statistics[0, start:stop])
+        variance.copy_(statistics[1, start:stop])
         start = stop
+
+
+@contextmanager
+def averaged_batch_norms(model: nn.Module, world: World) -> Iterator[Tensor]:
+    """Within this block the running statistics are those over all ranks, since each rank sees other samples.
+
+    Gives this rank's own, as `running_statistics`, which come back at the end. The variance of the whole is the mean of
+    the variances plus the variance of the means.
+    """
+    own = running_statistics(model)
+    if world.size == 1 or not own.numel():
+        yield own
+        return
+    means, variances = own.double()
+    both = world.sum(torch.stack([means, variances + means**2])) / world.size
+    set_running_statistics(model, torch.stack([both[0], both[1] - both[0] ** 2]))
+    try:
+        yield own
+    finally:
+        set_running_statistics(model, own)
 
 
 def _running(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:

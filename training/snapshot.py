@@ -27,7 +27,7 @@ from training.checkpoint import (
     training_state,
     training_values,
 )
-from training.distributed import World, average_batch_norm
+from training.distributed import World, averaged_batch_norms, set_running_statistics
 from training.engine import Engine
 from training.presets import FIXED_BY_CHECKPOINT, TrainConfig, changes, fields_that_differ
 from training.progress import Progress
@@ -94,6 +94,9 @@ def _restore(saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
     engine = run.engine
     values = training_values(saved.training)
     engine.model.load_state_dict(saved.model | values["raw"])
+    statistics = values.get("batch_norms", [])
+    if len(statistics) == run.world.size:
+        set_running_statistics(engine.model, statistics[run.world.rank])
     engine.optimizer.load_state_dict(values["model_optimizer"])
     for parameter, moments in engine.optimizer.state.items():  # fused Adam pairs memory, not elements
         for name in ("exp_avg", "exp_avg_sq"):
@@ -122,15 +125,15 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
 
     All ranks must call it; rank 0 writes. JobError where that fails, naming the last whole checkpoint.
     """
-    average_batch_norm(run.engine.model, run.world)
     heads, head_state = run.engine.bank.collect()
     out = run.config.out
+    statistics: list[Tensor] = []
 
     def write() -> None:
         try:
             if losses is not None:
                 losses.flush()
-            path = save_checkpoint(out, _checkpoint(run, progress, heads, head_state, best_by))
+            path = save_checkpoint(out, _checkpoint(run, progress, heads, head_state, statistics, best_by))
             if best_by is not None:
                 mark_best(out, path, best_by, float(progress.best or 0.0))
             drop_old(out, run.config.keep, progress.step)
@@ -143,7 +146,10 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
                 f"{remedy} and go on with --resume"
             ) from error
 
-    run.world.made_on(run.world.is_main, write)
+    with averaged_batch_norms(run.engine.model, run.world) as own:
+        if run.world.size > 1:
+            statistics += run.world.gather(own.cpu())
+        run.world.made_on(run.world.is_main, write)
 
 
 def _refusal(error: OSError | SafetensorError, out: Path) -> tuple[str, str]:
@@ -164,6 +170,7 @@ def _checkpoint(
     progress: Progress,
     heads: dict[int, dict[str, Tensor]],
     head_state: TrainingState,
+    statistics: list[Tensor],
     best_by: str | None,
 ) -> Checkpoint:
     engine = run.engine
@@ -176,6 +183,7 @@ def _checkpoint(
             "scaler": engine.scaler.state_dict(),
             "raw": {name: trained[name] for name in average},
             "average_updates": 0 if engine.average is None else engine.average.updates,
+            "batch_norms": statistics,  # of every rank; the model's are those over all ranks
         }
     )
     tensors = own.tensors | {f"{HEAD_STATE}{name}": tensor for name, tensor in head_state.tensors.items()}

@@ -26,7 +26,7 @@ from training.assembly import (
     profile_folder,
 )
 from training.checkpoint import best_checkpoint, list_checkpoints
-from training.distributed import average_batch_norm, to_device
+from training.distributed import averaged_batch_norms, to_device
 from training.engine import StepOutcome
 from training.interruption import AskedToStop, Interruption
 from training.presets import TrainConfig
@@ -253,9 +253,9 @@ class Trainer:
     def _validate(self, values: dict[str, float]) -> tuple[float | None, bool]:
         """LR@1 in percent on every rank, and whether a signal cut it short; adds LR@N to `values`."""
         assert self.validator is not None
-        average_batch_norm(self.engine.model, self.world)
-        with self.engine.averaged(), self.accelerator.autocast():
-            outcome, stopped = self.validator.validate(self.engine.model, self.engine.bank)
+        model = self.engine.model
+        with averaged_batch_norms(model, self.world), self.engine.averaged(), self.accelerator.autocast():
+            outcome, stopped = self.validator.validate(model, self.engine.bank)
         if stopped:
             return None, True
         if (unreadable := self.validator.describe_unreadable()) is not None:
