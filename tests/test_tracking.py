@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import class_table, configure, small_disk, train_here, write_dataset, write_queries
@@ -78,6 +80,65 @@ def test_an_unknown_or_missing_tracker_is_a_clear_error() -> None:
         check_tracker("aim")
 
 
+class ServerError(Exception):
+    """As trackers' packages raise: no OSError."""
+
+
+class StrictTracker(GeneralTracker):
+    """Accelerate's view of a server that takes MLflow's names only, and goes away at step 20."""
+
+    name = "strict"
+    requires_logging_directory = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.began_with: dict = {}
+        self.points: list[tuple[int | None, dict]] = []
+
+    @property
+    def tracker(self) -> list:
+        return self.points
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.began_with = values
+
+    def log(self, values: dict, step: int | None = None, **options: object) -> None:
+        for name in values:
+            if not re.fullmatch(r"[/\w.\- :]+", name):
+                raise ServerError(f"Invalid value {name}")
+        if step == 20:
+            raise ServerError("connection refused\nand more")
+        self.points.append((step, values))
+
+
+def test_another_tracker_gets_settings_and_points_and_its_errors_do_not_end_the_training() -> None:
+    said: list[str] = []
+    AcceleratorState._reset_state(reset_partial_state=True)
+    strict = StrictTracker()
+    config = configure(Path("shards"), Path("r"), tracker="mlflow")
+    tracker = Tracker(Accelerator(cpu=True, log_with=[strict]), config, 0, said.append)
+    assert strict.began_with["backbone"] == "small_cnn"
+    tracker.scalars({"val/LR@1": 50.0, "loss/group-00": 1.5}, 10)
+    tracker.picture("batch", np.zeros((4, 4, 3), np.uint8), 10)  # which only TensorBoard gets
+    assert said == []
+    for step in (20, 30):
+        tracker.scalars({"loss/all": 1.0}, step)
+    tracker.finish({"loss": 1.0})
+    assert strict.points == [(10, {"val/LR-1": 50.0, "loss/group-00": 1.5})]
+    assert said == ["the curves stop here, training goes on (connection refused)"]
+
+
+def test_a_tracker_that_cannot_begin_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: StrictTracker, values: dict) -> None:
+        raise ServerError("no API key configured")
+
+    monkeypatch.setattr(StrictTracker, "store_init_configuration", refuse)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(cpu=True, log_with=[StrictTracker()])
+    with pytest.raises(JobError, match="--tracker wandb: no API key configured"):
+        Tracker(accelerator, configure(Path("shards"), Path("r"), tracker="wandb"), 0, print)
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # that of TensorBoard's thread
 def test_where_the_curves_cannot_be_written_a_line_says_so_and_training_goes_on(tmp_path: Path) -> None:
     said: list[str] = []
@@ -130,7 +191,7 @@ def fetch(address: str) -> Any:
 def test_the_real_tensorboard_serves_curves_pictures_and_hyperparameters(tmp_path: Path) -> None:
     shards = write_dataset(tmp_path / "shards").path
     queries = write_queries(tmp_path / "q")
-    train_here(configure(shards, tmp_path / "r", tracker="tensorboard", log_every=4, val_queries=queries))
+    trainer = train_here(configure(shards, tmp_path / "r", tracker="tensorboard", log_every=4, val_queries=queries))
     port = 30000 + np.random.default_rng().integers(20000)
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path / "r"), "--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -141,14 +202,20 @@ def test_the_real_tensorboard_serves_curves_pictures_and_hyperparameters(tmp_pat
             tags = set(fetch(f"{address}/scalars/tags").get("tensorboard", {}))
         wanted = {"loss/all", "loss/group-00", "accuracy/group-01", "rate/model", "rate/head-03", "gradient_norm/model"}
         wanted |= {"memory/host_peak_bytes", "epoch/loss/group-00", "epoch/loss/all", "val/median_error_m"}
-        wanted |= {"gradient_norm/head-00", "speed/images_per_second", "speed/data_wait_share", "val/LR@1", "val/LR@20"}
+        wanted |= {"gradient_norm/head-00", "speed/images_per_second", "speed/data_wait_share"}
+        wanted |= {f"val/LR@{n}" for n in (1, 5, 10, 20)}
         assert wanted <= tags
         points = fetch(f"{address}/scalars/scalars?run=tensorboard&tag=val/LR@1")
         assert [point[1] for point in points] == [8, 16]
         assert {"batch", "val/error_map"} <= set(fetch(f"{address}/images/tags")["tensorboard"])
-        (shown,) = fetch(f"{address}/images/images?run=tensorboard&tag=batch&sample=0")[-1:]
-        with urllib.request.urlopen(f"{address}/images/individualImage?{shown['query']}", timeout=10) as answer:
-            assert Image.open(answer).size == (8 * 32, 2 * 32)  # 16 photos of 32 pixels
+        pictures = {}
+        for tag in ("batch", "val/error_map"):
+            (shown,) = fetch(f"{address}/images/images?run=tensorboard&tag={tag}&sample=0")[-1:]
+            with urllib.request.urlopen(f"{address}/images/individualImage?{shown['query']}", timeout=10) as answer:
+                pictures[tag] = np.asarray(Image.open(answer))
+        assert pictures["batch"].shape == (2 * 32, 8 * 32, 3)  # 16 photos of 32 pixels
+        assert trainer.metrics["LR@1"] > 0
+        assert (pictures["val/error_map"] == error_colour(3)).all(axis=2).any()
         wish = {"experimentName": "", "allowedStatuses": ["STATUS_UNKNOWN", "STATUS_SUCCESS"], "sliceSize": 9}
         request = urllib.request.Request(
             f"{address}/hparams/session_groups", json.dumps(wish).encode(), {"Content-Type": "application/json"}
@@ -156,7 +223,9 @@ def test_the_real_tensorboard_serves_curves_pictures_and_hyperparameters(tmp_pat
         with urllib.request.urlopen(request, timeout=10) as answer:
             (session,) = json.loads(answer.read())["sessionGroups"]
         assert session["hparams"]["backbone"] == "small_cnn"
-        assert {value["name"]["tag"] for value in session["metricValues"]} >= {"final/loss", "final/LR@1"}
+        finals = {value["name"]["tag"]: value["value"] for value in session["metricValues"]}
+        for name in ("loss", "LR@1"):
+            assert finals[f"final/{name}"] == pytest.approx(trainer.metrics[name])
     finally:
         server.terminate()
         server.wait()

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw
 
 from shards.classes import ClassTable
-from shards.console import JobError, WrongArguments, format_duration
+from shards.console import JobError, WrongArguments, first_line, format_duration
 from training.presets import TrainConfig
 from training.queries import Queries
 from training.scoring import QueryScores
@@ -41,12 +41,19 @@ class Tracker:
         options = {"tensorboard": {"purge_step": first_step + 1}} if config.tracker == "tensorboard" else {}
         # TensorBoard gets the hyper-parameters at the end, beside the final metrics.
         start_with = None if config.tracker == "tensorboard" else hparams
-        accelerator.init_trackers(PROJECT, config=start_with, init_kwargs=options)
+        try:
+            accelerator.init_trackers(PROJECT, config=start_with, init_kwargs=options)
+        except OSError:
+            raise
+        except Exception as error:  # of the tracker's package: no account, a server that does not answer
+            raise JobError(f"--tracker {config.tracker}: {first_line(error)}") from error
         self.hparams = hparams
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Add points to curves."""
         if self.active:
+            if self.config.tracker == "mlflow":
+                values = {name.replace("@", "-"): value for name, value in values.items()}  # it refuses LR@1
             with self._going_on_without():
                 self.accelerator.log(values, step=step)
 
@@ -71,9 +78,10 @@ class Tracker:
     def _going_on_without(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except Exception as error:  # trackers raise errors of their own, also for a server that does not answer
             if self.active:
-                self.say(f"the curves stop here, training goes on ({error.strerror or error})")
+                reason = error.strerror if isinstance(error, OSError) else None
+                self.say(f"the curves stop here, training goes on ({reason or first_line(error)})")
             self.active = False
 
     def _tensorboard(self) -> Any:
