@@ -1,5 +1,6 @@
 """Several processes against one: the same losses and gradients, in float64, batch norm aside."""
 
+import math
 import os
 import time
 from pathlib import Path
@@ -80,7 +81,7 @@ def gradients(engine: Engine, batch_size: int, world: World) -> dict[str, Any]:
 def after_steps(engine: Engine, batch_size: int, world: World) -> dict[str, Any]:
     """Losses of three steps, then all heads and optimiser states as rank 0 collects them, and a ranking.
 
-    Several ranks also make a step that is for nothing, since one of them is asked to stop.
+    Several ranks also make two steps that are for nothing, since one of them is asked to stop or has a loss of NaN.
     """
     losses = []
     for step in range(3):
@@ -88,6 +89,8 @@ def after_steps(engine: Engine, batch_size: int, world: World) -> dict[str, Any]
         mine = slots_of_rank(batch_size, world.rank, world.size)
         if step == 1 and world.size > 1:
             assert engine.step(step, images[mine], labels[mine], groups[mine], asked_to_stop=world.rank == 1).stop
+            spoilt = images[mine] * (math.nan if world.rank == 1 else 1.0)
+            assert not engine.step(step, spoilt, labels[mine], groups[mine]).finite
         losses.append(engine.step(step, images[mine], labels[mine], groups[mine]).losses)
     heads, state = engine.bank.collect()
     generator = torch.Generator().manual_seed(9)
@@ -142,11 +145,11 @@ def test_ranks_with_shares_of_the_batch_equal_one_rank_with_all_of_it(
         for of_rank in found:
             compare_gradients(of_rank[case], expected, case)
         expected = after_steps(make_engine(case, batch_size, alone), batch_size, alone)
-        for of_rank in found:
+        for rank, of_rank in enumerate(found):
             after = of_rank[f"{case} after"]
             torch.testing.assert_close(after["losses"], expected["losses"], rtol=1e-9, atol=1e-12)
             assert torch.equal(after["rows"], expected["rows"])
-            check_traffic(case, int(after["head bytes"]), ranks)
+            check_traffic(case, int(after["head bytes"]), rank, ranks)
         for kind in ("heads", "state"):
             collected = found[0][f"{case} after"][kind]
             assert collected.keys() == expected[kind].keys()
@@ -169,13 +172,15 @@ def compare_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], cas
         torch.testing.assert_close(gradient, whole, rtol=1e-9, atol=1e-9, msg=f"{case}: {name}")
 
 
-def check_traffic(case: str, head_bytes: int, ranks: int) -> None:
+def check_traffic(case: str, head_bytes: int, rank: int, ranks: int) -> None:
     """Sharded heads send no gradients, nor do those of the joint schedule where the ranks divide the groups."""
     one_head = 9 * 8 * 8
     if case.startswith("sharded") or (case == "joint" and ranks in (2, 4)):
         assert head_bytes == 0
     elif case == "sequential":
         assert head_bytes == one_head
+    elif case == "joint":  # ten slots: rank 0 has all four groups, rank 1 not the third, rank 2 not the last
+        assert head_bytes == (4, 3, 3)[rank] * one_head
 
 
 def check_batch_norm(found: list[dict[str, Tensor]], ranks: int) -> None:

@@ -58,6 +58,7 @@ def work(rank: int, ranks: int, folder: Path) -> None:
     losses.sum().backward()
     results["touched"] = torch.nonzero(present(sampled.weight.grad).abs().sum(1)).squeeze(1) + sampled.part.start
     results["gradient"] = leaf.grad
+    results["weight gradient"] = present(sampled.weight.grad)
     sampled.eval()
     results["unsampled"] = sampled(leaf, labels[start:stop] * 17).detach()
     few = ShardedHead("AAMC", DIM, 20, sample_rate=0.01)
@@ -113,6 +114,8 @@ def test_sampled_losses_are_those_over_the_sampled_classes(by_rank: list[dict[st
         torch.testing.assert_close(found, losses.detach(), rtol=1e-9, atol=1e-12)
     gradient = torch.cat([results["gradient"] for results in by_rank])
     torch.testing.assert_close(gradient, x.grad, rtol=1e-9, atol=1e-12)
+    of_weight = torch.cat([results["weight gradient"] for results in by_rank])
+    torch.testing.assert_close(of_weight[touched], present(few.weight.grad), rtol=1e-9, atol=1e-12)
     unsampled = torch.cat([results["unsampled"] for results in by_rank])
     torch.testing.assert_close(unsampled, whole(x, labels).detach(), rtol=1e-9, atol=1e-12)
 

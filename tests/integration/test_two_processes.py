@@ -82,13 +82,16 @@ def test_a_run_goes_on_with_fewer_or_more_processes_and_says_so(
     assert float(state.tensors["heads.3.adam.weight.step"]) == 24
     # The plateau schedule saw what all ranks lost on average.
     epochs = [sum(losses[first : first + 8]) / 8 for first in (0, 8, 16)]
-    assert training_values(state)["rates"]["best"] == pytest.approx(min(epochs), rel=1e-6)
+    plateau = training_values(state)["rates"]
+    assert plateau["best"] == pytest.approx(min(epochs), rel=1e-6)
+    assert plateau["last_epoch"] == 3  # one step an epoch
 
 
 @pytest.mark.parametrize(
     ("processes", "settings"),
     [
         (2, {"schedule": "joint", "shard_head": True, "batch_size": 9}),
+        (2, {"shard_head": True, "head_sample_rate": 0.5, "accumulate": 2}),
         (3, {"schedule": "joint", "read": "stream", "stream_run": 7, "stream_window": 50, "batch_size": 10}),
     ],
 )
