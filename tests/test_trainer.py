@@ -157,6 +157,24 @@ def test_a_resumed_run_says_what_changed(shards: Path, tmp_path: Path, capsys: p
     assert "--epochs 1 -> 2" in printed
 
 
+def test_a_truncated_and_a_foreign_checkpoint_are_named_and_the_one_before_them_is_taken_up(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_here(configure(shards, tmp_path / "r", epochs=2))
+    last = list_checkpoints(tmp_path / "r")[0] / "optimizer.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    foreign = tmp_path / "r" / "checkpoints" / "step-00000099"
+    foreign.mkdir()
+    (foreign / "best_model.pth").write_bytes(b"")
+    resumed = train_here(configure(shards, tmp_path / "r", epochs=2, resume=True))
+    printed = capsys.readouterr().out
+    assert f"passed over: {foreign}: no checkpoint of this project (it has no files.json)" in printed
+    assert f"passed over: {last}: truncated or changed" in printed
+    assert f"goes on from {tmp_path / 'r' / 'checkpoints' / 'step-00000008'} after step 8" in printed
+    assert resumed.progress.step == 16
+    assert len(read_losses(tmp_path / "r")) == 16
+
+
 def test_golden_losses_are_reproduced(shards: Path, tmp_path: Path) -> None:
     """A library may move them by 1e-3; `python tests/test_trainer.py` writes the file anew."""
     losses = golden_run(shards, tmp_path / "r")

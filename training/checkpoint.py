@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00002000/
       model.safetensors        weights of backbone and descriptor layer (averaged ones where the run keeps an average)
       heads.safetensors        `<group id>.<parameter>`
-      optimizer.safetensors    tensors of the training state: Adam's moments, weights behind an average
+      optimizer.safetensors    tensors of the training state: Adam's moments, weights behind an average, batch norms
       optimizer.json           the rest of it: hyper-parameters, scheduler, scaler
       state.json               step, epoch sums, best value so far
       config.json  classes.parquet  provenance.json

@@ -92,6 +92,7 @@ def test_a_run_goes_on_with_fewer_or_more_processes_and_says_so(
     [
         (2, {"schedule": "joint", "shard_head": True, "batch_size": 9}),
         (2, {"shard_head": True, "head_sample_rate": 0.5, "accumulate": 2}),
+        (4, {"schedule": "joint", "batch_size": 18}),
         (3, {"schedule": "joint", "read": "stream", "stream_run": 7, "stream_window": 50, "batch_size": 10}),
     ],
 )
