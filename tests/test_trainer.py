@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import ZONE, arguments, class_table, configure, train, train_here, write_dataset
+from tiny import arguments, assess_run, class_table, configure, train, train_here, write_dataset
 
 import training.trainer as trainer_module
 from shards.console import JobError
@@ -18,11 +18,7 @@ from shards.names import parse_name
 from training.assembly import check_against_world
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
 from training.distributed import World
-from training.heads import Head
-from training.model import GeoModel
-from training.queries import list_queries, query_size
 from training.run_folder import read_losses
-from training.scoring import assess_ranking, class_blocks, describe_queries, rank_classes
 from training.trainer import Trainer
 
 GOLDEN = Path(__file__).parent / "golden" / "small_cnn_joint.txt"
@@ -33,29 +29,16 @@ def test_a_run_learns_and_its_best_checkpoint_reproduces_its_recall(
     shards: Path, queries: Path, tmp_path: Path, schedule: str
 ) -> None:
     config = configure(shards, tmp_path / "r", schedule=schedule, epochs=8, val_queries=queries, lr_schedule="cosine")
-    trainer = train_here(config)
+    train_here(config)
     losses = read_losses(config.out)
     assert len(losses) == 64
     assert np.mean(losses[-8:]) < np.mean(losses[:8]) / 4
     best = best_checkpoint(config.out)
     assert best is not None
-    weights = load_for_evaluation(config.out)
-    assert weights.path == best
-    model = trainer.engine.model
-    assert isinstance(model, GeoModel)
-    model.load_state_dict(weights.model)
-    heads = {}
-    for group, tensors in weights.heads.items():
-        heads[group] = Head("AAMC", model.descriptor_dim, weights.classes.count(group))
-        heads[group].load_state_dict(tensors)
-    found = list_queries(queries, ZONE)
-    described = describe_queries(
-        model, found.paths, shorter_side=query_size(32), batch_size=5, device=torch.device("cpu"), threads=1
-    )
-    rows, scores = rank_classes(described.vectors, class_blocks(heads, weights.classes, "raw"))
-    outcome = assess_ranking(rows.numpy(), scores.numpy(), described.readable, weights.classes, found)
-    assert outcome.recall[1] == json.loads((config.out / "best.json").read_text())["value"]
-    assert outcome.recall[20] > 90
+    assert load_for_evaluation(config.out).path == best
+    recall = assess_run(config.out, queries).recall
+    assert recall[1] == json.loads((config.out / "best.json").read_text())["value"]
+    assert recall[20] > 90
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 from accelerate.state import AcceleratorState
 
 from shards.classes import ClassTable
@@ -21,8 +22,13 @@ from shards.dataset import Dataset, Manifest
 from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST, sample_key, shard_stem
 from shards.names import PhotoName, format_name
 from shards.writer import ShardWriter, publish_shard
+from training.checkpoint import load_for_evaluation
+from training.heads import Head
 from training.interruption import Interruption
+from training.model import GeoModel
 from training.presets import TrainConfig
+from training.queries import list_queries, query_size
+from training.scoring import QueryScores, assess_ranking, class_blocks, describe_queries, rank_classes
 from training.trainer import Trainer
 
 WEST, SOUTH, ZONE = 544000, 4180000, 10
@@ -164,3 +170,22 @@ def small_disk(folder: Path) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def assess_run(out: Path, queries: Path) -> QueryScores:
+    """How a run's best checkpoint does on a folder of queries, by raw scores of its whole heads."""
+    weights = load_for_evaluation(out)
+    config = TrainConfig.from_json(weights.config)
+    model = GeoModel(config.backbone, "none", 0, config.descriptor_dim or None)
+    model.load_state_dict(weights.model)
+    heads = {}
+    for group, tensors in weights.heads.items():
+        heads[group] = Head(config.head, model.descriptor_dim, weights.classes.count(group))
+        heads[group].load_state_dict(tensors)
+    found = list_queries(queries, ZONE)
+    side = query_size(config.image_size)
+    described = describe_queries(
+        model, found.paths, shorter_side=side, batch_size=5, device=torch.device("cpu"), threads=1
+    )
+    rows, scores = rank_classes(described.vectors, class_blocks(heads, weights.classes, "raw"))
+    return assess_ranking(rows.numpy(), scores.numpy(), described.readable, weights.classes, found)

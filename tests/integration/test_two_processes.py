@@ -6,15 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from tiny import ROOT, arguments, class_table, train, write_dataset, write_queries
+from tiny import ROOT, arguments, assess_run, class_table, train, write_dataset, write_queries
 
 from shards.layout import CLASSES
-from training.checkpoint import list_checkpoints, load_checkpoint, load_for_evaluation, training_values
+from training.checkpoint import checkpoint_step, list_checkpoints, load_checkpoint, load_for_evaluation, training_values
 from training.run_folder import read_losses
 
 pytestmark = pytest.mark.slow
@@ -43,7 +45,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_two_processes_under_accelerate_launch_train_validate_and_save(data: tuple[Path, Path], tmp_path: Path) -> None:
     config = tmp_path / "cpu.yaml"
     config.write_text(ACCELERATE_CONFIG.format(port=20000 + os.getpid() % 20000))
-    words = arguments(data[0], tmp_path / "r", val_queries=data[1], schedule="joint", epochs=4, tracker="tensorboard")
+    few = {"iterations_per_epoch": 2, "tracker": "tensorboard"}
+    words = arguments(data[0], tmp_path / "r", val_queries=data[1], schedule="joint", epochs=4, **few)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), "training/train.py"]
     done = subprocess.run(
         [*command, *words],
@@ -58,7 +61,12 @@ def test_two_processes_under_accelerate_launch_train_validate_and_save(data: tup
     assert sum(line.startswith("epoch ") for line in done.stdout.splitlines()) == 4
     weights = load_for_evaluation(tmp_path / "r")
     assert sorted(weights.heads) == [0, 1, 2, 3]
-    assert list((tmp_path / "r" / "tensorboard").glob("events.*"))
+    outcome = assess_run(tmp_path / "r", data[1])  # queries and heads of both processes
+    curves = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+    step = checkpoint_step(weights.path)
+    for name, value in (("LR@1", outcome.recall[1]), ("median_error_m", np.median(outcome.ranking.distances[:, 0]))):
+        (found,) = (point.value for point in curves.Scalars(f"val/{name}") if point.step == step)
+        assert found == pytest.approx(value)
 
 
 @pytest.mark.parametrize(
