@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tiny import arguments, assess_run, class_table, configure, train, train_here, write_dataset
+from tiny_run import write_run
 
 import training.trainer as trainer_module
 from shards.console import JobError
@@ -156,6 +157,13 @@ def test_a_truncated_and_a_foreign_checkpoint_are_named_and_the_one_before_them_
     assert f"goes on from {tmp_path / 'r' / 'checkpoints' / 'step-00000008'} after step 8" in printed
     assert resumed.progress.step == 16
     assert len(read_losses(tmp_path / "r")) == 16
+
+
+def test_an_imported_checkpoint_is_no_run_to_go_on_from(shards: Path, tmp_path: Path) -> None:
+    imported = write_run(tmp_path / "r")
+    with pytest.raises(JobError, match=rf"step-00000007: holds weights without .* --init-from {imported}$"):
+        train_here(configure(shards, imported, descriptor_dim=32, resume=True))
+    train_here(configure(shards, tmp_path / "new", descriptor_dim=32, init_from=imported, epochs=1))
 
 
 def test_golden_losses_are_reproduced(shards: Path, tmp_path: Path) -> None:

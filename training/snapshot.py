@@ -60,6 +60,11 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
     path, saved, passed_over = found
     for reason in passed_over:
         say(f"passed over: {reason}")
+    if "progress" not in saved.state:
+        raise JobError(
+            f"{path}: holds weights without a training's state, as imported ones do; "
+            f"start a new run with --init-from {config.out}"
+        )
     before = TrainConfig.from_json(saved.config)
     _check_fits(path, saved, before, run)
     _restore(saved, before, run)
