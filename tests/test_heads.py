@@ -104,19 +104,20 @@ def test_gradient_passes_gradcheck_per_sample(kind: str) -> None:
     assert torch.autograd.gradcheck(losses, (x.requires_grad_(), *parameters))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_changes_no_bit(kind: str) -> None:
+def test_autocast_changes_no_bit(kind: str, dtype: torch.dtype) -> None:
     head, x, labels, _ = problem(kind, torch.float32, s=100.0)
-    x = x.to(torch.bfloat16)
+    x = x.to(dtype)
     results = []
     for autocast in (False, True):
         leaf = x.clone().requires_grad_()
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", dtype=dtype, enabled=autocast):
             losses = head(leaf, labels)
             grads = torch.autograd.grad(losses.sum(), [leaf, *head.parameters()])
             scores = head.scores(leaf, "cosine")
         assert losses.dtype == scores.dtype == torch.float32
-        assert grads[0].dtype == torch.bfloat16
+        assert grads[0].dtype == dtype
         results.append((losses, scores, *grads))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
