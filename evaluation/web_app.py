@@ -99,7 +99,8 @@ class WebApp:
         document = to_document([located.photo], [], self.queue.localiser)
         document["checkpoint"] = self.queue.localiser.path.name  # a path of the server is nobody's business
         known = located.photo.known
-        document["known_east_north"] = known and east_north(known, self.queue.localiser.classes.zone)
+        classes = self.queue.localiser.classes
+        document["known_east_north"] = known and east_north(known, classes.zone, southern=classes.southern)
         if self.known:
             document["answer"] = self._keep(located)
         return JSONResponse(without_nan(document))
