@@ -172,7 +172,7 @@ def read_descriptors(path: Path, zone: int = 0, *, southern: bool = False) -> Im
                 vectors, names = file["descriptors"], file["names"].astype(str).tolist()
         else:
             vectors = np.load(path, allow_pickle=False)
-            names = path.with_suffix(".txt").read_text().rstrip().splitlines()
+            names = path.with_suffix(".txt").read_text("utf-8-sig").rstrip().splitlines()
         vectors = vectors.astype(np.float32)
     except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
         reason = "damaged, or no array of numbers" if "allow_pickle" in str(error) else error

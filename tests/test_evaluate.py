@@ -49,6 +49,8 @@ def test_a_row_has_lr_at_n_beside_chance_and_ceiling(
     assert row["scored"] == row["photos"] == 32
     assert row["median_error_m"] == pytest.approx(np.hypot(2, 2), abs=1e-3)
     assert sum(line["queries"] for line in row["by_group"]) == 32
+    assert row["queries_per_second"] > 0
+    assert row["latency_ms"] > 0
     assert results["provenance"]["command"].startswith("evaluate.py")
     printed = capsys.readouterr().out
     assert "chance" in printed

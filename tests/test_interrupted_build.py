@@ -26,6 +26,7 @@ from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from shards.console import JobError
 from shards.layout import shard_tables
+from shards.workers import _GRACE_SECONDS
 
 
 def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -132,6 +133,25 @@ def test_ctrl_c_ends_the_build_with_a_summary_and_the_command_goes_on(big, tmp_p
     again = start(source, tmp_path / "out")
     again.communicate()
     assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_workers_that_hang(big, tmp_path):
+    process = start(big[0], tmp_path / "out")
+    while not list((tmp_path / "out").glob("group-*/.*.partial")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(int(worker), signal.SIGSTOP)  # as one that waits for a disk that is gone
+    os.kill(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from there" in printed
+    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    assert _GRACE_SECONDS <= 1  # of the two seconds that Ctrl-C may take
 
 
 class Killed(Job):
