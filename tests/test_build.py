@@ -163,6 +163,14 @@ def test_a_job_that_meets_too_many_bad_photos_stops_before_it_has_tried_the_rest
     assert len(tried) == 26
 
 
+def test_a_few_photos_that_are_all_bad_make_no_data_set(tmp_path):
+    write_photos(tmp_path / "photos", cells=2, per_cell=12)
+    for _ in range(2):
+        with pytest.raises(JobError, match=r"photos: no photo can be used \(24 too small\); mend"):
+            run(tmp_path / "photos", tmp_path / "out", settings=replace(SETTINGS, image_size=1000))
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
 def test_a_class_whose_photos_are_all_bad_keeps_its_label(tmp_path):
     source = tmp_path / "photos"
     photos = write_photos(source, cells=6)
