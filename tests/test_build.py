@@ -279,6 +279,15 @@ def test_a_listing_is_read_from_its_cache_until_a_folder_changes(tmp_path):
     assert len(list_photos(source, cache, lambda n: None)) == 13
 
 
+def test_a_walk_over_folders_says_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocessing.photos._BATCH", 10)
+    write_photos(tmp_path / "a", cells=1)
+    write_photos(tmp_path / "b", cells=2)
+    said: list[int] = []
+    assert len(list_photos(tmp_path, None, said.append)) == 36
+    assert said == [10, 20, 30, 36]
+
+
 def test_a_listing_is_that_of_its_root_alone_and_rescan_reads_the_folders_again(tmp_path):
     source, out = tmp_path / "photos", tmp_path / "out"
     write_photos(source)
