@@ -8,6 +8,8 @@ import numpy as np
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.sources import Source, split_sample
 
+_MOST_BYTES = 1 << 26
+
 
 class SampleMaker:
     """Makes the samples of one shard. A panorama is read and decoded once for all of its crops in `wanted`, the
@@ -38,17 +40,30 @@ class SampleMaker:
 
         Photos are read and resized as many at a time as the resizer takes. Raises `JobError`.
         """
-        for first in range(0, len(samples), self._resizer.batch):
-            part = samples[first : first + self._resizer.batch]
-            read = [self._read(sample) for sample in part]
-            crops = [self.turn(sample) is not None for sample in part]
-            photos = zip(read, crops, strict=True)
-            small = iter(self._resizer.make([d for d, crop in photos if not crop and not isinstance(d, BadPhoto)]))
-            for sample, data, crop in zip(part, read, crops, strict=True):
+        for part in self._parts(samples):
+            crops = [self.turn(sample) is not None for sample, _ in part]
+            whole = [d for (_, d), crop in zip(part, crops, strict=True) if not crop and not isinstance(d, BadPhoto)]
+            small = iter(self._resizer.make(whole))
+            for (sample, data), crop in zip(part, crops, strict=True):
                 if isinstance(data, BadPhoto):
                     yield data, 0
                 else:
                     yield self._crop(sample, data) if crop else next(small), len(data)
+
+    def _parts(self, samples: Sequence[str]) -> Iterator[list[tuple[str, bytes | BadPhoto]]]:
+        """Samples with the bytes of their photos: a batch of the resizer's, or fewer where photos are large; one by one
+        where there are panoramas, whose first crop reads for all."""
+        most = 1 if self._crops else self._resizer.batch
+        part: list[tuple[str, bytes | BadPhoto]] = []
+        held = 0
+        for sample in samples:
+            data = self._read(sample)
+            part.append((sample, data))
+            held += 0 if isinstance(data, BadPhoto) else len(data)
+            if len(part) == most or held >= _MOST_BYTES:
+                yield part
+                part, held = [], 0
+        yield part
 
     def _read(self, sample: str) -> bytes | BadPhoto:
         """The bytes of a sample's photo; none where they were read before."""

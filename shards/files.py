@@ -150,11 +150,13 @@ def try_lock(file: TextIO, byte: int | None = None) -> bool | None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process of this machine is in such a block for the file or folder `path`, which must exist.
+    """Wait until no other process is in such a block for the file or folder `path`, which must exist.
 
-    The kernel frees the lock when its holder dies. On a file system that cannot lock it nobody waits.
+    The kernel frees the lock when its holder dies. NFS locks files that may be written, for all machines, and no
+    folders. Where nothing can be locked nobody waits.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    writing = os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY
+    descriptor = os.open(path, writing | os.O_CLOEXEC)
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)

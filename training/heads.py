@@ -3,8 +3,8 @@
 A head costs little more than its three matrix products (logits, gradient of the weight, gradient of the
 descriptors). The weight is walked in blocks of classes that stay in cache: a block's norms are taken, its
 product made and its gradient written while it is there, and no normalised copy of the weight ever exists. One
-copy of the logits is kept for the backward; everything that depends on the label is a vector of one number a
-sample.
+copy of the logits is kept for the backward, a row a class, which is how a block's product is fastest; everything
+that depends on the label is a vector of one number a sample.
 """
 
 import math
@@ -77,10 +77,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
             setattr(matmul, setting, before)
 
 
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    size = CPU_BLOCK if weight.device.type == "cpu" else DEVICE_BLOCK
-    for start in range(0, len(weight), size):
-        yield slice(start, min(start + size, len(weight)))
+def _blocks(classes: Tensor) -> Iterator[slice]:
+    size = CPU_BLOCK if classes.device.type == "cpu" else DEVICE_BLOCK
+    for start in range(0, len(classes), size):
+        yield slice(start, min(start + size, len(classes)))
 
 
 class MarginSoftmax(torch.autograd.Function):
@@ -109,26 +109,27 @@ class MarginSoftmax(torch.autograd.Function):
         `labels` int64 [B]; one floating dtype, in which all is computed.
         """
         with full_precision(weight.device):
-            logits = descriptors.new_empty(len(descriptors), len(weight))
+            logits = descriptors.new_empty(len(weight), len(descriptors))
             norms = weight.new_empty(len(weight)) if margin.normalises else None
+            columns = descriptors.T.contiguous()
             for block in _blocks(weight):
-                torch.mm(descriptors, weight[block].T, out=logits[:, block])
+                torch.mm(weight[block], columns, out=logits[block])
                 if norms is not None:
                     torch.linalg.vector_norm(weight[block], dim=1, out=norms[block])
             inverse_norms = norms.clamp_min_(NORM_FLOOR).reciprocal_() if norms is not None else None
             if inverse_norms is not None:
-                logits.mul_(inverse_norms * margin.s)
+                logits.mul_(inverse_norms[:, None] * margin.s)
             if bias is not None:
-                logits.add_(bias)
+                logits.add_(bias[:, None])
 
-            own = logits.gather(1, labels[:, None])
+            own = logits.gather(0, labels[None])
             # The label's own class leaves the logits and is treated apart, where its margin costs nothing and
             # its loss loses no digits: log(1 + exp(rest - own)) stays exact where the probability is nearly
             # 1.
             absent = torch.full_like(own, torch.finfo(own.dtype).min)
-            logits.scatter_(1, labels[:, None], absent if mine is None else torch.where(mine[:, None], absent, own))
-            plain = own.squeeze(1) if mine is None else own.squeeze(1) * mine
-            best, rest = _log_sum_exp(logits, list(_blocks(weight)))
+            logits.scatter_(0, labels[None], absent if mine is None else torch.where(mine, absent, own))
+            plain = own[0] if mine is None else own[0] * mine
+            best, rest = _log_sum_exp(logits)
             if group is not None:
                 plain, best, rest = _over_ranks(plain, best, rest, group)
             cosine = plain / margin.s
@@ -160,19 +161,21 @@ class MarginSoftmax(torch.autograd.Function):
             grad_descriptors = torch.zeros_like(descriptors)
             grad_weight = torch.empty_like(weight)
             grad_bias = None if bias is None else torch.empty_like(bias)
+            room, more = _room(logits), _room(logits)
             for block in _blocks(weight):
-                log_probabilities = torch.threshold_(logits[:, block] - log_total[:, None], NO_PROBABILITY, -torch.inf)
-                grad = log_probabilities.exp_().mul_(grad_losses[:, None])
+                rows = logits[block]
+                grad = torch.sub(rows, log_total, out=room[: len(rows)])
+                torch.threshold_(grad, NO_PROBABILITY, -torch.inf).exp_().mul_(grad_losses)
                 if grad_bias is not None:
-                    torch.sum(grad, dim=0, out=grad_bias[block])
+                    torch.sum(grad, dim=1, out=grad_bias[block])
                 if inverse_norms is not None:
                     inverse = inverse_norms[block]
-                    radial = (grad * logits[:, block]).sum(0).mul_(inverse.square())
-                    grad.mul_(inverse * margin.s)
-                torch.mm(grad.T, descriptors, out=grad_weight[block])
+                    radial = torch.mul(grad, rows, out=more[: len(rows)]).sum(1).mul_(inverse.square())
+                    grad.mul_(inverse[:, None] * margin.s)
+                torch.mm(grad, descriptors, out=grad_weight[block])
                 if inverse_norms is not None:  # the weight's normalisation takes away what points along the weight
                     grad_weight[block].addcmul_(weight[block], radial[:, None], value=-1)
-                grad_descriptors.addmm_(grad, weight[block])
+                grad_descriptors.addmm_(grad.T, weight[block])
 
             # The label's own class: its probability less one is minus sigmoid(gap).
             own = -grad_losses * torch.sigmoid(gap) * slope
@@ -192,11 +195,18 @@ class MarginSoftmax(torch.autograd.Function):
         return grad_descriptors, grad_weight, grad_bias, None, None, None, None
 
 
-def _log_sum_exp(logits: Tensor, blocks: list[slice]) -> tuple[Tensor, Tensor]:
-    parts = [logits[:, block] for block in blocks]
-    best = torch.stack([part.amax(1) for part in parts]).amax(0)
-    total = torch.stack([(part - best[:, None]).exp_().sum(1) for part in parts]).sum(0)
-    return best, best + total.log()
+def _log_sum_exp(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum and logarithm of the sum of exponentials over the classes, [B] both."""
+    parts = [logits[block] for block in _blocks(logits)]
+    room = _room(logits)
+    best = torch.stack([part.amax(0) for part in parts]).amax(0)
+    sums = [torch.sub(part, best, out=room[: len(part)]).exp_().sum(0) for part in parts]
+    return best, best + torch.stack(sums).sum(0).log()
+
+
+def _room(logits: Tensor) -> Tensor:
+    """Memory for a block of what is computed from the logits."""
+    return torch.empty_like(logits[next(_blocks(logits))])
 
 
 def _over_ranks(plain: Tensor, best: Tensor, rest: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:

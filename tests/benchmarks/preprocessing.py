@@ -72,7 +72,7 @@ class Amount:
     each_worker: int
 
 
-QUICK = Amount(distinct=150, ours=400, pillow=125, compared=50, rounds=3, each_worker=600)
+QUICK = Amount(distinct=150, ours=1200, pillow=125, compared=50, rounds=3, each_worker=600)
 FULL = Amount(distinct=1500, ours=3000, pillow=1000, compared=150, rounds=7, each_worker=3500)
 
 
