@@ -157,11 +157,11 @@ def _rows(vectors: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return vectors if len(kept) == len(vectors) else vectors[kept]
 
 
-def read_descriptors(path: Path, zone: int = 0) -> Images:
+def read_descriptors(path: Path, zone: int = 0, *, southern: bool = False) -> Images:
     """Descriptors that any model made: `.npz` with `descriptors` [K, D] and `names` [K], or `.npy` beside a `.txt`.
 
-    Names carry UTM positions, which are brought into `zone` (0: as they are). Vectors are scaled to unit length. Raises
-    JobError for anything else.
+    Names carry UTM positions, which are brought into `zone` (0: as they are) and its hemisphere. Vectors are scaled to
+    unit length. Raises JobError for anything else.
     """
     if path.suffix not in (".npz", ".npy"):
         what = "no descriptors (.npz, or .npy beside .txt), no folder or list (.csv, .parquet) of photos, no data set"
@@ -172,7 +172,7 @@ def read_descriptors(path: Path, zone: int = 0) -> Images:
                 vectors, names = file["descriptors"], file["names"].astype(str).tolist()
         else:
             vectors = np.load(path, allow_pickle=False)
-            names = path.with_suffix(".txt").read_text().rstrip().splitlines()
+            names = path.with_suffix(".txt").read_text("utf-8-sig").rstrip().splitlines()
         vectors = vectors.astype(np.float32)
     except (OSError, ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
         reason = "damaged, or no array of numbers" if "allow_pickle" in str(error) else error
@@ -187,7 +187,7 @@ def read_descriptors(path: Path, zone: int = 0) -> Images:
             parse_name(names[row])
         except BadName as error:
             raise JobError(f"{path}: {printable(names[row])}: {error}") from error
-    _, unfit = bring_into_zone(names, places, zone)
+    _, unfit = bring_into_zone(names, places, zone, southern)
     if unfit:
         first = min(unfit)
         raise JobError(f"{path}: {printable(names[first])}: {unfit[first]}")
@@ -210,9 +210,9 @@ def database_images(
 ) -> Images:
     """The database's descriptors: read from a file or from `cache`, or made of the photos of a folder, a list or a data
     set (in a folder or at a URL) and kept in `cache`."""
-    path = Path(database)
+    path, classes = Path(database), localiser.classes
     if path.is_file() and not is_list(path):
-        return read_descriptors(path, localiser.classes.zone)
+        return read_descriptors(path, classes.zone, southern=classes.southern)
     source: Dataset | Queries
     if is_url(database) or (path / MANIFEST).exists():
         source = Dataset.open(database)

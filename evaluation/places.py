@@ -120,12 +120,15 @@ def exif_position(photo: Path | BinaryIO) -> KnownPosition | None:
     return KnownPosition("exif", latitude, longitude)
 
 
-def east_north(known: KnownPosition, zone: int) -> tuple[float, float] | None:
-    """Easting and northing of a known position in UTM `zone`, metres; None without a zone or too far from it."""
+def east_north(known: KnownPosition, zone: int, *, southern: bool) -> tuple[float, float] | None:
+    """Easting and northing of a known position in the plane of UTM `zone`, metres; None without a zone or too far
+    from it."""
     if not zone:
         return None
     try:
-        east, north, _, _ = utm.from_latlon(known.latitude, known.longitude, force_zone_number=zone)
+        east, north, _, _ = utm.from_latlon(
+            known.latitude, known.longitude, force_zone_number=zone, force_northern=not southern
+        )
     except (utm.OutOfRangeError, ValueError):
         return None
     return float(east), float(north)

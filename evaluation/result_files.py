@@ -20,6 +20,7 @@ from shards.console import JobError
 from shards.files import atomic_path, atomic_write_json, atomic_write_text
 from shards.layout import MANIFEST
 from shards.names import BadName, parse_name
+from shards.plane import half_of
 
 Row = dict[str, Any]
 
@@ -95,7 +96,9 @@ def predictions_table(outcome: Outcome) -> pa.Table:
     count = len(queries)
     first = answers.rows[:, 0]
     east, north = classes.center_east[first], classes.center_north[first]
-    latitude, longitude = to_latlon(classes, east, north, southern=is_southern(queries.paths))
+    latitude, longitude = to_latlon(
+        classes, east, north, southern=is_southern(queries.paths) and half_of(north) is not False
+    )
     unread = ~outcome.readable
 
     def known(values: np.ndarray) -> pa.Array:

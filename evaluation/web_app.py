@@ -24,6 +24,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from evaluation.answer_photos import to_document
 from evaluation.answer_queue import AnswerQueue, Located
@@ -39,6 +40,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _UPLOAD_SECONDS = 60.0
+_HEAD_SECONDS = 20.0
 _ANSWERS_KEPT = 512
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
@@ -99,7 +101,8 @@ class WebApp:
         document = to_document([located.photo], [], self.queue.localiser)
         document["checkpoint"] = self.queue.localiser.path.name  # a path of the server is nobody's business
         known = located.photo.known
-        document["known_east_north"] = known and east_north(known, self.queue.localiser.classes.zone)
+        classes = self.queue.localiser.classes
+        document["known_east_north"] = known and east_north(known, classes.zone, southern=classes.southern)
         if self.known:
             document["answer"] = self._keep(located)
         return JSONResponse(without_nan(document))
@@ -145,7 +148,7 @@ class PageServer(uvicorn.Server):
         )
         config = uvicorn.Config(
             Guard(starlette, names),
-            http="h11",
+            http=HastyProtocol,
             ws="none",
             loop="asyncio",
             lifespan="off",
@@ -161,6 +164,42 @@ class PageServer(uvicorn.Server):
         """Listen, and say so."""
         await super().startup(sockets)
         self.ready()
+
+
+class HastyProtocol(H11Protocol):
+    """Uvicorn's HTTP/1.1, but a connection that brings no request to answer within `_HEAD_SECONDS` is closed.
+
+    Uvicorn waits as long as bytes come, for headers and for the rest of a body that was answered already, so that
+    slow clients could take all connections.
+    """
+
+    deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait for the first request."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; after an answer uvicorn's own limit holds until the next request begins."""
+        super().data_received(data)
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        super().connection_lost(exc)
+        self._stop()
+
+    def _watch(self) -> None:
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop()
+        elif self.deadline is None and not self.transport.is_closing():
+            self.deadline = self.loop.call_later(_HEAD_SECONDS, self.transport.close)
+
+    def _stop(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None
 
 
 class Guard:

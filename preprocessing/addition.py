@@ -35,7 +35,8 @@ def plan_addition(
 ) -> tuple[Revision, Gain]:
     """The revision that adds the photos of `listing` to the data set `out` with these `sources` so far."""
     number = sources.index(source) if source in sources else len(sources)
-    places, _, names, named_bad = locate(listing, state.classes.zone)
+    zone = state.classes.zone
+    places, _, names, named_bad = locate(listing, zone, state.classes.southern if zone else None)
     usable = np.isfinite(places.east)
     fresh = np.flatnonzero(usable & ~np.isin(names, _known(out, sources, source)))
     headings, timestamps = when_and_whither(places, fresh)

@@ -10,16 +10,17 @@ import pyarrow.compute as pc
 from preprocessing.photos import Bad, Listing
 from shards.console import printable
 from shards.names import BadName, hash_names, parse_name, parse_utm
-from shards.plane import Places, into_zone
+from shards.plane import Places, into_zone, join_at_equator
 
 _BANDS_SOUGHT = 1000
 
 
-def locate(listing: Listing, zone: int) -> tuple[Places, int, np.ndarray, list[Bad]]:
+def locate(listing: Listing, zone: int, southern: bool | None = None) -> tuple[Places, int, np.ndarray, list[Bad]]:
     """Where the photos of a listing are: places in the plane of one zone, that zone, `hash_identities`, and the photos
     that were set aside (their easting becomes NaN).
 
-    `zone`: the zone to use; 0 means the one that most photos are in. The zone is 0 where nothing tells it.
+    `zone`: the zone to use; 0 means the one that most photos are in. The zone is 0 where nothing tells it. `southern`:
+    the hemisphere of a plane on the equator; None means the one that most photos are in.
     """
     if listing.places is not None:
         places = replace(listing.places, east=listing.places.east.copy(), north=listing.places.north.copy())
@@ -29,6 +30,7 @@ def locate(listing: Listing, zone: int) -> tuple[Places, int, np.ndarray, list[B
         bad = _without_coordinates(listing.paths, places.east)
     zone = zone or _common_zone(places.zones, places.east)
     bad += _unify_zones(listing.paths, places, zone)
+    join_at_equator(places, southern)
     names = hash_identities(listing)
     bad += _duplicates(listing, places.east, names)
     return places, zone, names, bad

@@ -24,7 +24,7 @@ from shards.classes import ClassTable
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
 from shards.names import PHOTO_EXTENSIONS, string_bytes
-from shards.plane import Places
+from shards.plane import Places, half_of
 
 _STEP = 1 << 20
 
@@ -204,7 +204,8 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
         row = np.full(len(listing), -2, np.int32)
         row[usable] = part.row
     label = np.where(row >= 0, part.classes.label[np.maximum(row, 0)], row)
-    southern = is_southern(listing.paths, places)
+    southern = half_of(part.classes.cell_north) if zone else None
+    southern = is_southern(listing.paths, places) if southern is None else southern
     classes = replace(part.classes, images=part.classes.images * crops, southern=southern)
     sizes = np.bincount(classes.group, weights=classes.images, minlength=settings.N**2).astype(np.int64)
     starts = np.cumsum(sizes) - sizes

@@ -9,6 +9,7 @@ import functools
 import io
 import threading
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
@@ -174,6 +175,7 @@ class Resizer:
             raise bad if worse.reason in ("unreadable", "not an image") else worse from None
 
     def _decode_other(self, data: bytes) -> np.ndarray:
+        _check_png(data)
         try:
             with warnings.catch_warnings(action="ignore"):
                 image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF"))
@@ -214,6 +216,16 @@ def cpu_codec_name() -> str:
 def _bad_jpeg(data: bytes, error: ValueError) -> BadPhoto:
     """An interrupted download lacks the end-of-image marker, or is filled up with zeros."""
     return BadPhoto("unreadable" if is_whole(data) else "truncated", str(error))
+
+
+def _check_png(data: bytes) -> None:
+    """Raise `BadPhoto` where a part of a PNG fails its checksum: Pillow does not compare that of pixels."""
+    place = 8 if data.startswith(b"\x89PNG\r\n\x1a\n") else len(data)
+    while (end := place + 12 + int.from_bytes(data[place : place + 4], "big")) <= len(data):
+        kind, checksum = data[place + 4 : place + 8], int.from_bytes(data[end - 4 : end], "big")
+        if zlib.crc32(memoryview(data)[place + 4 : end - 4]) != checksum:
+            raise BadPhoto("CRC mismatch", f"PNG chunk {kind.decode('ascii', 'replace')}")
+        place = end
 
 
 def is_whole(jpeg: bytes) -> bool:

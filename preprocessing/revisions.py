@@ -28,7 +28,7 @@ from preprocessing.sources import Source
 from shards.classes import ClassTable
 from shards.console import JobError, one_line
 from shards.files import atomic_path, atomic_write_text
-from shards.layout import REVISIONS, SHARD_SAMPLES, shard_stem
+from shards.layout import REVISION_FILES, REVISIONS, SHARD_SAMPLES, shard_stem
 from shards.soundness import READ_ERRORS
 
 _STAGE = ".revision"
@@ -70,6 +70,12 @@ class Revision:
         write_bad(self.bad, Path(f"{stem}-bad.jsonl"))
         facts = {"photos": self.photos, "source": asdict(self.source) if self.source else None}
         write_table(self.samples.replace_schema_metadata({"revision": json.dumps(facts)}), Path(f"{stem}.parquet"))
+
+    def withdraw(self, out: Path) -> None:
+        """Undo `save`, and drop the shards that were gathered since; none of them may be published yet."""
+        for name in reversed(REVISION_FILES):
+            Path(f"{_stem(out, self.number)}{name}").unlink()
+        shutil.rmtree(stage(out), ignore_errors=True)
 
     @staticmethod
     def load(out: Path, number: int) -> "Revision":

@@ -15,6 +15,11 @@ from shards.console import JobError, format_bytes, format_count, printable
 DEFAULT_BAD_SHARE = 0.01
 _TOLERATED_BAD = 25
 
+
+class TooManyBad(JobError):
+    """More photos were set aside than a job allows."""
+
+
 RunTasks = Callable[[Job, Iterator[ShardTask], int, Callable[[Counts], bool]], Iterator[ShardResult]]
 
 
@@ -88,12 +93,12 @@ def bad_limit(share: float | None, photos: int) -> float:
 
 
 def check_bad(bad_names: list[Bad], results: list[ShardResult], limit: float, photos: int) -> None:
-    """Raise `JobError`, with the reasons, where more than `limit` photos were set aside."""
+    """Raise `TooManyBad`, with the reasons, where more than `limit` photos were set aside."""
     bad = bad_names + [b for result in results for b in result.bad]
     if len(bad) <= limit:
         return
     reasons = list_reasons(Counter(b.reason for b in bad))
-    raise JobError(
+    raise TooManyBad(
         f"{len(bad)} of {photos} photos are bad ({reasons}; e.g. {printable(bad[-1].source)}), more than the limit of "
         f"{limit:.0f}; mend the source, or raise --max-bad-share and run the same command again"
     )

@@ -15,7 +15,7 @@ from preprocessing.photos import Bad
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.revisions import PLANNED, Revision, count_bad, publish, read_bad, retried, revisions, stage
 from preprocessing.samples import SampleMaker
-from preprocessing.shard_run import Machinery, bad_limit, check_bad, write_shards
+from preprocessing.shard_run import Machinery, TooManyBad, bad_limit, check_bad, write_shards
 from preprocessing.shard_task import finished_shard
 from preprocessing.sources import Source
 from shards.console import JobError
@@ -28,7 +28,8 @@ from shards.names import PHOTO_EXTENSIONS
 def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summary, Gain] | None:
     """Bring the photos of `source` into the finished data set `out`; None where all of them are known already.
 
-    Where an earlier change was interrupted, it is finished first. Raises `JobError`.
+    Where an earlier change was interrupted, it is finished first. Raises `JobError`; where too many photos are bad, the
+    data set in a folder is then as it was.
     """
     start = time.monotonic()
     source, out = source.resolved(), Output.of(out)
@@ -47,7 +48,12 @@ def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summa
             return None
         revision.save(out.folder)
         out.share()
-        return _end(out, state, sources, machinery, start), gain
+        try:
+            return _end(out, state, sources, machinery, start), gain
+        except TooManyBad:
+            if out.store is None:  # to a store shards go at once
+                revision.withdraw(out.folder)
+            raise
 
 
 def retry_quarantined(out: Output | Path, machinery: Machinery) -> tuple[Summary, int, int] | None:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from shards.console import JobError, is_systems, one_line
 from shards.files import atomic_path, read_table
+from shards.plane import half_of
 
 _COLUMNS = {
     "group": np.int32,
@@ -126,6 +127,7 @@ class ClassTable:
             M, N, zone = (int(table.schema.metadata[name]) for name in (b"M", b"N", b"zone"))
             southern = table.schema.metadata.get(b"southern") == b"1"
             columns = {name: table[name].to_numpy().astype(kind) for name, kind in _COLUMNS.items()}
+            southern |= bool(zone and len(table) and half_of(columns["cell_north"]))
         except FileNotFoundError:
             raise JobError(f"{path}: no such class table") from None
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:

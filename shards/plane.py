@@ -10,6 +10,10 @@ import utm
 
 from shards.names import parse_name
 
+# UTM northings beyond the first are of the southern hemisphere alone, those below the second of the northern (84
+# degrees north is 9.33 million metres, 80 degrees south 1.12 million); the equator is 0 in one and 1e7 in the other.
+_SOUTHERN_ALONE, _NORTHERN_ALONE, _EQUATOR = 9.4e6, 1.1e6, 1e7
+
 
 @dataclass
 class Places:
@@ -52,6 +56,28 @@ def zones_apart(zones: np.ndarray, zone: int) -> np.ndarray:
 def on_map(latitude: np.ndarray, longitude: np.ndarray) -> np.ndarray:
     """Whether points in degrees are on the map of UTM, bool [n]: false where a value is NaN."""
     return (latitude >= -80) & (latitude <= 84) & (longitude >= -180) & (longitude <= 180)
+
+
+def half_of(north: np.ndarray) -> bool | None:
+    """Whether points lie in the southern plane, by their UTM northings (metres [n], n > 0) alone; None where these may
+    be of either."""
+    middle = np.median(north)
+    return bool(middle > _SOUTHERN_ALONE) if not _NORTHERN_ALONE <= middle <= _SOUTHERN_ALONE else None
+
+
+def join_at_equator(places: Places, southern: bool | None = None) -> None:
+    """Count the northings of photos near the equator from one origin, in place, so that a city on it lies in one plane:
+    the `southern`, the northern, or (None) that which most of them are in."""
+    zoned = places.zones != 0
+    south, north = zoned & (places.north > _SOUTHERN_ALONE), zoned & (places.north < _NORTHERN_ALONE)
+    if southern is None:
+        if not (south.any() and north.any()):
+            return
+        southern = bool(np.count_nonzero(south) > np.count_nonzero(north))
+    if southern:
+        places.north[north] += _EQUATOR
+    else:
+        places.north[south] -= _EQUATOR
 
 
 def into_zone(places: Places, paths: Sequence[str] | pa.Array, zone: int) -> Moves:

@@ -17,13 +17,15 @@ from photos import jpeg, name_at, write_photos
 from present import present
 
 from preprocessing import build_shards
-from preprocessing.build import Summary, build
+from preprocessing.build import Summary, build, dry_run
+from preprocessing.engine import Counts
 from preprocessing.photos import list_photos, store_listing
 from preprocessing.plan import class_order, make_plan
-from preprocessing.shard_run import Machinery
+from preprocessing.shard_run import Machinery, bad_limit
+from preprocessing.sources import Source
 from shards.console import JobError, WrongArguments
 from shards.dataset import Dataset
-from shards.layout import shard_tables
+from shards.layout import LISTING, shard_tables
 from shards.names import hash_names
 from shards.verification import verify
 
@@ -138,6 +140,37 @@ def test_too_many_bad_photos_stop_the_job_with_the_reasons_and_a_higher_limit_go
     assert run(source, tmp_path / "out", max_bad_share=0.5).manifest.quarantined == 20
 
 
+def test_one_percent_of_bad_photos_is_the_limit_unless_another_is_given_and_a_few_of_a_small_set_are_not_too_many():
+    assert [bad_limit(None, photos) for photos in (41_000_000, 10_000, 2500, 100)] == [410_000, 100, 25, 25]
+    assert (bad_limit(0.05, 100), bad_limit(0, 41_000_000)) == (5, 0)
+
+
+def test_a_job_that_meets_too_many_bad_photos_stops_before_it_has_tried_the_rest(tmp_path):
+    source = tmp_path / "photos"
+    for photo in write_photos(source, cells=8, per_cell=100):
+        photo.write_bytes(b"")
+    tried = []
+
+    def one_by_one(job, tasks, workers, progress):
+        def monitor(photos, source_bytes, bad):
+            tried.append(bad)
+            return progress(Counts(len(tried), sum(tried), 0))
+
+        yield from (job.run(task, monitor) for task in tasks)
+
+    with pytest.raises(JobError, match=r"^26 of 800 photos are bad \(26 empty file"):
+        build(source, tmp_path / "out", SETTINGS, Machinery(1, run_tasks=one_by_one))
+    assert len(tried) == 26
+
+
+def test_a_few_photos_that_are_all_bad_make_no_data_set(tmp_path):
+    write_photos(tmp_path / "photos", cells=2, per_cell=12)
+    for _ in range(2):
+        with pytest.raises(JobError, match=r"photos: no photo can be used \(24 too small\); mend"):
+            run(tmp_path / "photos", tmp_path / "out", settings=replace(SETTINGS, image_size=1000))
+    assert not (tmp_path / "out" / "dataset.json").exists()
+
+
 def test_a_class_whose_photos_are_all_bad_keeps_its_label(tmp_path):
     source = tmp_path / "photos"
     photos = write_photos(source, cells=6)
@@ -244,6 +277,29 @@ def test_a_listing_is_read_from_its_cache_until_a_folder_changes(tmp_path):
     cache.write_bytes(whole)
     (source / "a" / name_at(500001, 4180003, 5)).write_bytes(b"x")
     assert len(list_photos(source, cache, lambda n: None)) == 13
+
+
+def test_a_walk_over_folders_says_how_far_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("preprocessing.photos._BATCH", 10)
+    write_photos(tmp_path / "a", cells=1)
+    write_photos(tmp_path / "b", cells=2)
+    said: list[int] = []
+    assert len(list_photos(tmp_path, None, said.append)) == 36
+    assert said == [10, 20, 30, 36]
+
+
+def test_a_listing_is_that_of_its_root_alone_and_rescan_reads_the_folders_again(tmp_path):
+    source, out = tmp_path / "photos", tmp_path / "out"
+    write_photos(source)
+    shutil.copytree(source, tmp_path / "copy")
+    dry_run(Source.of(source), out, SETTINGS, workers=1)
+    assert list_photos(source, out / LISTING, lambda n: None).fresh is False
+    assert list_photos(tmp_path / "copy", out / LISTING, lambda n: None).fresh
+    before = source.stat().st_mtime_ns
+    (source / name_at(500001, 4180003, 99)).write_bytes(jpeg(96, 99))
+    os.utime(source, ns=(before, before))  # as on a file system whose folders keep no time
+    assert len(dry_run(Source.of(source), out, SETTINGS, workers=1).plan.paths) == 48
+    assert len(dry_run(Source.of(source), out, SETTINGS, workers=1, rescan=True).plan.paths) == 49
 
 
 def test_a_plan_depends_on_names_alone_and_the_seed_shuffles_within_classes(tmp_path):

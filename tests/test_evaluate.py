@@ -8,13 +8,15 @@ import shutil
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import ROOT, SOUTH, WEST, ZONE, class_table
+from PIL import Image
+from tiny import ROOT, SOUTH, WEST, ZONE, class_table, photo
 from tiny_run import evaluate_here, write_run
 
 from evaluation.localiser import Localiser
@@ -47,6 +49,8 @@ def test_a_row_has_lr_at_n_beside_chance_and_ceiling(
     assert row["scored"] == row["photos"] == 32
     assert row["median_error_m"] == pytest.approx(np.hypot(2, 2), abs=1e-3)
     assert sum(line["queries"] for line in row["by_group"]) == 32
+    assert row["queries_per_second"] > 0
+    assert row["latency_ms"] > 0
     assert results["provenance"]["command"].startswith("evaluate.py")
     printed = capsys.readouterr().out
     assert "chance" in printed
@@ -165,9 +169,9 @@ def test_queries_of_a_list_are_answered_as_those_of_a_folder(
     folder = tmp_path / "photos"
     folder.mkdir()
     rows = ["path,east,north"]
-    for number, photo in enumerate(sorted(queries.iterdir())):
-        known = parse_name(photo.name)
-        shutil.copy(photo, folder / f"IMG_{number}.jpg")
+    for number, query in enumerate(sorted(queries.iterdir())):
+        known = parse_name(query.name)
+        shutil.copy(query, folder / f"IMG_{number}.jpg")
         rows.append(f"photos/IMG_{number}.jpg,{known.east},{known.north}")
     listed = tmp_path / "queries.csv"
     listed.write_text("\n".join([*rows, "photos/IMG_0.jpg,,", "photos/IMG_99.jpg,548900,4178200"]))
@@ -276,6 +280,24 @@ def test_class_maps_in_another_place_have_no_answer_within_reach(
 )
 def test_a_letter_tells_the_hemisphere_where_it_is_the_band_of_a_zone(name: str, southern: bool) -> None:
     assert is_southern([Path("plain.jpg"), Path(name)]) is southern
+
+
+def test_queries_from_both_sides_of_the_equator_are_scored_in_the_plane_of_the_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = class_table()
+    classes = replace(classes, cell_north=classes.cell_north - SOUTH, zone=36)
+    run, queries = write_run(tmp_path / "run", classes), tmp_path / "q"
+    queries.mkdir()
+    for north, band in ((9999995.0, "M"), (5.0, "N")):
+        name = format_name(PhotoName(WEST + 5.0, north, 36, band, pano=f"{band}"))
+        Image.fromarray(photo(WEST, 0, 32, 0)).save(queries / name)
+    words = ["--checkpoints", run, "--queries", queries, "--out", tmp_path / "o", "--no-report"]
+    assert evaluate_here(monkeypatch, *words) == 0
+    table = pq.read_table(tmp_path / "o" / "predictions.parquet")
+    assert sorted(table["true_north"].to_pylist()) == [-5, 5]
+    assert table["error_m"].to_numpy().max() < 100
+    assert np.abs(table["predicted_latitude"].to_numpy()).max() < 1e-3
 
 
 def test_an_output_folder_that_holds_a_data_set_or_is_a_file_is_refused(

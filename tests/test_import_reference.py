@@ -1,6 +1,7 @@
 """Checkpoints of the reference code: class order, weights and LR@N after the import."""
 
 import glob
+import os
 import random
 import sys
 from collections import OrderedDict, defaultdict
@@ -197,6 +198,24 @@ def test_a_file_that_is_no_checkpoint_of_the_reference_is_a_clear_error(
     for name in ("text.pth", "other.pth", "absent.pth"):
         with pytest.raises(JobError, match=f"{name}: no checkpoint of the reference"):
             import_here(monkeypatch, *words, "--checkpoint", tmp_path / name)
+
+
+class Hostile:
+    """What runs a command once it is unpickled."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, ("ran",)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(
+    imported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model_state_dict": Hostile(), "classifiers_state_dict": []}, "best_model.pth")
+    words = ["--train-list", imported[0], "--out", tmp_path / "run", "--checkpoint", tmp_path / "best_model.pth"]
+    with pytest.raises(JobError, match="no checkpoint of the reference"):
+        import_here(monkeypatch, *words)
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize("words", [["--M", "0"], ["--N", "0"], ["--min-images", "0"], ["--s", "0"], ["--m", "2"]])

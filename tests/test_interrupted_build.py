@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from conftest import HERE, SETTINGS
 from photos import write_photos
 from test_build import COMMAND, contents
+from tiny import small_disk
 
 from preprocessing.build import assemble, build, build_share
 from preprocessing.engine import Job, run_tasks
@@ -26,6 +28,7 @@ from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from shards.console import JobError
 from shards.layout import shard_tables
+from shards.workers import _GRACE_SECONDS
 
 
 def start(source: Path, out: Path, *more: str) -> subprocess.Popen[str]:
@@ -134,6 +137,25 @@ def test_ctrl_c_ends_the_build_with_a_summary_and_the_command_goes_on(big, tmp_p
     assert contents(tmp_path / "out") == expected
 
 
+@pytest.mark.slow
+def test_ctrl_c_does_not_wait_for_workers_that_hang(big, tmp_path):
+    process = start(big[0], tmp_path / "out")
+    while not list((tmp_path / "out").glob("group-*/.*.partial")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(int(worker), signal.SIGSTOP)  # as one that waits for a disk that is gone
+    os.kill(process.pid, signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "goes on from there" in printed
+    assert not [worker for worker in workers if Path(f"/proc/{worker}").exists()]
+    assert _GRACE_SECONDS <= 1  # of the two seconds that Ctrl-C may take
+
+
 class Killed(Job):
     """The workers at its tasks are killed as soon as its folder is there."""
 
@@ -217,3 +239,27 @@ def test_a_full_disk_is_one_clear_line_and_leaves_nothing_half_written(big, tmp_
     assert "Traceback" not in done.stderr
     assert not shard_tables(tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+@pytest.mark.slow
+def test_a_build_that_filled_its_disk_goes_on_once_there_is_room(big, tmp_path):
+    source, expected = big
+    with small_disk(tmp_path / "disk") as disk:
+        room = int(0.9 * sum(len(data) for data in expected.values()))
+        with (disk / "other").open("wb") as other:
+            os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(disk).free - room)
+        full = start(source, disk / "out")
+        printed, _ = full.communicate()
+        assert full.returncode == 1
+        (line,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+        assert re.search(r"/out/group-\d\d/group-\d\d-000000\.\w+: No space left on device; free some space", line)
+        assert "Traceback" not in printed
+        done = {table: table.stat().st_mtime_ns for table in shard_tables(disk / "out")}
+        files = {path.with_suffix("") for path in (disk / "out").glob("group-*/*")}
+        assert files == {table.with_suffix("") for table in done}
+        (disk / "other").unlink()
+        again = start(source, disk / "out")
+        printed, _ = again.communicate()
+        assert again.returncode == 0, printed
+        assert {table: table.stat().st_mtime_ns for table in done} == done
+        assert contents(disk / "out") == expected

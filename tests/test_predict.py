@@ -161,8 +161,8 @@ def test_the_band_of_a_name_tells_its_hemisphere_whatever_that_of_the_classes(ba
             pytest.approx(degrees),
             pytest.approx(-122.5),
         )
-        assert east_north(known, 10) == pytest.approx((east, north))
-        assert east_north(known, 0) is None
+        assert east_north(known, 10, southern=band < "N") == pytest.approx((east, north))
+        assert east_north(known, 0, southern=False) is None
 
 
 @pytest.mark.parametrize(("east", "north"), [("999999999999", "5"), ("1e300", "5"), (f"{WEST}", "99999999999")])

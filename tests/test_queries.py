@@ -151,6 +151,15 @@ def test_a_list_in_degrees_lies_in_the_hemisphere_of_the_classes(tmp_path: Path)
     assert list_queries(file, 37, southern=True).north[0] == pytest.approx(1e7 + 1.1, abs=0.1)
 
 
+@pytest.mark.parametrize("southern", [False, True])
+def test_queries_beyond_the_equator_lie_in_the_plane_of_the_classes(tmp_path: Path, southern: bool) -> None:
+    for latitude in (-2e-5, 2e-5):
+        east, north, zone, band = utm.from_latlon(latitude, 36.1)
+        save(tmp_path / f"@{east:.2f}@{north:.2f}@{zone}@{band}@.jpg")
+    north = list_queries(tmp_path, 37, southern=southern).north - (1e7 if southern else 0)
+    assert sorted(north) == pytest.approx([-2.2, 2.2], abs=0.05)
+
+
 def test_a_list_that_cannot_be_compared_with_the_classes_is_a_clear_error(tmp_path: Path) -> None:
     degrees = write_list(tmp_path / "d.csv", path=["a.jpg"], latitude=[37.7], longitude=[-122.4])
     with pytest.raises(JobError, match="no UTM zone, so that it must give east and north"):

@@ -10,19 +10,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
 from browser import BROWSER, FLAGS, Page
 from tiny import SOUTH, WEST, ZONE, class_table, photo, write_dataset, write_queries
-from tiny_run import write_run
+from tiny_run import evaluate_here, write_run
 
 from evaluation import evaluate
 from evaluation.pages import to_script
 from evaluation.sample_photos import SamplePhotos
 from evaluation.thumbnails import data_url, thumbnails
 from shards.layout import shard_tables
+from shards.names import PhotoName, format_name
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -233,6 +235,26 @@ def test_thumbnails_stay_within_their_budget_and_cover_the_list_evenly(tmp_path:
     assert sum(map(len, half)) <= sum(map(len, everything)) // 2
     assert 100 < sum(map(bool, half)) < 200
     assert 20 < sum(map(bool, half[:100])) < 80
+
+
+@pytest.mark.slow
+def test_ten_thousand_queries_make_a_report_of_less_than_20_megabytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, queries = write_run(tmp_path / "run"), tmp_path / "queries"
+    queries.mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)  # no photo compresses worse
+    (tmp_path / "noise.jpg").write_bytes(simplejpeg.encode_jpeg(noise, quality=95))
+    for i in range(10_000):
+        place = PhotoName(
+            WEST + i % 100, SOUTH + i // 100, ZONE, "S", 37.7, -122.4, f"a-pano-of-22-letters-{i}", "04", 90.0
+        )
+        os.link(tmp_path / "noise.jpg", queries / format_name(place))
+    words = ["--checkpoints", run, "--queries", queries, "--shards", write_dataset(tmp_path / "shards").path]
+    assert evaluate_here(monkeypatch, *words, "--out", tmp_path / "out") == 0
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert 10e6 < len(report.encode()) < 20e6
+    assert report.count("a-pano-of-22-letters-") == 10_000
 
 
 def test_a_photo_that_cannot_be_read_has_no_thumbnail(tmp_path: Path) -> None:

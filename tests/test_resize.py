@@ -223,6 +223,23 @@ def test_a_bad_photo_is_refused_with_its_reason(data, reason):
     assert refused.value.reason == reason
 
 
+def test_a_png_with_a_changed_byte_is_refused_by_its_checksum():
+    data = saved(Image.fromarray(picture(128, 1)), format="PNG")
+    pixels = data.index(b"IDAT") + 4
+    reasons = set()
+    for at in (
+        20,
+        *np.random.default_rng(0).integers(pixels, len(data) - 16, 100),
+        *range(len(data) - 40, len(data) - 12),
+    ):
+        damaged = bytearray(data)
+        damaged[at] ^= 1
+        with pytest.raises(BadPhoto) as refused:
+            RESIZER(bytes(damaged))
+        reasons.add(refused.value.reason)
+    assert reasons == {"CRC mismatch"}
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_photo_cut_off_anywhere_is_truncated(progressive):
     data = saved(Image.fromarray(picture(256, 9)), format="JPEG", quality=97, progressive=progressive)

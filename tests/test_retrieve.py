@@ -275,12 +275,16 @@ def test_files_that_hold_no_descriptors_are_clear_errors(tmp_path: Path) -> None
         read_descriptors(tmp_path / "g.npz")
 
 
-def test_names_beside_descriptors_are_read_as_written_in_bytes_or_with_empty_lines_at_the_end(tmp_path: Path) -> None:
+def test_names_beside_descriptors_are_read_as_written_in_bytes_with_empty_lines_or_a_byte_order_mark(
+    tmp_path: Path,
+) -> None:
     names, vectors = ["@1@2@.jpg", "@3@4@.jpg"], np.eye(2)
     np.savez(tmp_path / "a.npz", descriptors=vectors, names=np.array([name.encode() for name in names]))
     np.save(tmp_path / "b.npy", vectors)
     (tmp_path / "b.txt").write_bytes("\r\n".join([*names, "", ""]).encode())
-    for file in ("a.npz", "b.npy"):
+    np.save(tmp_path / "c.npy", vectors)
+    (tmp_path / "c.txt").write_text("\n".join(names), encoding="utf-8-sig")
+    for file in ("a.npz", "b.npy", "c.npy"):
         assert list(read_descriptors(tmp_path / file).names) == names
 
 

@@ -1,5 +1,6 @@
 """evaluation/serve.py: a real server asked over HTTP."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -12,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from page_server import AT_ONCE, MEGABYTES, Server, encoded, serving, square, write_served
 from photos import bomb
 from PIL import Image
 from tiny import SOUTH, WEST, class_table, photo, write_dataset
+from uvicorn.server import ServerState
 
-from evaluation import predict, serve
+from evaluation import predict, serve, web_app
 from shards.console import JobError, WrongArguments
 
 
@@ -175,6 +178,50 @@ def test_requests_beyond_the_bound_are_turned_away_and_a_place_that_is_given_up_
     for wire in wires:
         wire.close()
     _wait_until(lambda: server.locate(small)[0] == 200)
+
+
+def test_a_client_that_dawdles_over_its_headers_is_cut_off_and_one_with_a_slow_photo_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(web_app, "_HEAD_SECONDS", 0.5)
+    request = b"PUT / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20\r\n\r\n"
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        while scope["method"] == "PUT" and (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    async def dawdle(port: int, at_once: bytes, slowly: bytes) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(at_once)
+        answered = asyncio.create_task(reader.read())
+        for byte in slowly:
+            if (await asyncio.wait([answered], timeout=0.05))[0]:
+                break
+            writer.write(bytes([byte]))
+        return await answered
+
+    async def ask() -> tuple[bytes, ...]:
+        config = uvicorn.Config(answer, http=web_app.HastyProtocol, ws="none", lifespan="off", log_level="error")
+        config.load()
+        state, loop = ServerState(), asyncio.get_running_loop()
+        server = await loop.create_server(lambda: web_app.HastyProtocol(config, state, {}), "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server, asyncio.timeout(60):
+            return await asyncio.gather(
+                dawdle(port, b"", b""),
+                dawdle(port, b"", request * 99),
+                dawdle(port, request + bytes(20), request * 99),
+                dawdle(port, request.replace(b"PUT", b"POST").replace(b"20", b"9999"), bytes(9999)),
+                dawdle(port, request, bytes(20)),
+            )
+
+    silent, slow_headers, slow_second, slow_rest, slow_photo = asyncio.run(ask())
+    assert (silent, slow_headers) == (b"", b"")
+    for answers in (slow_second, slow_rest, slow_photo):
+        assert answers.startswith(b"HTTP/1.1 204")
+        assert answers.count(b"HTTP/1.1") == 1
 
 
 def _wait_until(holds: Any, seconds: float = 60) -> None:

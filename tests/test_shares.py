@@ -1,5 +1,6 @@
 """A data set that several tasks write at the same time, a trial run, and a disk without room."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -101,12 +102,22 @@ def test_a_dry_run_tells_counts_disk_and_time_and_leaves_only_the_list(photos, t
     assert made.bytes_free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
 
 
-def test_the_command_prints_a_forecast(photos, tmp_path):
+def test_the_command_prints_a_forecast(photos, whole, tmp_path):
     words = ["--source", photos, "--out", tmp_path / "out", "--image-size", "64", "--dry-run"]
     done = subprocess.run([*COMMAND[:2], *words], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "free: enough" in done.stdout
-    assert "48" in done.stdout
+    groups = re.findall(r"^ +(\d|all) +([\d,]+) +([\d,]+) +[\d.]+$", done.stdout, re.MULTILINE)
+    classes = Dataset.open(whole).classes
+    expected = {str(g): (classes.count(g), int(classes.of_group(g).images.sum())) for g in classes.groups}
+    assert {g: (int(n), int(images)) for g, n, images in groups} == expected | {"all": (4, 48)}
+    for line in (
+        r"^skipped +1 photo",
+        r"^trial +48 images \(none bad\)",
+        r"^disk +about .* needed",
+        r"^time +about .* s ",
+    ):
+        assert re.search(line, done.stdout, re.MULTILINE)
 
 
 def test_a_disk_that_surely_lacks_the_room_is_refused_before_a_shard_is_written(photos, tmp_path, monkeypatch):

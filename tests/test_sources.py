@@ -167,6 +167,53 @@ def test_a_city_on_the_equator_lies_in_one_plane(tmp_path):
     assert np.ptp(present(listing.places).north) < 10
 
 
+def write_on_equator(folder: Path, latitudes: np.ndarray) -> list[str]:
+    """Photos at 36.001 degrees east, named by their UTM position in the plane of their own hemisphere."""
+    folder.mkdir()
+    names = []
+    for i, latitude in enumerate(latitudes):
+        east, north, zone, band = utm.from_latlon(latitude, 36.001)
+        names.append(f"@{east:010.2f}@{north:010.2f}@{zone}@{band}@{i}@.jpg")
+        (folder / names[-1]).write_bytes(jpeg(96, i))
+    return names
+
+
+@pytest.mark.parametrize("most", ["N", "M"])
+def test_a_city_on_the_equator_lies_in_one_plane_by_names_and_by_metres_too(tmp_path, most):
+    side = {"N": 1, "M": -1}[most]
+    latitudes = side * 9.04e-6 * np.array([*range(1, 18), *range(-12, 0)])  # metres from the equator
+    names = write_on_equator(tmp_path / "photos", latitudes)
+    fields = [name.split("@") for name in names]
+    metres = write_csv(
+        tmp_path / "metres.csv",
+        path=names,
+        east=[f[1] for f in fields],
+        north=[f[2] for f in fields],
+        zone=[f[3] + f[4] for f in fields],
+    )
+    degrees = write_csv(tmp_path / "degrees.csv", path=names, latitude=latitudes, longitude=[36.001] * len(names))
+    north = {}
+    for kind, place in (("names", tmp_path / "photos"), ("metres", metres), ("degrees", degrees)):
+        build(Source.of(place, tmp_path / "photos"), tmp_path / kind, SETTINGS, HERE)
+        made = Dataset.open(tmp_path / kind)
+        assert (made.classes.southern, made.manifest.images) == (most == "M", len(names))
+        origin = 1e7 if most == "M" else 0
+        assert sorted(made.classes.cell_north - origin) == [-20, 0]
+        north[kind] = [row["north"] - origin for row in sorted(samples(tmp_path / kind), key=lambda row: row["source"])]
+    assert np.allclose(north["names"], north["degrees"], atol=0.02)
+    assert np.allclose(north["metres"], north["names"])
+
+
+def test_photos_beyond_the_equator_are_added_in_the_plane_of_the_data_set(tmp_path):
+    write_on_equator(tmp_path / "photos", 9.04e-6 * np.arange(1, 13))
+    write_on_equator(tmp_path / "more", -9.04e-6 * np.arange(1, 13))
+    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
+    add(Source.of(tmp_path / "more"), tmp_path / "out", HERE)
+    classes = Dataset.open(tmp_path / "out").classes
+    assert not classes.southern
+    assert sorted(classes.cell_north) == [-20, 0]
+
+
 def test_rows_without_usable_values_are_set_aside_with_their_reason(tmp_path):
     names = write_listed(tmp_path, 20)
     latitude = ["37.7"] * 20 + ["", "nan", "91", "37.7", "37.7", "abc", "37.7"]

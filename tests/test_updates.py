@@ -20,6 +20,7 @@ from preprocessing.build import build
 from preprocessing.build_shards import main
 from preprocessing.engine import run_tasks
 from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision
+from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
 from shards.classes import ClassTable
@@ -159,6 +160,26 @@ def test_bad_photos_that_an_addition_accepted_stop_no_later_command(begun, tmp_p
     repair(begun, verify(begun), tmp_path / "photos", 1)
     sound(begun)
     assert samples(begun) == before
+
+
+def test_an_addition_of_too_many_bad_photos_leaves_the_data_set_as_it_was_and_open_to_others(begun, tmp_path):
+    cells = [photo for cell in (1, 8, 9) for photo in write_cell(tmp_path / "more", cell, 20, first=100)]
+    good = {photo: photo.read_bytes() for photo in cells}
+    for photo in cells[20:]:
+        photo.write_bytes(good[photo][:300])
+    before = contents(begun)
+    with pytest.raises(JobError, match=r"(2[6-9]|3\d|40) of 60 photos are bad"):
+        add(Source.of(tmp_path / "more"), begun, Machinery(1))
+    assert contents(begun) == before
+    sound(begun)
+    write_cell(tmp_path / "others", 0, 5, first=200)
+    others = shutil.copytree(begun, tmp_path / "first")
+    add(Source.of(tmp_path / "others"), others, HERE)
+    assert len(samples(others)) == len(samples(begun)) + 5
+    for photo in cells:
+        photo.write_bytes(good[photo])
+    assert present(add(Source.of(tmp_path / "more"), begun, HERE))[1].images == 60
+    sound(begun)
 
 
 def test_an_addition_after_the_clock_was_set_back_is_sound(begun, tmp_path):

@@ -21,7 +21,7 @@ from shards.console import JobError, one_line, printable
 from shards.names import PHOTO_EXTENSIONS, parse_utm
 from shards.photo_list import is_list, read_list
 from shards.photo_tree import walk_photos
-from shards.plane import Places, into_zone
+from shards.plane import Places, into_zone, join_at_equator
 from shards.upright import upright_rgb
 
 # What Pillow raises for a photo that is damaged, EXIF data included, or a decompression bomb.
@@ -111,13 +111,13 @@ def list_queries(source: Path, zone: int, *, southern: bool = False) -> Queries:
     map lies south of the equator. Raises JobError where the source does not exist or holds no photos.
     """
     source = Path(source)
-    return _of_list(source, zone, southern) if is_list(source) else _of_folder(source, zone)
+    return _of_list(source, zone, southern) if is_list(source) else _of_folder(source, zone, southern)
 
 
-def _of_folder(folder: Path, zone: int) -> Queries:
+def _of_folder(folder: Path, zone: int, southern: bool) -> Queries:
     paths = find_photos(folder)
     names = [os.fsencode(path.relative_to(folder)).decode("utf-8", "backslashreplace") for path in paths]
-    return _in_zone(folder, names, paths, places_of_names(names), zone, {}, {})
+    return _in_zone(folder, names, paths, places_of_names(names), zone, southern, {}, {})
 
 
 def _of_list(file: Path, zone: int, southern: bool) -> Queries:
@@ -138,7 +138,7 @@ def _of_list(file: Path, zone: int, southern: bool) -> Queries:
     for row, name in enumerate(names):
         if row not in unfit and row not in unplaced and first.setdefault(name, row) != row:
             unfit[row] = f"named twice, in row {first[name] + 1} and again in row {row + 1}"
-    return _in_zone(file, names, paths, listed.places, zone, unfit, unplaced)
+    return _in_zone(file, names, paths, listed.places, zone, southern, unfit, unplaced)
 
 
 def _check_photos(file: Path, paths: Sequence[Path]) -> None:
@@ -171,11 +171,12 @@ def _in_zone(
     paths: Sequence[Path],
     places: Places,
     zone: int,
+    southern: bool,
     unfit: dict[int, str],
     unplaced: dict[int, str],
 ) -> Queries:
     """The queries but for the `unfit` (why, by row) and those that cannot be brought into `zone` (0: as they are)."""
-    reprojected, elsewhere = bring_into_zone(names, places, zone)
+    reprojected, elsewhere = bring_into_zone(names, places, zone, southern)
     unfit |= elsewhere
     kept = [row for row in range(len(names)) if row not in unfit]
     return Queries(
@@ -190,12 +191,13 @@ def _in_zone(
     )
 
 
-def bring_into_zone(names: Sequence[str], places: Places, zone: int) -> tuple[int, dict[int, str]]:
-    """Carry `places` of neighbouring zones into `zone` in place (0: leave them as they are): how many, and why others
-    cannot be, by row."""
+def bring_into_zone(names: Sequence[str], places: Places, zone: int, southern: bool) -> tuple[int, dict[int, str]]:
+    """Carry `places` of neighbouring zones and, near the equator, of the other hemisphere into the plane of `zone` in
+    place (0: leave them as they are): how many of other zones, and why others cannot be, by row."""
     if not zone:
         return 0, {}
     moves = into_zone(places, names, zone)
+    join_at_equator(places, southern)
     far = {int(row): f"UTM zone {places.zones[row]}, the classes lie in zone {zone}" for row in moves.far}
     return len(moves.carried), far | {
         int(row): f"nowhere in UTM zone {zone}, that of the classes" for row in moves.nowhere
