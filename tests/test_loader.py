@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import simplejpeg
 import torch
 from present import present
 from scipy.stats import ks_2samp
-from tiny import ROOT
+from tiny import ROOT, class_table, write_dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
@@ -214,6 +215,20 @@ def test_waiting_for_a_batch_holds_all_that_the_loader_does_before_it_is_there(d
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(dataset):
     with pytest.raises(JobError, match="batch-size"):
         make_loader(dataset, batch_size=2, world_size=3)
+
+
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_few_descriptors_are_enough_for_many_groups(tmp_path, mode):
+    many = write_dataset(tmp_path / "many", class_table(side=12, N=12), images=1)  # 144 groups, a shard each
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (psutil.Process().num_fds() + 40, hard))
+    try:
+        loader = make_loader(many, mode=mode, batch_size=8, image_size=16)
+        assert len(take(loader, 0, 150)) == 150
+        assert loader.failures == 0
+        loader.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.slow
