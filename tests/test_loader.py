@@ -1,5 +1,6 @@
 """Batches: the same draws whatever reads, decodes and shares them, and no bad photo ever among them."""
 
+import gc
 import os
 import re
 import resource
@@ -28,6 +29,7 @@ from shards.index import open_index
 from shards.loader import Loader
 from shards.reader import ShardReader
 from shards.sampler import CropRange, IndexedSampler
+from shards.stream import StreamSettings, Window
 
 DECODERS = ["cpu", "dali"]
 
@@ -82,8 +84,20 @@ def test_pixels_have_one_distribution_whatever_the_decoder(dataset):
     cpu, dali = (
         torch.cat([b[0] for b in take(make_loader(dataset, decoder=d, image_size=64), 0, 20)]) for d in DECODERS
     )
-    for statistic in (lambda x: x.float().mean((1, 2, 3)), lambda x: x.float().std((1, 2, 3))):
+    for statistic in (lambda x: x.float().mean((1, 2, 3)), lambda x: x.float().std((1, 2, 3)), sharpness):
         assert ks_2samp(statistic(cpu).numpy(), statistic(dali).numpy()).pvalue > 0.9
+
+
+def sharpness(images: torch.Tensor) -> torch.Tensor:
+    """The mean difference between pixels below each other, by image."""
+    return images.float().diff(dim=1).abs().mean((1, 2, 3))
+
+
+def test_photos_that_shrink_to_half_are_nearly_as_sharp_from_either_decoder(dataset):
+    cpu, dali = (
+        torch.cat([b[0] for b in take(make_loader(dataset, decoder=d, image_size=32), 0, 10)]) for d in DECODERS
+    )
+    assert 0.98 < float((sharpness(cpu) / sharpness(dali)).mean()) < 1.12  # DALI's filter is the wider one
 
 
 def test_an_image_is_the_drawn_crop_of_the_drawn_photo(dataset):
@@ -132,6 +146,81 @@ def test_a_photo_that_cannot_be_decoded_is_replaced_by_the_next_draw_and_named(d
     assert 0 < replaced <= loader.failures
     assert min(float(b[0].float().std((1, 2, 3)).min()) for b in mended) > 1
     assert same(mended, take(make_loader(spoiled, decoder="cpu"), 0, 12)) or decoder == "dali"
+
+
+@pytest.fixture
+def cut_short(tmp_path, monkeypatch) -> Dataset:
+    """A data set whose every 40th photo ends behind its header, with the checksum of just that."""
+    made, encode = [], simplejpeg.encode_jpeg
+
+    def encode_and_cut(pixels: np.ndarray, **options: int) -> bytes:
+        made.append(encode(pixels, **options))
+        return made[-1] if len(made) % 40 else made[-1][:640]
+
+    with monkeypatch.context() as patch:
+        patch.setattr("simplejpeg.encode_jpeg", encode_and_cut)
+        return write_dataset(tmp_path / "cut", images=20)
+
+
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_photos_that_pass_their_checksum_and_cannot_be_decoded_are_replaced_alike_by_both_decoders(cut_short, mode):
+    simplejpeg.decode_jpeg_header(ShardReader(open_index(cut_short.path, cut_short.classes)).read(0, 39))
+    taken = {}
+    for decoder in DECODERS:
+        loader = make_loader(cut_short, decoder=decoder, mode=mode, image_size=32)
+        loader._source.max_bad_share = 1.0
+        taken[decoder] = take(loader, 0, 20)
+        assert 0 < loader.failures < 30
+        loader.close()
+        again = make_loader(cut_short, decoder=decoder, mode=mode, image_size=32, threads=3)
+        assert same(taken[decoder][11:], take(again, 11, 20))
+        again.close()
+    for a, b in zip(*taken.values(), strict=True):
+        assert torch.equal(a[1], b[1])
+        assert (a[0].float() - b[0].float()).abs().mean((1, 2, 3)).max() < 2
+
+
+def spoil_while_it_is_read(dataset, folder: Path, spoil, **options) -> tuple[Loader, list[torch.Tensor]]:
+    """A loader of a copy, and its images; `spoil` is called with the copy's second shard after batch 9."""
+    copy = damage(dataset, folder, lambda tar: None)
+    loader = make_loader(copy, stream=StreamSettings(run=5, window=64), **options)
+    loader._source.max_bad_share = 0.5
+    images = []
+    for batch in loader.batches(0, 40):
+        images.append(batch.images.clone())
+        if batch.step == 9:
+            spoil(sorted(copy.path.glob("group-*/*.tar"))[1])
+    loader.close()
+    return loader, images
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_a_shard_that_is_cut_or_overwritten_under_a_running_loader_gives_no_blank_image(
+    dataset, tmp_path, caplog, mode, decoder
+):
+    clean = [b[0] for b in take(make_loader(dataset, mode=mode, decoder=decoder,
+                                            stream=StreamSettings(run=5, window=64)), 0, 40)]  # fmt: skip
+    for name, spoil in {
+        "cut": lambda tar: os.truncate(tar, tar.stat().st_size // 2),
+        "over": lambda tar: tar.open("r+b").write(bytes(tar.stat().st_size // 2)),
+    }.items():
+        caplog.clear()
+        loader, images = spoil_while_it_is_read(dataset, tmp_path / name, spoil, mode=mode, decoder=decoder)
+        replaced = [int((a != b).flatten(1).any(1).sum()) for a, b in zip(clean, images, strict=True)]
+        assert sum(replaced[:10]) == 0
+        assert 0 < sum(replaced) <= loader.failures == len(caplog.records)
+        assert all("group-01-000000.tar at byte" in record.getMessage() for record in caplog.records)
+        assert min(float(batch.float().std((1, 2, 3)).min()) for batch in images) > 10
+
+
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_a_loader_goes_on_with_the_shard_it_has_open_where_another_file_takes_its_place(dataset, tmp_path, mode):
+    def replace_by_noise(tar: Path) -> None:
+        tar.with_suffix(".new").write_bytes(os.urandom(tar.stat().st_size))
+        tar.with_suffix(".new").replace(tar)
+
+    assert spoil_while_it_is_read(dataset, tmp_path, replace_by_noise, mode=mode)[0].failures == 0
 
 
 def test_replacements_are_the_same_for_any_number_of_ranks(dataset, tmp_path):
@@ -232,17 +321,22 @@ def test_few_descriptors_are_enough_for_many_groups(tmp_path, mode):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "decoder"), [("indexed", "cpu"), ("stream", "cpu"), ("indexed", "dali")])
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
 def test_memory_and_open_files_stay_flat_over_200_group_switches(dataset, mode, decoder):
-    loader = make_loader(dataset, mode=mode, decoder=decoder)
+    stream = StreamSettings(run=5, window=64)  # 200 steps are 50 windows
+    loader = make_loader(dataset, mode=mode, decoder=decoder, image_size=224, threads=2, stream=stream)
     process = psutil.Process()
-    take(loader, 0, 20)
-    memory, files = process.memory_info().rss, process.num_fds()
-    for start in range(0, 200, 2):
+    for start in range(0, 240, 2):  # 200 batches are 480 MB
         for _ in loader.batches(start, start + 2):
             pass
+        if start == 40:
+            memory, files, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
     assert process.num_fds() <= files
+    assert process.num_threads() <= threads + 50  # 100 decoders were closed, the last ones just now
     assert process.memory_info().rss - memory < 64 << 20
+    assert sum(isinstance(found, Window) for found in gc.get_objects()) <= 3
+    loader.close()
 
 
 def test_the_larger_copy_that_the_benchmark_reads_from_a_slow_disk_is_a_data_set(dataset, tmp_path):
