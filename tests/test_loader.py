@@ -1,6 +1,7 @@
 """Batches: the same draws whatever reads, decodes and shares them, and no bad photo ever among them."""
 
 import gc
+import json
 import os
 import re
 import resource
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +28,7 @@ from shards.batch import BatchPlan, Source
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.index import open_index
-from shards.loader import Loader
+from shards.loader import Loader, choose_decoder
 from shards.reader import ShardReader
 from shards.sampler import CropRange, IndexedSampler
 from shards.stream import StreamSettings, Window
@@ -106,6 +108,7 @@ def test_an_image_is_the_drawn_crop_of_the_drawn_photo(dataset):
     ((images, labels, groups),) = take(make_loader(dataset, image_size=64), 1, 2)
     plan = BatchPlan(source, 1, np.arange(16), groups)
     assert labels.tolist() == plan.labels.tolist()
+    assert (images.dtype, tuple(images.shape)) == (torch.uint8, (16, 64, 64, 3))
     for i in range(16):
         photo = torch.from_numpy(simplejpeg.decode_jpeg(plan.encoded(i))).permute(2, 0, 1)
         left, top, width, height = plan.boxes[i].tolist()
@@ -122,11 +125,11 @@ def damage(dataset: Dataset, folder: Path, spoil) -> Dataset:
     return Dataset.open(copy)
 
 
-def spoil_some_photos(tar: Path) -> None:
-    """Overwrite the pixels of every 40th photo with a JPEG's end."""
+def spoil_some_photos(tar: Path, every: int = 40) -> None:
+    """Overwrite the pixels of every 40th photo, or of so many, with a JPEG's end."""
     lines = tar.with_suffix(".idx").read_text().split("\n")[1:-1]
     with open(tar, "r+b") as file:
-        for line in lines[::40]:
+        for line in lines[::every]:
             offset, size = map(int, line.split()[1:3])
             file.seek(offset + size // 2)
             file.write(b"\xff\xd9" * (size // 4))
@@ -145,7 +148,11 @@ def test_a_photo_that_cannot_be_decoded_is_replaced_by_the_next_draw_and_named(d
     replaced = sum(not torch.equal(a[0][i], b[0][i]) for a, b in zip(clean, mended, strict=True) for i in range(16))
     assert 0 < replaced <= loader.failures
     assert min(float(b[0].float().std((1, 2, 3)).min()) for b in mended) > 1
-    assert same(mended, take(make_loader(spoiled, decoder="cpu"), 0, 12)) or decoder == "dali"
+    on_cpu = take(make_loader(spoiled, decoder="cpu"), 0, 12)
+    for mine, other in zip(mended, on_cpu, strict=True):
+        assert torch.equal(mine[1], other[1])
+        difference = (mine[0].float() - other[0].float()).abs().mean((1, 2, 3))
+        assert float(difference.max()) <= (0 if decoder == "cpu" else 4)
 
 
 @pytest.fixture
@@ -233,13 +240,51 @@ def test_a_loader_goes_on_with_the_shard_it_has_open_where_another_file_takes_it
     assert spoil_while_it_is_read(dataset, tmp_path, replace_by_noise, mode=mode)[0].failures == 0
 
 
-def test_replacements_are_the_same_for_any_number_of_ranks(dataset, tmp_path):
-    spoiled = damage(dataset, tmp_path, spoil_some_photos)
-    whole = take(make_loader(spoiled), 0, 6)
-    halves = [take(make_loader(spoiled, rank=r, world_size=2), 0, 6) for r in range(2)]
-    for step in range(6):
-        for rank in range(2):
-            assert torch.equal(halves[rank][step][0], whole[step][0][rank::2])
+@pytest.mark.parametrize("decoder", DECODERS)
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_replacements_are_the_same_for_any_number_of_ranks_and_threads_and_after_resuming(
+    dataset, tmp_path, mode, decoder
+):
+    spoiled = damage(dataset, tmp_path, partial(spoil_some_photos, every=6))
+
+    def taken(first: int, last: int, **options: int) -> tuple[list, int]:
+        loader = make_loader(spoiled, mode=mode, decoder=decoder, stream=StreamSettings(run=5, window=64), **options)
+        loader._source.max_bad_share = 1.0
+        batches = take(loader, first, last)
+        loader.close()
+        return batches, loader.failures
+
+    whole, failures = taken(0, 6, threads=1)
+    resumed, later = taken(3, 6, threads=3)
+    assert 0 < later < failures
+    assert same(whole[3:], resumed)
+    parts, failures_of_parts = zip(*(taken(0, 6, rank=rank, world_size=3) for rank in range(3)), strict=True)
+    assert sum(failures_of_parts) == failures
+    for rank, part in enumerate(parts):
+        for mine, all_ in zip(part, whole, strict=True):
+            assert torch.equal(mine[0], all_[0][rank::3])
+            assert torch.equal(mine[1], all_[1][rank::3])
+
+
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_resuming_reads_no_photo_of_the_steps_before(dataset, monkeypatch, mode):
+    pread, read = ShardReader._pread, []
+
+    def pread_and_count(self, group, row, end):
+        read.append(end - row)
+        return pread(self, group, row, end)
+
+    monkeypatch.setattr(ShardReader, "_pread", pread_and_count)
+    loader = make_loader(dataset, mode=mode, stream=StreamSettings(run=5, window=64))
+    take(loader, 5000, 5001)
+    loader.close()
+    windows = 2 * 4 * 8 * 5  # two of four steps, in which each of four groups has a run of 5 in each of 8 lanes
+    assert 0 < sum(read) <= (16 if mode == "indexed" else 2 * windows)
+
+
+def test_the_decoder_that_a_cpu_gets_is_the_pool_of_threads_and_a_gpus_is_dali(dataset):
+    assert make_loader(dataset, decoder="auto").decoder_name == "cpu"
+    assert choose_decoder("auto", torch.device("cuda")) == "dali"
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -360,3 +405,19 @@ def test_the_larger_copy_that_the_benchmark_reads_from_a_slow_disk_is_a_data_set
     index = open_index(large.path, large.classes)
     assert sum(len(of_group.size) for of_group in index.values()) == 3 * dataset.manifest.images
     assert len(take(make_loader(large), 0, 2)) == 2
+
+
+@pytest.mark.slow
+def test_the_quick_benchmark_leaves_its_two_rows_as_json(dataset, tmp_path):
+    command = [sys.executable, ROOT / "tests" / "benchmarks" / "loader.py", "--quick", "--shards", dataset.path]
+    done = subprocess.run([*command, "--json", tmp_path / "rows.json"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    columns = ("name", "storage", "decoder", "cores", "dtype")
+    assert [tuple(row[column] for column in columns) for row in rows] == [
+        ("indexed", "warm", "cpu", 1, "uint8"),
+        ("reference-files", "warm", "pil", 1, "float32"),
+    ]
+    for row in rows:
+        assert row["images_per_second"] > 0
+        assert row["name"] in done.stdout
