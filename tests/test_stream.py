@@ -178,6 +178,9 @@ def test_each_run_is_one_request_and_read_by_one_rank_alone(dataset, monkeypatch
         requests.clear()
         loader = make_loader(dataset, rank=rank, world_size=world_size)
         take(loader, 0, 1)
+        for window in loader._source.reader._held.values():
+            for photos, _ in window.result().photos.values():
+                photos.result()  # which closing would call off
         loader.close()
         return requests.copy()
 
