@@ -390,7 +390,7 @@ def test_memory_and_open_files_stay_flat_over_200_group_switches(dataset, mode, 
     assert process.num_fds() <= files
     assert process.num_threads() <= threads + 50  # 100 decoders were closed, the last ones just now
     assert process.memory_info().rss - memory < 64 << 20
-    assert sum(isinstance(found, Window) for found in gc.get_objects()) <= 3
+    assert sum(type(found) is Window for found in gc.get_objects()) <= 3
     loader.close()
 
 
