@@ -17,7 +17,7 @@ from shards.index import GroupIndex, open_index
 from shards.loader import Loader
 from shards.reader import ShardReader
 from shards.sampler import philox, uniforms
-from shards.stream import StreamSettings, WindowPlan, make_window
+from shards.stream import Stream, StreamSettings, WindowPlan, make_window
 from training.colour import colour_changes
 
 COUNTS = np.array([3, 0, 40, 10, 64])
@@ -178,7 +178,9 @@ def test_each_run_is_one_request_and_read_by_one_rank_alone(dataset, monkeypatch
         requests.clear()
         loader = make_loader(dataset, rank=rank, world_size=world_size)
         take(loader, 0, 1)
-        for window in loader._source.reader._held.values():
+        stream = loader._source.reader
+        assert isinstance(stream, Stream)
+        for window in stream._held.values():
             for photos, _ in window.result().photos.values():
                 photos.result()  # which closing would call off
         loader.close()
