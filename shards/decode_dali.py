@@ -124,8 +124,8 @@ class DaliDecoder:
             raise StopIteration
         plan, photos = self._waiting.popleft()
         self._running.append((plan, photos))
-        left, top, width, height = plan.boxes.astype(np.int32).T
         jpegs = photos.result()
+        left, top, width, height = plan.boxes.astype(np.int32).T  # now: reading may have replaced some
         return jpegs, list(np.stack([top, left], axis=1)), list(np.stack([height, width], axis=1))
 
     def _recover(self, error: RuntimeError) -> torch.Tensor:

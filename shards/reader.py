@@ -1,6 +1,7 @@
 """Reads photos at their byte offsets in the tar shards."""
 
 import os
+import resource
 import threading
 import zlib
 from collections import OrderedDict
@@ -10,7 +11,7 @@ import numpy as np
 
 from shards.index import GroupIndex
 
-_OPEN_FILES = 512
+_OPEN_FILES = 512  # at most, and a quarter of those that the process may have
 
 
 class ShardReader:
@@ -25,6 +26,8 @@ class ShardReader:
         self._index = index
         self._files: OrderedDict[Path, _File] = OrderedDict()
         self._lock = threading.Lock()
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = _OPEN_FILES if allowed == resource.RLIM_INFINITY else min(_OPEN_FILES, max(1, allowed // 4))
 
     def expect(self, groups: np.ndarray, rows: np.ndarray) -> None:
         """Told which photos (both int [b]) are read soon; nothing that a disk's reader could use."""
@@ -79,7 +82,7 @@ class ShardReader:
             file = self._files.get(path)
             if file is None:
                 file = self._files[path] = _File(path)
-                if len(self._files) > _OPEN_FILES:
+                if len(self._files) > self._most:
                     self._files.popitem(last=False)
             else:
                 self._files.move_to_end(path)

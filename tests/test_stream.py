@@ -1,6 +1,7 @@
 """The stream mode: windows are pure functions, keep the distribution, and read each run once."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -16,7 +17,7 @@ from shards.index import GroupIndex, open_index
 from shards.loader import Loader
 from shards.reader import ShardReader
 from shards.sampler import philox, uniforms
-from shards.stream import StreamSettings, WindowPlan, make_window
+from shards.stream import Stream, StreamSettings, WindowPlan, make_window
 from training.colour import colour_changes
 
 COUNTS = np.array([3, 0, 40, 10, 64])
@@ -163,23 +164,48 @@ def test_ranks_share_out_the_global_batch_of_one(dataset, ranks, decoder, joint)
 
 
 def test_each_run_is_one_request_and_read_by_one_rank_alone(dataset, monkeypatch):
-    requests: list[tuple[int, int, int]] = []
+    requests: Counter[tuple[int, int, int]] = Counter()
     read_run, single = ShardReader.read_run, []
 
     def read_run_and_count(self, *run):
-        requests.append(run)
+        requests[run] += 1
         return read_run(self, *run)
 
     monkeypatch.setattr(ShardReader, "read_run", read_run_and_count)
     monkeypatch.setattr(ShardReader, "read", lambda *a: single.append(a))
-    loaders = [make_loader(dataset, rank=r, world_size=2) for r in range(2)]
-    for loader in loaders:
+
+    def asked_for(rank: int, world_size: int) -> Counter[tuple[int, int, int]]:
+        requests.clear()
+        loader = make_loader(dataset, rank=rank, world_size=world_size)
         take(loader, 0, 1)
+        stream = loader._source.reader
+        assert isinstance(stream, Stream)
+        for window in stream._held.values():
+            for photos, _ in window.result().photos.values():
+                photos.result()  # which closing would call off
         loader.close()
+        return requests.copy()
+
+    alone = asked_for(0, 1)
+    assert asked_for(0, 2) + asked_for(1, 2) == alone
     windows = 2  # the one in use and the next
     runs = windows * 8 * -(-64 // 8 // 5) + windows * 8 * 3  # of 5 photos for each of 8 lanes; some wrap or meet groups
     assert not single
-    assert len(requests) <= runs
+    assert alone.total() <= runs
+
+
+def test_every_photo_of_many_windows_comes_from_memory(dataset, monkeypatch):
+    read, single = ShardReader.read, []
+
+    def read_and_count(self, *photo):
+        single.append(photo)
+        return read(self, *photo)
+
+    monkeypatch.setattr(ShardReader, "read", read_and_count)
+    loader = make_loader(dataset)
+    take(loader, 0, 60)
+    loader.close()
+    assert not single
 
 
 def test_photos_of_a_run_are_those_read_one_by_one(dataset):

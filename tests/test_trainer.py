@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -342,3 +343,27 @@ if __name__ == "__main__":
         written = golden_run(write_dataset(Path(folder) / "shards").path, Path(folder) / "r")
     text = "".join(f"{step} {loss:.7g}\n" for step, loss in enumerate(written))
     GOLDEN.write_text("# step, loss: small_cnn, AAMC, joint schedule, batch 16, seed 5, tests/tiny.py\n" + text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read", ["indexed", "stream"])
+def test_memory_and_open_files_of_a_training_stay_flat_over_200_epochs(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: str
+) -> None:
+    process, seen = psutil.Process(), []
+    end_epoch = Trainer._end_epoch
+
+    def end_epoch_and_look(self: Trainer, seconds_left: float) -> bool:
+        seen.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+        return end_epoch(self, seconds_left)
+
+    monkeypatch.setattr(Trainer, "_end_epoch", end_epoch_and_look)
+    settings = {"read": read, "stream_run": 4, "stream_window": 64, "lr_schedule": "constant"}
+    train_here(
+        configure(shards, tmp_path / "r", epochs=220, iterations_per_epoch=2, save_every_epochs=1000, **settings)
+    )
+    (memory, files, threads), (memory_later, files_later, threads_later) = seen[20], seen[-1]
+    assert len(seen) == 220
+    assert memory_later - memory < 48 << 20
+    assert files_later <= files
+    assert threads_later <= threads

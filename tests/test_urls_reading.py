@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
@@ -134,6 +134,88 @@ def http_server(folder: Path, answer: type[SimpleHTTPRequestHandler] = SimpleHTT
 def test_a_server_that_sends_whole_files_for_parts_is_one_clear_error(whole, mode):
     with http_server(whole) as url, pytest.raises(JobError, match=rf"{url}: .* must serve ranges"):
         batches(Dataset.open(url), mode)
+
+
+Answer = tuple[int, bytes]
+
+
+def serving_ranges(answer: Callable[[str, bytes, int, int], Answer]) -> type[SimpleHTTPRequestHandler]:
+    """A server of ranges: `answer` gives status and body by a file's name, bytes and the range's begin and end."""
+
+    class ServingRanges(SimpleHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if "Range" not in self.headers:
+                return super().do_GET()
+            begin, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            status, body = answer(self.path, Path(self.translate_path(self.path)).read_bytes(), begin, last + 1)
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return ServingRanges
+
+
+def as_asked(name: str, data: bytes, begin: int, end: int) -> Answer:
+    return 206, data[begin:end]
+
+
+def less_of_a_tar(name: str, data: bytes, begin: int, end: int) -> Answer:
+    return 206, data[begin : end - 7 if "group-03-000001.tar" in name else end]
+
+
+def nothing_of_a_tar(name: str, data: bytes, begin: int, end: int) -> Answer:
+    return 206, b"" if "group-03-000001.tar" in name else data[begin:end]
+
+
+def another_range_of_a_tar(name: str, data: bytes, begin: int, end: int) -> Answer:
+    shift = 512 if "group-03-000001.tar" in name else 0
+    return 206, data[begin - shift : end - shift]
+
+
+def no_tar(name: str, data: bytes, begin: int, end: int) -> Answer:
+    return (403, b"") if "group-03-000001.tar" in name else (206, data[begin:end])
+
+
+@pytest.mark.parametrize("decoder", ["cpu", "dali"])
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_batches_over_http_are_those_from_a_folder(whole, mode, decoder):
+    with http_server(whole, serving_ranges(as_asked)) as url:
+        taken, failures = batches(Dataset.open(url), mode, decoder=decoder)
+    assert same(taken, batches(Dataset.open(whole), mode, decoder=decoder)[0])
+    assert failures == 0
+
+
+@pytest.mark.parametrize("answer", [less_of_a_tar, nothing_of_a_tar, another_range_of_a_tar, no_tar])
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_photos_of_which_a_server_sends_less_or_other_bytes_are_replaced_counted_and_named(whole, caplog, mode, answer):
+    expected, _ = batches(Dataset.open(whole), mode)
+    with http_server(whole, serving_ranges(answer)) as url:
+        taken, failures = batches(Dataset.open(url), mode)
+    named = [record.getMessage() for record in caplog.records if "replaced by the next draw" in record.getMessage()]
+    assert len(named) == failures
+    assert all(f"{url}/group-03/group-03-000001.tar at byte" in line for line in named)
+    images = zip(taken[::2], expected[::2], strict=True)
+    assert 0 < sum(not torch.equal(a[i], b[i]) for a, b in images for i in range(24)) <= failures
+
+
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_a_server_that_stops_serving_ranges_under_a_running_loader_is_one_clear_error(whole, mode):
+    asked: list[str] = []
+
+    def whole_files_later(name: str, data: bytes, begin: int, end: int) -> Answer:
+        asked.append(name)
+        return (206, data[begin:end]) if len(asked) < 40 else (200, data)
+
+    with (
+        http_server(whole, serving_ranges(whole_files_later)) as url,
+        pytest.raises(JobError, match=rf"{url}: .* must serve ranges"),
+    ):
+        batches(Dataset.open(url), mode, steps=40)
+    assert len(asked) >= 40
 
 
 def silent_about_tars(asked: threading.Event, answer: threading.Event) -> type[SimpleHTTPRequestHandler]:

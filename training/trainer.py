@@ -135,6 +135,7 @@ class Trainer:
                 )
             else:
                 self._say_end(time.monotonic() - begun_at)
+            self._say_replaced()
             self.tracker.finish(self.metrics)
 
     def _at_end_of_epoch(self) -> bool:
@@ -355,11 +356,12 @@ class Trainer:
         self.say(f"trained to step {self.progress.step:,} in {format_duration(seconds)}; {which}")
         if self.progress.skipped:
             self.say(f"skipped {format_count(self.progress.skipped, 'step')} whose loss was not finite")
-        if self.loader.failures:
-            unreadable = format_count(self.loader.failures, "sample")
-            self.say(f"replaced {unreadable} that could not be read by other draws")
         if self._profiles() and not profile_folder(self.config.out).is_dir():
             self.say("--profile: no trace, since this start ended before its step 15")
+
+    def _say_replaced(self) -> None:
+        if replaced := sum(self.world.gather(self.loader.failures)):
+            self.say(f"replaced {format_count(replaced, 'sample')} that could not be read by other draws")
 
     def _profiles(self) -> bool:
         return self.config.profile and self.world.is_main

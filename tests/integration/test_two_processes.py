@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,19 @@ def test_nothing_hangs_where_samples_and_classes_do_not_divide_among_the_process
     losses = read_losses(tmp_path / "r")
     assert len(losses) == 16
     assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_photos_that_any_process_replaced_are_named_and_counted(data: tuple[Path, Path], tmp_path: Path) -> None:
+    shards = shutil.copytree(data[0], tmp_path / "shards")
+    for tar in shards.glob("group-*/*.tar"):
+        tar.chmod(0o644)
+        offset, size = map(int, tar.with_suffix(".idx").read_text().split("\n")[1].split()[1:3])
+        with tar.open("r+b") as file:  # one photo of forty
+            os.pwrite(file.fileno(), b"damaged", offset + size // 2)
+    code, out, err = train(arguments(shards, tmp_path / "r", epochs=4), processes=2)
+    assert code == 0, err
+    named = err.count("replaced by the next draw")
+    assert f"replaced {named} samples that could not be read by other draws" in out
 
 
 def test_an_error_of_all_processes_is_told_once(tmp_path: Path) -> None:
