@@ -331,8 +331,9 @@ def write_photos_at(folder: Path, row: int) -> None:
 
 def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_command_goes_on(tmp_path, monkeypatch):
     photos = tmp_path / "photos"
-    write_photos(photos, cells=1)
+    write_photos(photos, cells=1, per_cell=20)
     task = next(make_plan(Source.of(photos).photos(None, 0, lambda n: None), SETTINGS).tasks())
+    assert len(task.sources) > Resizer.batch
     seen = []
 
     def unmount(*_: int) -> bool:
@@ -345,7 +346,7 @@ def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_comm
         write_shard(task, photos, tmp_path / "out", Resizer(64, 90), unmount)
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     (tmp_path / "elsewhere").rename(photos)
-    assert write_shard(task, photos, tmp_path / "out", Resizer(64, 90), lambda *_: True).images == 12
+    assert write_shard(task, photos, tmp_path / "out", Resizer(64, 90), lambda *_: True).images == 20
 
 
 def test_an_output_folder_that_vanishes_midway_is_named_and_not_made_again(tmp_path):
