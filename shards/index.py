@@ -71,13 +71,11 @@ def open_index(dataset: Path, classes: ClassTable) -> dict[int, GroupIndex]:
                 if error.errno not in _READ_ONLY:
                     raise
                 return {g: _index(g, tables, arrays) for g, arrays in built.items()}
-    mapped = {}
-    for group in classes.groups:
-        arrays = _map(folder, group)
+        mapped = {group: _map(folder, group) for group in classes.groups}
+    for group, arrays in mapped.items():
         if fault := _fault(group, arrays, tables, classes):
             raise _damaged(folder, fault)
-        mapped[group] = _index(group, tables, arrays)
-    return mapped
+    return {group: _index(group, tables, arrays) for group, arrays in mapped.items()}
 
 
 def build_index(dataset: Path, classes: ClassTable) -> None:
