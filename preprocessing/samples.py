@@ -63,7 +63,8 @@ class SampleMaker:
             if len(part) == most or held >= _MOST_BYTES:
                 yield part
                 part, held = [], 0
-        yield part
+        if part:
+            yield part
 
     def _read(self, sample: str) -> bytes | BadPhoto:
         """The bytes of a sample's photo; none where they were read before."""
