@@ -1,7 +1,6 @@
 """Builds a data set: plan, run the shards that are not done, finish with the tables and the manifest."""
 
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from preprocessing.claim import TaskLock, check_output, claim, unlock
 from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
 from preprocessing.output import Output
-from preprocessing.photos import Listing, list_reasons, store_listing
+from preprocessing.photos import Listing, reasons_of, store_listing
 from preprocessing.plan import Plan, Settings, make_plan
 from preprocessing.revisions import count_bad, retried, revisions
 from preprocessing.shard_run import Machinery, write_shards
@@ -166,7 +165,7 @@ def _write_planned(
         accepted=count_bad(out.folder / QUARANTINE),
     )
     if count == 1 and machinery.max_bad_share is None and not any(result.images for result in results):
-        reasons = list_reasons(Counter(bad.reason for result in results for bad in result.bad))
+        reasons = reasons_of(bad for result in results for bad in result.bad)
         raise JobError(f"{source.place}: no photo can be used ({reasons}); mend the source, or choose another --out")
     out.gather(finished)
     return before

@@ -3,7 +3,7 @@
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ class Bad:
 def list_reasons(counts: Counter[str]) -> str:
     """How many photos were set aside for each reason, in words, most first; "" for none."""
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+
+
+def reasons_of(bad: Iterable[Bad]) -> str:
+    """`list_reasons` of photos that were set aside."""
+    return list_reasons(Counter(b.reason for b in bad))
 
 
 @dataclass(frozen=True)

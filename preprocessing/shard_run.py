@@ -1,13 +1,12 @@
 """Writes the shards of a plan that are not there yet: progress, the limit of bad photos, a clean Ctrl-C."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from tqdm import tqdm
 
 from preprocessing.engine import Counts, Job, run_tasks
-from preprocessing.photos import Bad, list_reasons
+from preprocessing.photos import Bad, reasons_of
 from preprocessing.plan import ShardTask
 from preprocessing.shard_task import ShardResult, Stopped
 from shards.console import JobError, format_bytes, format_count, printable
@@ -97,7 +96,7 @@ def check_bad(bad_names: list[Bad], results: list[ShardResult], limit: float, ph
     bad = bad_names + [b for result in results for b in result.bad]
     if len(bad) <= limit:
         return
-    reasons = list_reasons(Counter(b.reason for b in bad))
+    reasons = reasons_of(bad)
     raise TooManyBad(
         f"{len(bad)} of {photos} photos are bad ({reasons}; e.g. {printable(bad[-1].source)}), more than the limit of "
         f"{limit:.0f}; mend the source, or raise --max-bad-share and run the same command again"

@@ -8,7 +8,6 @@ import errno
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from preprocessing.photos import Bad, Listing, list_photos, list_reasons
+from preprocessing.photos import Bad, Listing, list_photos, reasons_of
 from preprocessing.remote import list_remote, read_remote
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
 from shards.console import JobError, describe_os_error, printable
@@ -102,7 +101,7 @@ def list_named(file: Path, root: Path | str, zone: int) -> Listing:
     ]
     good = np.isfinite(places.east)
     if not good.any():
-        reasons = list_reasons(Counter(b.reason for b in bad))
+        reasons = reasons_of(bad)
         raise JobError(
             f"{file}: none of its {len(paths)} rows names a photo and its place{reasons and f' ({reasons})'}"
         )

@@ -1,12 +1,10 @@
 """What a person reads at the end of a build, of a trial run or of a change."""
 
-from collections import Counter
-
 import numpy as np
 
 from preprocessing.addition import Gain
 from preprocessing.finishing import Summary
-from preprocessing.photos import list_reasons
+from preprocessing.photos import list_reasons, reasons_of
 from preprocessing.plan import Plan
 from preprocessing.trial import Forecast
 from shards.console import format_bytes, format_count, format_duration
@@ -37,7 +35,7 @@ def print_forecast(made: Forecast, out: str) -> None:
     of_group = {g: plan.classes.of_group(g) for g in plan.classes.groups}
     _print_groups({g: len(c) for g, c in of_group.items()}, {g: int(c.images.sum()) for g, c in of_group.items()})
     print(f"skipped     {_describe_small_cells(plan)}")
-    unusable = list_reasons(Counter(b.reason for b in plan.bad))
+    unusable = reasons_of(plan.bad)
     print(f"set aside   {format_count(len(plan.bad), 'photo')} by names or list{f' ({unusable})' if unusable else ''}")
     reasons = list_reasons(trial.bad) or "none bad"
     print(
