@@ -22,7 +22,8 @@ from shards.names import hash_names
 
 @dataclass(frozen=True)
 class Gain:
-    """What an addition brings: photos that were new and those known before, images planned, and the new classes."""
+    """What an addition brings: photos that were new and those known before, images (planned ones, until those are known
+    that are set aside), and the new classes."""
 
     new: int
     known: int

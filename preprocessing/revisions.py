@@ -73,9 +73,13 @@ class Revision:
 
     def withdraw(self, out: Path) -> None:
         """Undo `save`, and drop the shards that were gathered since; none of them may be published yet."""
-        for name in reversed(REVISION_FILES):
-            Path(f"{_stem(out, self.number)}{name}").unlink()
+        for name in self.files():
+            (out / name).unlink()
         shutil.rmtree(stage(out), ignore_errors=True)
+
+    def files(self) -> list[str]:
+        """Its files below the data set's folder, the one that says "begun" first."""
+        return [f"{_stem(Path(), self.number)}{name}" for name in reversed(REVISION_FILES)]
 
     @staticmethod
     def load(out: Path, number: int) -> "Revision":

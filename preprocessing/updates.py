@@ -1,6 +1,7 @@
 """Changes of a finished data set: new photos, quarantined photos tried again. Every label stays what it is."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,7 +22,7 @@ from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import Manifest
 from shards.files import at_work, remove_partials
-from shards.layout import MANIFEST, QUARANTINE
+from shards.layout import MANIFEST, QUARANTINE, shard_stem
 from shards.names import PHOTO_EXTENSIONS
 
 
@@ -29,7 +30,7 @@ def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summa
     """Bring the photos of `source` into the finished data set `out`; None where all of them are known already.
 
     Where an earlier change was interrupted, it is finished first. Raises `JobError`; where too many photos are bad, the
-    data set in a folder is then as it was.
+    data set is then as it was.
     """
     start = time.monotonic()
     source, out = source.resolved(), Output.of(out)
@@ -48,11 +49,12 @@ def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summa
             return None
         revision.save(out.folder)
         out.share()
+        before = Manifest.load(out.folder / MANIFEST).images
         try:
-            return _end(out, state, sources, machinery, start), gain
+            summary = _end(out, state, sources, machinery, start)
+            return summary, replace(gain, images=summary.manifest.images - before)
         except TooManyBad:
-            if out.store is None:  # to a store shards go at once
-                revision.withdraw(out.folder)
+            _withdraw(out, revision)
             raise
 
 
@@ -99,6 +101,15 @@ def _begin(out: Output, machinery: Machinery) -> tuple[State, list[Source]]:
         finish(out.folder, state)
         out.share()
     return state, _sources(first, state.revisions)
+
+
+def _withdraw(out: Output, revision: Revision) -> None:
+    """Undo a revision of which nothing is published; into a store its shards have gone already, so they go first."""
+    if out.store is not None:
+        there = out.store.sizes()
+        shards = [f"{shard_stem(*shard)}.{kind}" for kind in ("parquet", "idx", "tar") for shard in revision.shards()]
+        out.store.remove([name for name in [*shards, *revision.files()] if name in there])
+    revision.withdraw(out.folder)
 
 
 def _end(out: Output, state: State, sources: list[Source], machinery: Machinery, start: float) -> Summary:

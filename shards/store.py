@@ -140,6 +140,16 @@ class Store:
                 f"{self.url}: {name} cannot be written ({_one_line(error)}); mend that and run the same command again"
             ) from None
 
+    def remove(self, names: list[str]) -> None:
+        """Delete files in this order; raises `JobError` where that fails."""
+        for name in names:
+            try:
+                self.files.rm_file(self._path(name))
+            except Exception as error:  # each file system has errors of its own
+                raise JobError(
+                    f"{self.url}: {name} cannot be deleted ({_one_line(error)}); delete it by hand"
+                ) from None
+
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"
 

@@ -150,7 +150,8 @@ def test_bad_photos_that_an_addition_accepted_stop_no_later_command(begun, tmp_p
         photo.write_bytes(b"no photo")
     with pytest.raises(JobError, match="30 of 40 photos are bad"):
         add(Source.of(tmp_path / "more"), begun, HERE)
-    add(Source.of(tmp_path / "more"), begun, replace(HERE, max_bad_share=0.75))
+    accepted = add(Source.of(tmp_path / "more"), begun, replace(HERE, max_bad_share=0.75))
+    assert present(accepted)[1].images == 10
     write_cell(tmp_path / "others", 0, 5, first=200)
     add(Source.of(tmp_path / "others"), begun, HERE)
     before = samples(begun)

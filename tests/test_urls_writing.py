@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from conftest import HERE
@@ -70,6 +71,33 @@ def test_the_same_command_again_writes_no_shard_and_changes_nothing(photos, memo
     build_at(memory, photos)
     assert not [name for name in put if name.startswith(("group-", "index/"))]
     assert stored(memory) == before
+
+
+@pytest.mark.parametrize("kind", ["file", "memory", pytest.param("s3", marks=pytest.mark.slow)])
+def test_an_addition_of_too_many_bad_photos_leaves_the_data_set_at_a_url_as_it_was(
+    kind, photos, tmp_path, request, cache, monkeypatch
+):
+    url = {"file": f"file://{tmp_path}/city", "memory": "memory://refused/city"}.get(kind) or (
+        request.getfixturevalue("bucket")
+    )
+    build_at(url, photos)
+    before = stored(url)
+    names: list[str] = []
+    put = Store.put
+
+    def noted(store: Store, path: Path, name: str) -> None:
+        names.append(name)
+        put(store, path, name)
+
+    monkeypatch.setattr(Store, "put", noted)
+    more = write_cells(tmp_path / "more", first=50)
+    for photo in sorted(more.iterdir())[24:]:
+        photo.write_bytes(photo.read_bytes()[:300])
+    with Output.open(url) as out, pytest.raises(JobError, match=r"\d+ of 48 photos are bad"):
+        add(Source.of(more), out, replace(HERE, max_bad_share=0.25))
+    assert [name for name in names if name.startswith("group-") and name.endswith(".tar")]
+    assert "revisions/000002.parquet" in names
+    assert stored(url) == before
 
 
 COMMAND = [sys.executable, str(ROOT / "preprocessing" / "build_shards.py"), "--image-size", "32", "--N", "3"]
