@@ -18,6 +18,7 @@ from shards.decode_cpu import CpuDecoder, check_size
 
 HARDWARE_SHARE = 0.65  # DALI's own default
 _DEPTH = 2
+_END_OF_IMAGE = b"\xff\xd9"
 _Reading = tuple[BatchPlan, Future[list[np.ndarray]]]
 
 
@@ -112,6 +113,8 @@ class DaliDecoder:
                     jpeg = plan.encoded(i)
                     height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)  # DALI would cut a larger one's corner
                     check_size(height, width, self._source.photo_size)
+                    if not jpeg.endswith(_END_OF_IMAGE):
+                        simplejpeg.decode_jpeg(jpeg)  # DALI would make up the rest of a truncated photo
                     photos.append(np.frombuffer(jpeg, np.uint8))
                     break
                 except (OSError, ValueError) as error:

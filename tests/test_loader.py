@@ -155,14 +155,14 @@ def test_a_photo_that_cannot_be_decoded_is_replaced_by_the_next_draw_and_named(d
         assert float(difference.max()) <= (0 if decoder == "cpu" else 4)
 
 
-@pytest.fixture
-def cut_short(tmp_path, monkeypatch) -> Dataset:
-    """A data set whose every 40th photo ends behind its header, with the checksum of just that."""
+@pytest.fixture(params=[640, -2])
+def cut_short(tmp_path, monkeypatch, request) -> Dataset:
+    """A data set whose every 40th photo ends behind its header, or lacks its end, with the checksum of just that."""
     made, encode = [], simplejpeg.encode_jpeg
 
     def encode_and_cut(pixels: np.ndarray, **options: int) -> bytes:
         made.append(encode(pixels, **options))
-        return made[-1] if len(made) % 40 else made[-1][:640]
+        return made[-1] if len(made) % 40 else made[-1][: request.param]
 
     with monkeypatch.context() as patch:
         patch.setattr("simplejpeg.encode_jpeg", encode_and_cut)
