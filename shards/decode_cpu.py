@@ -18,20 +18,20 @@ _CHUNK = 8
 
 
 class CpuDecoder:
-    """Submit plans, take their images in the same order; see `shards.loader`."""
+    """Submit plans of `count` samples, take their images in the same order; see `shards.loader`."""
 
-    def __init__(self, source: Source, image_size: int, threads: int, pin: bool) -> None:
+    def __init__(self, source: Source, count: int, image_size: int, threads: int, pin: bool) -> None:
         cv2.setNumThreads(1)
-        self._source, self._size, self._pin = source, image_size, pin
+        self._source, self._count, self._size, self._pin = source, count, image_size, pin
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._queue: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
         self._scratch = threading.local()
 
-    def submit(self, plan: BatchPlan) -> None:
-        """Start decoding a plan."""
-        images = torch.empty((len(plan), self._size, self._size, 3), dtype=torch.uint8, pin_memory=self._pin)
+    def submit(self, plan: Future[BatchPlan]) -> None:
+        """Start decoding a plan as soon as it is drawn."""
+        images = torch.empty((self._count, self._size, self._size, 3), dtype=torch.uint8, pin_memory=self._pin)
         pixels = images.numpy()
-        chunks = range(0, len(plan), _CHUNK)
+        chunks = range(0, self._count, _CHUNK)
         self._queue.append((images, [self._pool.submit(self._decode, plan, pixels, c) for c in chunks]))
 
     def take(self) -> torch.Tensor:
@@ -46,8 +46,8 @@ class CpuDecoder:
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._queue.clear()
 
-    def _decode(self, plan: BatchPlan, pixels: np.ndarray, first: int) -> None:
-        last = min(first + _CHUNK, len(plan))
+    def _decode(self, drawn: Future[BatchPlan], pixels: np.ndarray, first: int) -> None:
+        plan, last = drawn.result(), min(first + _CHUNK, self._count)
         for i in range(first, last):
             while True:
                 try:

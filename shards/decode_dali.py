@@ -19,11 +19,12 @@ from shards.decode_cpu import CpuDecoder, check_size
 HARDWARE_SHARE = 0.65  # DALI's own default
 _DEPTH = 2
 _END_OF_IMAGE = b"\xff\xd9"
-_Reading = tuple[BatchPlan, Future[list[np.ndarray]]]
+_Read = tuple[Any, np.ndarray, np.ndarray]  # JPEGs, and int32 [b, 2] each: top and left, height and width of the crops
+_Reading = tuple[Future[BatchPlan], Future[_Read]]
 
 
 class DaliDecoder:
-    """Submit plans, take their images in the same order; see `shards.loader`.
+    """Submit plans of `count` samples, take their images in the same order; see `shards.loader`.
 
     `device`: a CUDA device for decoding there, a CPU device for DALI's CPU backend; `hardware_share` of the photos
     go to the GPU's JPEG engine where it has one, the rest to its other cores and `threads`. A batch that DALI
@@ -33,6 +34,7 @@ class DaliDecoder:
     def __init__(
         self,
         source: Source,
+        count: int,
         image_size: int,
         threads: int,
         device: torch.device,
@@ -45,7 +47,8 @@ class DaliDecoder:
                 "--decoder dali needs NVIDIA DALI: pip install 'divide-and-classify[dali-cuda13]' "
                 "(or dali-cuda12), or use --decoder cpu"
             ) from None
-        self._source, self._size, self._threads, self._device = source, image_size, threads, device
+        self._source, self._count, self._size = source, count, image_size
+        self._threads, self._device = threads, device
         self._hardware_share = hardware_share
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self._waiting: deque[_Reading] = deque()
@@ -53,15 +56,15 @@ class DaliDecoder:
         self._pipeline: Any = None
         self._copied: tuple[torch.Tensor, torch.cuda.Event] | None = None
 
-    def submit(self, plan: BatchPlan) -> None:
-        """Start reading a plan's photos."""
+    def submit(self, plan: Future[BatchPlan]) -> None:
+        """Start reading a plan's photos as soon as it is drawn."""
         self._waiting.append((plan, self._readers.submit(self._read, plan)))
 
     def take(self) -> torch.Tensor:
         """Images of the oldest submitted plan, uint8 [b, S, S, 3] on the decoder's device."""
         begins = self._pipeline is None
         if begins:
-            self._pipeline = self._build(len(self._waiting[0][0]))
+            self._pipeline = self._build()
         try:
             if begins:
                 self._pipeline.schedule_run()
@@ -73,8 +76,8 @@ class DaliDecoder:
         else:
             out = torch.from_numpy(images.as_array().copy())
         self._pipeline.release_outputs()
-        plan, _ = self._running.popleft()
-        self._source.count(len(plan))
+        self._running.popleft()
+        self._source.count(self._count)
         self._pipeline.schedule_run()
         return out
 
@@ -105,8 +108,8 @@ class DaliDecoder:
         self._finish_copy()
         self._pipeline = None
 
-    def _read(self, plan: BatchPlan) -> list[np.ndarray]:
-        photos = []
+    def _read(self, drawn: Future[BatchPlan]) -> _Read:
+        plan, photos = drawn.result(), []
         for i in range(len(plan)):
             while True:
                 try:
@@ -119,17 +122,15 @@ class DaliDecoder:
                     break
                 except (OSError, ValueError) as error:
                     plan.replace(i, error)
-        return photos
+        left, top, width, height = plan.boxes.astype(np.int32).T  # now: reading may have replaced some
+        return _as_tensor_list(photos), np.stack([top, left], axis=1), np.stack([height, width], axis=1)
 
-    def _feed(self) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-        """DALI's source: bytes, corners and sizes of the next plan; the end where none was submitted."""
+    def _feed(self) -> _Read:
+        """DALI's source: the next plan's photos and crops; the end where none was submitted."""
         if not self._waiting:
             raise StopIteration
-        plan, photos = self._waiting.popleft()
-        self._running.append((plan, photos))
-        jpegs = photos.result()
-        left, top, width, height = plan.boxes.astype(np.int32).T  # now: reading may have replaced some
-        return jpegs, list(np.stack([top, left], axis=1)), list(np.stack([height, width], axis=1))
+        self._running.append(self._waiting.popleft())
+        return self._running[-1][1].result()
 
     def _recover(self, error: RuntimeError) -> torch.Tensor:
         """Decode the oldest batch on the CPU after DALI failed on it, and run those after it again."""
@@ -138,15 +139,16 @@ class DaliDecoder:
         self._running.clear()
         self._pipeline = None
         failed = self._source.failed
-        cpu = CpuDecoder(self._source, self._size, self._threads, pin=False)
+        cpu = CpuDecoder(self._source, self._count, self._size, self._threads, pin=False)
         cpu.submit(plan)
         images = cpu.take()
         cpu.close()
         if self._source.failed == failed:
-            raise JobError(f"step {plan.step}: DALI failed on photos that are sound: {_one_line(error)}") from error
+            step = plan.result().step
+            raise JobError(f"step {step}: DALI failed on photos that are sound: {_one_line(error)}") from error
         return images.to(self._device)
 
-    def _build(self, batch_size: int):  # type: ignore[no-untyped-def]  # DALI has no type hints
+    def _build(self):  # type: ignore[no-untyped-def]  # DALI has no type hints
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu = self._device.type == "cuda"
@@ -157,7 +159,7 @@ class DaliDecoder:
             hardware |= {"preallocate_width_hint": side, "preallocate_height_hint": side}
 
         @pipeline_def(
-            batch_size=batch_size,
+            batch_size=self._count,
             num_threads=self._threads,
             device_id=(self._device.index or 0) if on_gpu else None,
             prefetch_queue_depth=_DEPTH,
@@ -186,6 +188,15 @@ class DaliDecoder:
         except RuntimeError as error:
             raise JobError(f"DALI cannot begin ({_one_line(error)}); --decoder cpu does without it") from error
         return pipeline
+
+
+def _as_tensor_list(photos: list[np.ndarray]) -> Any:
+    """Photos (uint8 [bytes] each) as DALI takes them, without a copy. Left to DALI, this is done one by one in the
+    thread that asks for a batch, which is the trainer's."""
+    from nvidia.dali.tensors import TensorCPU, TensorListCPU
+
+    tensors = [TensorCPU(photo) for photo in photos]
+    return TensorListCPU(tensors, contiguous=False)  # type: ignore[call-overload]  # its stub is incomplete
 
 
 def _one_line(error: RuntimeError) -> str:

@@ -5,7 +5,9 @@ Three parts, each replaceable without the others: `shards.sampler` (slots to sam
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -28,9 +30,9 @@ _AHEAD = 3  # batches under way beside the one that is waited for; DALI takes an
 
 
 class Decoder(Protocol):
-    """Turns plans into images, in the order of submission; several plans may be under way."""
+    """Turns plans into images, in the order of submission; several plans may be under way, or yet to be drawn."""
 
-    def submit(self, plan: BatchPlan) -> None: ...
+    def submit(self, plan: Future[BatchPlan]) -> None: ...
     def take(self) -> torch.Tensor: ...
     def close(self) -> None: ...
 
@@ -91,21 +93,24 @@ class Loader:
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """This rank's share of the steps from `first_step` up to, not including, `last_step`."""
-        plans: list[BatchPlan] = []
+        plans: deque[Future[BatchPlan]] = deque()
         decoder = self._make_decoder()
+        # Drawing is not the trainer's: of a step of 10 ms it would be the twentieth part.
+        planner = ThreadPoolExecutor(1, thread_name_prefix="plan")
         try:
             ahead = first_step
             for step in range(first_step, last_step):
                 start = time.perf_counter()
                 while ahead < min(step + 1 + _AHEAD, last_step):
-                    plans.append(self._plan(ahead))
+                    plans.append(planner.submit(self._plan, ahead))
                     decoder.submit(plans[-1])
                     ahead += 1
                 images = decoder.take()
                 waited = time.perf_counter() - start
-                plan = plans.pop(0)
+                plan = plans.popleft().result()
                 yield Batch(step, images, torch.from_numpy(plan.labels), plan.groups, waited)
         finally:
+            planner.shutdown(wait=False, cancel_futures=True)
             decoder.close()
 
     def blank(self, step: int) -> Batch:
@@ -122,9 +127,10 @@ class Loader:
         return BatchPlan(self._source, step, self._slots, np.asarray(self._schedule(step))[self._slots])
 
     def _make_decoder(self) -> Decoder:
+        source, count, size, threads = self._source, len(self._slots), self._image_size, self._threads
         if self.decoder_name == "dali":
-            return DaliDecoder(self._source, self._image_size, self._threads, self._device, self._hardware_share)
-        return CpuDecoder(self._source, self._image_size, self._threads, pin=self._device.type == "cuda")
+            return DaliDecoder(source, count, size, threads, self._device, self._hardware_share)
+        return CpuDecoder(source, count, size, threads, pin=self._device.type == "cuda")
 
 
 def choose_decoder(name: DecoderName, device: torch.device) -> Literal["cpu", "dali"]:
