@@ -96,7 +96,7 @@ class Engine:
         int64 [b] of group ids on the host. A loss that is not finite on any rank skips the step on all of them, and so
         does a rank that is asked to stop, whatever its batch is.
         """
-        seed_model_randomness(self.config.seed, step, self.world.rank)
+        seed_model_randomness(self.config.seed, step, self.world.rank, self.world.device)
         trained = self.bank.groups_of_step(groups)
         self.rates.apply(step, self.bank.optimizers.values())
         self.guard.remember()
@@ -195,6 +195,10 @@ class Engine:
             yield
 
 
-def seed_model_randomness(seed: int, step: int, rank: int) -> None:
+def seed_model_randomness(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Make what the model draws in a step (stochastic depth) a function of seed, step and rank."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, 2, step, rank]).generate_state(1, np.uint64)[0]))
+    number = int(np.random.SeedSequence([seed, 2, step, rank]).generate_state(1, np.uint64)[0])
+    # torch.manual_seed writes down the stack for each kind of device that is not there: 0.1 ms and more a step.
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
