@@ -1,7 +1,7 @@
 """Heads against formulas written here from the method's text, in float64, and against their own promises."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ import torch
 from present import present
 from torch import Tensor
 
-from training.heads import Head
+from training.heads import Head, full_precision
 
 KINDS = ("AAMC", "LMCC", "FC_CE")
 
@@ -273,3 +273,29 @@ def test_init_is_that_of_the_reference(kind: str) -> None:
 def test_a_head_that_cannot_be_is_refused(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Head(*arguments)
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Puts back what a test says about TF32."""
+    precision = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.fp32_precision = precision
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("allowed_by", ["nothing", "old setting", "new setting"])
+def test_tf32_is_off_in_heads_by_both_of_torchs_settings_and_then_as_it_was(allowed_by: str) -> None:
+    matmul = torch.backends.cuda.matmul
+    if allowed_by == "old setting":
+        torch.set_float32_matmul_precision("high")
+    elif allowed_by == "new setting":
+        matmul.fp32_precision = "tf32"
+    before = matmul.fp32_precision
+    with full_precision(torch.device("cuda")):
+        assert matmul.allow_tf32 is False  # fails where the two settings contradict each other
+        assert matmul.fp32_precision == "ieee"
+    assert matmul.fp32_precision == before
+    if allowed_by != "new setting":  # with that alone torch cannot tell the old one
+        assert torch.get_float32_matmul_precision() == ("high" if allowed_by == "old setting" else "highest")

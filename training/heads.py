@@ -9,7 +9,7 @@ that depends on the label is a vector of one number a sample.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,18 +63,28 @@ class Margin:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Plain float32 arithmetic: autocast off, and no TF32 in matrix products on a GPU."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        matmul = torch.backends.cuda.matmul
-        setting, plain = ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
-        before = getattr(matmul, setting)
-        setattr(matmul, setting, plain)
-        try:
-            yield
-        finally:
-            setattr(matmul, setting, before)
+    with torch.autocast(device.type, enabled=False), _without_tf32() if device.type == "cuda" else nullcontext():
+        yield
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """No TF32 in matrix products, by torch's old setting and by that of 2.9 and later: where the two contradict each
+    other, whatever asks for the old one fails, some products on a GPU among it."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    if precision is not None:
+        matmul.fp32_precision = "ieee"  # before the old setting is read, which fails where only this one allows TF32
+    old = torch.get_float32_matmul_precision()
+    if old != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if old != "highest":
+            torch.set_float32_matmul_precision(old)
+        if precision is not None:
+            matmul.fp32_precision = precision
 
 
 def _blocks(classes: Tensor) -> Iterator[slice]:
