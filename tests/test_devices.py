@@ -1,0 +1,164 @@
+"""Where tensors are: steps, checkpoints and answers on a GPU that is only imagined (torch's fake tensors).
+
+It refuses what would mix it with the CPU. No number is computed, so that these tests need no GPU; torch's own part of a
+backward would, and is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import class_table, configure
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from training.distributed import HostCopy, World, averaged_batch_norms
+from training.engine import Engine
+from training.head_bank import HeadBank
+from training.heads import Head, HeadKind, MarginSoftmax, ScoreForm
+from training.model import GeoModel, _scale_and_shift, to_input
+from training.schedules import make_schedule
+from training.scoring import rank_classes
+
+GPU = torch.device("cuda", 0)
+CLASSES = class_table()
+VECTORS = (9, 384)
+
+
+class NoEvent:
+    """A CUDA event without CUDA."""
+
+    def record(self) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+def zeros(copy: HostCopy) -> list[float]:
+    """Numbers in place of those that a fake tensor does not have."""
+    assert copy.values.device.type == "cpu"
+    return [0.0] * copy.values.numel()
+
+
+def moved(module: nn.Module, device: torch.device | str) -> nn.Module:
+    """`Module.to` for fake tensors, which torch cannot swap: the parameters are new ones."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                fresh = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
+                part._parameters[name] = fresh
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.to(device)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def imagined(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.cuda, "Event", NoEvent)
+    monkeypatch.setattr(Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(HostCopy, "wait", zeros)
+    monkeypatch.setattr(Tensor, "backward", lambda self: None)
+    monkeypatch.setattr(nn.Module, "to", moved)
+    _scale_and_shift.cache_clear()
+    with FakeTensorMode():
+        yield
+    _scale_and_shift.cache_clear()
+
+
+def make_engine(**values: object) -> Engine:
+    config = configure("shards", Path("run"), **{"cpu": False, **values})
+    model = GeoModel(config.backbone, "none", config.freeze_until)
+    model.to(GPU)
+    world = World(0, 1, GPU)
+    return Engine(config, model, model, HeadBank(CLASSES, config, model.descriptor_dim, world), world)
+
+
+def parameters_of_heads(engine: Engine) -> list[nn.Parameter]:
+    return [parameter for head in engine.bank.heads.values() for parameter in head.parameters()]
+
+
+def train(engine: Engine) -> None:
+    images = torch.zeros(16, 32, 32, 3, dtype=torch.uint8).to(GPU)
+    labels = torch.zeros(16, dtype=torch.int64).to(GPU)
+    schedule = make_schedule(engine.config.schedule, CLASSES.groups, batch_size=16, iterations_per_epoch=1)
+    for step in range(2):
+        for parameter in [*engine.trained_parameters().values(), *parameters_of_heads(engine)]:
+            parameter.grad = torch.zeros_like(parameter)
+        assert engine.step(step, images, labels, schedule(step)).finite
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"head": "AAMC"},
+        {"head": "LMCC"},
+        {"head": "FC_CE"},
+        {"schedule": "joint", "ema": 0.9, "colour_jitter": 0.2, "accumulate": 3},
+        {"backbone": "efficientnet_b0", "freeze_until": 5, "image_size": 32},
+        {"lr_schedule": "cosine", "warmup_steps": 2},
+    ],
+    ids=lambda options: " ".join(map(str, options.values())),
+)
+def test_a_step_mixes_no_devices(options: dict[str, object]) -> None:
+    engine = make_engine(**options)
+    train(engine)
+    for parameter in [*engine.model.parameters(), *parameters_of_heads(engine)]:
+        assert parameter.device == GPU
+
+
+class Saved:
+    """What an autograd function keeps between forward and backward."""
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *_: Tensor) -> None: ...
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["AAMC", "LMCC", "FC_CE"])
+def test_a_heads_backward_mixes_no_devices(kind: HeadKind) -> None:
+    head = Head(kind, 32, 10_000)
+    head.to(GPU)
+    descriptors, labels = torch.zeros(16, 32, device=GPU), torch.zeros(16, dtype=torch.int64, device=GPU)
+    saved = Saved()
+    losses, hits = MarginSoftmax.forward(saved, descriptors, head.weight, head.bias, labels, head.margin)
+    found = MarginSoftmax.backward(saved, losses, hits)
+    assert {gradient.device for gradient in found if gradient is not None} == {GPU}
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_checkpoint_goes_to_the_cpu_and_comes_back(ema: float) -> None:
+    engine = make_engine(schedule="joint", ema=ema)
+    train(engine)
+    heads, state = engine.bank.collect()
+    saved = [*state.tensors.values(), *(tensor for head in heads.values() for tensor in head.values())]
+    assert {tensor.device.type for tensor in saved} == {"cpu"}
+    engine.bank.restore(heads, {name: t for name, t in state.tensors.items() if not name.endswith("average_updates")})
+    states = [value for o in engine.bank.optimizers.values() for s in o.state.values() for value in s.values()]
+    assert {value.device for value in states} == {GPU}
+    train(engine)
+
+
+def test_batch_norms_are_averaged_and_a_skipped_step_is_undone_on_the_device() -> None:
+    engine = make_engine()
+    with averaged_batch_norms(engine.model, World(0, 1, GPU)), engine.averaged():
+        pass
+    engine.guard.remember()
+    engine.guard.restore()
+
+
+def test_photos_are_described_on_the_device() -> None:
+    model = GeoModel("small_cnn", "none", 0)
+    model.to(GPU)
+    described = model(to_input(torch.zeros(3, 32, 32, 3, dtype=torch.uint8).to(GPU)))
+    assert described.device == GPU
+
+
+@pytest.mark.parametrize("head", ["AAMC", "FC_CE"])
+@pytest.mark.parametrize("form", ["raw", "cosine"])
+def test_classes_are_ranked_on_the_device_for_descriptors_of_the_cpu(head: HeadKind, form: ScoreForm) -> None:
+    bank = make_engine(head=head).bank
+    rows, scores = rank_classes(torch.zeros(VECTORS), bank.blocks(form), device=GPU)
+    assert {rows.device.type, scores.device.type} == {"cpu"}
