@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -77,6 +78,9 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
     say(f"goes on from {path} after step {progress.step:,}")
     for change in changes(before, replace(config, resume=before.resume)):
         say(f"changed since then: {change}")
+    if not np.array_equal(saved.classes.images, run.classes.images):
+        then, now = int(saved.classes.images.sum()), int(run.classes.images.sum())
+        say(f"changed since then: the data set, {then:,} -> {now:,} photos; from here on others are drawn")
     if saved.state["world_size"] != run.world.size:
         say(f"changed since then: {saved.state['world_size']} -> {run.world.size} processes")
     return progress
