@@ -70,6 +70,10 @@ def check_against_world(config: TrainConfig, world: World, groups: int) -> None:
         )
     if config.batch_size < world.size:
         raise JobError(f"--batch-size {config.batch_size}: less than one image for each of {world.size} processes")
+    if config.read == "stream" and config.stream_run > config.stream_window:
+        raise JobError(
+            f"--stream-run {config.stream_run}: more photos than --stream-window {config.stream_window} holds"
+        )
     if config.sync_bn and world.device.type != "cuda":
         raise JobError("--sync-bn needs GPUs")
     if config.sync_bn and config.compile and world.size > 1:
