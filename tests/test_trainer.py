@@ -18,6 +18,7 @@ import training.trainer as trainer_module
 from shards.console import JobError
 from shards.names import parse_name
 from training.assembly import check_against_world
+from training.backbones import make_backbone
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
 from training.distributed import World
 from training.run_folder import read_losses
@@ -140,6 +141,24 @@ def test_a_resumed_run_says_what_changed(shards: Path, tmp_path: Path, capsys: p
     printed = capsys.readouterr().out
     assert "--head-lr 0.01 -> 0.5" in printed
     assert "--epochs 1 -> 2" in printed
+
+
+def test_a_run_goes_on_where_the_weights_that_it_began_from_are_gone(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(make_backbone("small_cnn", "none").state_dict(), weights)
+    train_here(configure(shards, tmp_path / "r", epochs=1, weights=str(weights)))
+    weights.unlink()
+    resumed = train_here(configure(shards, tmp_path / "r", resume=True, weights=str(weights)))
+    assert resumed.progress.step == 16
+    capsys.readouterr()
+    again = configure(shards, tmp_path / "r", epochs=3, resume=True, weights="none", init_from=tmp_path / "other")
+    assert train_here(again).progress.step == 24
+    printed = capsys.readouterr().out
+    for flag in ("--weights", "--init-from"):
+        assert f"{flag} has no effect: the run goes on from its own weights" in printed
+        assert f"changed since then: {flag}" not in printed
 
 
 def test_a_resumed_run_says_that_photos_came_to_the_data_set(

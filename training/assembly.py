@@ -20,6 +20,7 @@ from shards.dataset import Dataset
 from shards.loader import Loader
 from shards.sampler import Schedule
 from shards.stream import StreamSettings
+from training.checkpoint import list_checkpoints
 from training.distributed import World, join_after_restart, settle_buckets
 from training.engine import Engine
 from training.head_bank import HeadBank
@@ -91,8 +92,10 @@ def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerat
     JobError as `GeoModel` raises it, WrongArguments where the backbone has fewer children than --freeze-until.
     """
     torch.manual_seed(config.seed)
+    # A run that goes on has the weights in its checkpoint; where it began from may be gone or out of reach by now.
+    weights = "none" if config.resume and list_checkpoints(config.out) else config.weights
     try:
-        model = GeoModel(config.backbone, config.weights, config.freeze_until, config.descriptor_dim or None)
+        model = GeoModel(config.backbone, weights, config.freeze_until, config.descriptor_dim or None)
     except ValueError as error:
         raise WrongArguments(f"--freeze-until {config.freeze_until}: {error}") from error
     if config.sync_bn:
