@@ -65,6 +65,10 @@ class Manifest:
         missing = [f.name for f in fields(Manifest) if f.name not in values]
         if missing:
             raise JobError(f"{path}: the field {missing[0]!r} is missing; rebuild the data set")
+        for field in fields(Manifest):
+            value = values[field.name]
+            if type(value) is not field.type or (field.name == "image_size" and value <= 0):
+                raise JobError(f"{path}: the field {field.name!r} is {value!r}; run shards/verify.py --repair")
         return Manifest(**{f.name: values[f.name] for f in fields(Manifest)})
 
 

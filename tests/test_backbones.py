@@ -124,6 +124,7 @@ class Payload:
     [
         ({"x": Payload()}, "not readable as weights"),
         ([1, 2], "holds a list"),
+        ({7: torch.zeros(3)}, "holds no tensor for 0.0.weight of small_cnn"),
         ({"0.0.weight": torch.zeros(3)}, r"0.0.weight has shape \[3\], small_cnn needs \[32, 3, 3, 3\]"),
         ({"0.0.weight": torch.zeros(32, 3, 3, 3).log()}, "0.0.weight holds numbers that are no weights"),
         ({"0.0.weight": torch.zeros(32, 3, 3, 3, dtype=torch.int64)}, "0.0.weight holds numbers that are no weights"),
@@ -142,7 +143,7 @@ def test_weights_that_do_not_fit_are_named(
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 cut off"])
+@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 cut off", b"root:x:0:0:root"])
 def test_a_file_that_is_no_weights_is_named(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(JobError, match=f"{name}: not readable as weights"):

@@ -2,15 +2,17 @@
 
 import errno
 import fcntl
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from threading import Event, Thread
 
 import pyarrow as pa
 import pytest
 
-from shards.console import describe_os_error
-from shards.dataset import Manifest
+from shards.console import JobError, describe_os_error
+from shards.dataset import Dataset, Manifest
 from shards.files import atomic_folder, atomic_path, locked, named
 
 UNREADABLE = Path("/proc/self/mem")  # opens, but its first bytes cannot be read: EIO, as of a bad disk
@@ -22,6 +24,18 @@ def test_a_file_that_opens_and_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Input/output error") as raised:
         Manifest.load(manifest)
     assert describe_os_error(raised.value) == f"{manifest}: Input/output error"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("image_size", "big"), ("image_size", 0), ("images", 1.5), ("codec", None)]
+)
+def test_a_manifest_with_a_field_of_another_kind_is_named(
+    dataset: Dataset, tmp_path: Path, field: str, value: object
+) -> None:
+    manifest = tmp_path / "dataset.json"
+    manifest.write_text(json.dumps(asdict(dataset.manifest) | {field: value}))
+    with pytest.raises(JobError, match=f"{manifest}: the field '{field}' is {value!r}; run shards/verify.py --repair"):
+        Manifest.load(manifest)
 
 
 def test_a_table_that_opens_and_cannot_be_read_is_named_in_few_words(tmp_path: Path) -> None:

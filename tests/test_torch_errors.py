@@ -28,6 +28,13 @@ def test_a_full_gpu_is_one_line_with_what_needs_less(compiling: bool) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_memory_of_the_machine_that_does_not_suffice_is_one_line() -> None:
+    way_out = r"^not enough memory: 4.* more were asked for; .*--accumulate 4"
+    with pytest.raises(JobError, match=way_out) as error, torch_errors_told():
+        torch.empty(1 << 60)
+    assert "\n" not in str(error.value)
+
+
 def test_a_gpu_that_triton_cannot_compile_for_is_one_line_with_the_way_out() -> None:
     with pytest.raises(JobError, match=r"^--compile: .*--no-compile") as error, torch_errors_told():
         raise TritonMissing(None)

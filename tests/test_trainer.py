@@ -18,6 +18,7 @@ import training.trainer as trainer_module
 from shards.console import JobError
 from shards.names import parse_name
 from training.assembly import check_against_world
+from training.backbones import make_backbone
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
 from training.distributed import World
 from training.run_folder import read_losses
@@ -142,6 +143,36 @@ def test_a_resumed_run_says_what_changed(shards: Path, tmp_path: Path, capsys: p
     assert "--epochs 1 -> 2" in printed
 
 
+def test_a_run_goes_on_where_the_weights_that_it_began_from_are_gone(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = tmp_path / "weights.pth"
+    torch.save(make_backbone("small_cnn", "none").state_dict(), weights)
+    train_here(configure(shards, tmp_path / "r", epochs=1, weights=str(weights)))
+    weights.unlink()
+    resumed = train_here(configure(shards, tmp_path / "r", resume=True, weights=str(weights)))
+    assert resumed.progress.step == 16
+    capsys.readouterr()
+    again = configure(shards, tmp_path / "r", epochs=3, resume=True, weights="none", init_from=tmp_path / "other")
+    assert train_here(again).progress.step == 24
+    printed = capsys.readouterr().out
+    for flag in ("--weights", "--init-from"):
+        assert f"{flag} has no effect: the run goes on from its own weights" in printed
+        assert f"changed since then: {flag}" not in printed
+
+
+def test_a_resumed_run_says_that_photos_came_to_the_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_dataset(tmp_path / "shards", images=10)
+    train_here(configure(tmp_path / "shards", tmp_path / "r", epochs=1))
+    shutil.rmtree(tmp_path / "shards")
+    write_dataset(tmp_path / "shards", images=12)
+    for epochs, said in ((2, True), (3, False)):
+        train_here(configure(tmp_path / "shards", tmp_path / "r", epochs=epochs, resume=True))
+        assert ("changed since then: the data set, 160 -> 192 photos" in capsys.readouterr().out) == said
+
+
 def test_a_truncated_and_a_foreign_checkpoint_are_named_and_the_one_before_them_is_taken_up(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -239,6 +270,10 @@ def test_settings_that_the_data_set_or_the_machine_cannot_serve_are_one_clear_li
     for settings, message in (
         ({"schedule": "joint", "batch_size": 3}, "--batch-size 3: less than one image for each of 4 groups"),
         ({"sync_bn": True}, "--sync-bn needs GPUs"),
+        (
+            {"read": "stream", "stream_run": 1 << 40},
+            "--stream-run 1099511627776: more photos than --stream-window 65536",
+        ),
         ({"freeze_until": 9}, "--freeze-until 9: small_cnn has 5 children"),
         ({"shard_head": True, "head_sample_rate": 0.5}, "--head-sample-rate needs several processes"),
         ({"image_size": 7, "batch_size": 1}, "--batch-size 1: leaves parts of one image"),

@@ -20,6 +20,7 @@ from shards.dataset import Dataset
 from shards.loader import Loader
 from shards.sampler import Schedule
 from shards.stream import StreamSettings
+from training.checkpoint import list_checkpoints
 from training.distributed import World, join_after_restart, settle_buckets
 from training.engine import Engine
 from training.head_bank import HeadBank
@@ -70,6 +71,10 @@ def check_against_world(config: TrainConfig, world: World, groups: int) -> None:
         )
     if config.batch_size < world.size:
         raise JobError(f"--batch-size {config.batch_size}: less than one image for each of {world.size} processes")
+    if config.read == "stream" and config.stream_run > config.stream_window:
+        raise JobError(
+            f"--stream-run {config.stream_run}: more photos than --stream-window {config.stream_window} holds"
+        )
     if config.sync_bn and world.device.type != "cuda":
         raise JobError("--sync-bn needs GPUs")
     if config.sync_bn and config.compile and world.size > 1:
@@ -87,8 +92,10 @@ def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerat
     JobError as `GeoModel` raises it, WrongArguments where the backbone has fewer children than --freeze-until.
     """
     torch.manual_seed(config.seed)
+    # A run that goes on has the weights in its checkpoint; where it began from may be gone or out of reach by now.
+    weights = "none" if config.resume and list_checkpoints(config.out) else config.weights
     try:
-        model = GeoModel(config.backbone, config.weights, config.freeze_until, config.descriptor_dim or None)
+        model = GeoModel(config.backbone, weights, config.freeze_until, config.descriptor_dim or None)
     except ValueError as error:
         raise WrongArguments(f"--freeze-until {config.freeze_until}: {error}") from error
     if config.sync_bn:

@@ -270,6 +270,7 @@ def changes(before: TrainConfig, now: TrainConfig) -> list[str]:
     ]
 
 
+STARTS_FROM = ("weights", "init_from")
 FIXED_BY_CHECKPOINT = ("backbone", "head", "descriptor_dim", "freeze_until")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -29,7 +30,7 @@ from training.checkpoint import (
 )
 from training.distributed import World, averaged_batch_norms, set_running_statistics
 from training.engine import Engine
-from training.presets import FIXED_BY_CHECKPOINT, TrainConfig, changes, fields_that_differ
+from training.presets import FIXED_BY_CHECKPOINT, STARTS_FROM, TrainConfig, changes, fields_that_differ
 from training.progress import Progress
 from training.run_folder import LossFile
 
@@ -75,8 +76,14 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
     if (before.val_queries is None) != (config.val_queries is None):  # LR@1 and loss are no two values of one measure
         progress.best = None
     say(f"goes on from {path} after step {progress.step:,}")
-    for change in changes(before, replace(config, resume=before.resume)):
+    for name in fields_that_differ(before, config, STARTS_FROM):
+        say(f"--{name.replace('_', '-')} has no effect: the run goes on from its own weights")
+    kept = {name: getattr(before, name) for name in ("resume", *STARTS_FROM)}
+    for change in changes(before, replace(config, **kept)):
         say(f"changed since then: {change}")
+    if not np.array_equal(saved.classes.images, run.classes.images):
+        then, now = int(saved.classes.images.sum()), int(run.classes.images.sum())
+        say(f"changed since then: the data set, {then:,} -> {now:,} photos; from here on others are drawn")
     if saved.state["world_size"] != run.world.size:
         say(f"changed since then: {saved.state['world_size']} -> {run.world.size} processes")
     return progress

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
-from shards.console import JobError, first_line
+from shards.console import JobError, first_line, format_bytes
 
 
 @contextmanager
 def torch_errors_told() -> Iterator[None]:
-    """Within this block a GPU's memory that does not suffice and a compilation that fails are JobErrors."""
+    """Within this block memory that does not suffice, a GPU's or the machine's, and a compilation that fails are
+    JobErrors."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise _out_of_memory(error) from error
     except RuntimeError as error:
+        if found := re.search(r"DefaultCPUAllocator: .*?tried to allocate (\d+) bytes", str(error)):
+            raise JobError(
+                f"not enough memory: {format_bytes(int(found[1]))} more were asked for; less is needed with a smaller "
+                "--image-size or --descriptor-dim, or --accumulate 4 (the same step in parts)"
+            ) from error
         from torch._dynamo.exc import TorchDynamoException  # seconds, which a run that compiles has spent already
 
         if not isinstance(error, TorchDynamoException):
