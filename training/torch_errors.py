@@ -23,7 +23,7 @@ def torch_errors_told() -> Iterator[None]:
         if found := re.search(r"DefaultCPUAllocator: .*?tried to allocate (\d+) bytes", str(error)):
             raise JobError(
                 f"not enough memory: {format_bytes(int(found[1]))} more were asked for; less is needed with a smaller "
-                "--image-size or --descriptor-dim, or --accumulate 4 (the same step in parts)"
+                "--batch-size, --image-size or --descriptor-dim, or --accumulate 4 (the same step in parts)"
             ) from error
         from torch._dynamo.exc import TorchDynamoException  # seconds, which a run that compiles has spent already
 
