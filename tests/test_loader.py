@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from functools import partial
@@ -354,6 +355,26 @@ def test_waiting_for_a_batch_holds_all_that_the_loader_does_before_it_is_there(d
     loader = Loader(dataset, slow_schedule, batch_size=16, image_size=48, seed=4, decoder="cpu")
     waited = [batch.wait_seconds for batch in loader.batches(0, 6)]
     assert sum(waited) > 6 * pause
+
+
+@pytest.mark.parametrize("fails_at", [0, 2, 6])
+@pytest.mark.parametrize("decoder", DECODERS)
+def test_an_error_while_a_batch_is_drawn_reaches_the_trainer_and_leaves_no_thread(dataset, decoder, fails_at):
+    groups = np.full(16, dataset.classes.groups[0])
+
+    def schedule(step: int) -> np.ndarray:
+        if step == fails_at:
+            raise JobError("the store went away")
+        return groups
+
+    loader = Loader(dataset, schedule, batch_size=16, image_size=48, seed=4, decoder=decoder)
+    with pytest.raises(JobError, match="the store went away"):
+        list(loader.batches(0, 10))
+    loader.close()
+    deadline = time.monotonic() + 20
+    while any(thread.name.startswith("plan") for thread in threading.enumerate()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("plan")]
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(dataset):
