@@ -48,6 +48,7 @@ def test_every_preset_bears_its_own_name_and_survives_json(name: str) -> None:
         [*PLACES, "--lr", "1e-7"],  # under which the plateau schedule ends a run: it would train nothing
         [*PLACES, "--no-such-flag"],
         [*PLACES, "--ema", "1.5"],
+        [*PLACES, "--colour-jitter", "1.5"],
         [*PLACES, "--warmup-steps", "5"],
         [*PLACES, "--offload-heads", "--schedule", "joint"],
         [*PLACES, "--head-sample-rate", "0.5"],

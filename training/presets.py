@@ -201,6 +201,8 @@ def _check(config: TrainConfig) -> None:
         raise WrongArguments(f"--plateau-factor {config.plateau_factor}: lies between 0 and 1, for example 0.1")
     if not 0 <= config.ema < 1:
         raise WrongArguments(f"--ema {config.ema}: a decay is at least 0 and under 1, for example 0.999")
+    if config.colour_jitter > 1:
+        raise WrongArguments(f"--colour-jitter {config.colour_jitter}: is at most 1, since more would invert colours")
     if not 0 < config.head_sample_rate <= 1:
         raise WrongArguments(f"--head-sample-rate {config.head_sample_rate}: a share lies over 0 and at most 1")
     if config.head_sample_rate < 1 and not config.shard_head:

@@ -206,7 +206,7 @@ class Trainer:
     def _note_skipped(self, step: int, in_row: int) -> None:
         self.say(f"step {step:,}: the loss or its gradient is not finite; skipped")
         if in_row >= self.config.nan_patience:
-            self._give_up(f"{in_row} steps in a row had a loss that is not finite")
+            self._give_up(f"{format_count(in_row, 'step')} in a row had a loss that is not finite")
 
     def _give_up(self, reason: str) -> NoReturn:
         found = list_checkpoints(self.config.out)
