@@ -28,6 +28,13 @@ CLASSES = class_table()
 VECTORS = (9, 384)
 
 
+class WorldOfTwo(World):
+    """Two processes, of which the other has nothing to add."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+
 class NoEvent:
     """A CUDA event without CUDA."""
 
@@ -143,8 +150,8 @@ def test_a_checkpoint_goes_to_the_cpu_and_comes_back(ema: float) -> None:
 
 def test_batch_norms_are_averaged_and_a_skipped_step_is_undone_on_the_device() -> None:
     engine = make_engine()
-    with averaged_batch_norms(engine.model, World(0, 1, GPU)), engine.averaged():
-        pass
+    with averaged_batch_norms(engine.model, WorldOfTwo(0, 2, GPU)) as own, engine.averaged():
+        assert {statistics.device for statistics in [own, *engine.model.buffers()]} == {GPU}
     engine.guard.remember()
     engine.guard.restore()
 

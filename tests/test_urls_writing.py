@@ -43,11 +43,13 @@ from shards.verify import Arguments
 from shards.verify import main as verify_main
 
 
-@pytest.mark.parametrize("kind", ["file", "memory", pytest.param("s3", marks=pytest.mark.slow)])
-def test_a_data_set_built_at_a_url_has_the_bytes_of_one_in_a_folder(kind, photos, whole, tmp_path, request, cache):
-    url = {"file": f"file://{tmp_path}/city", "memory": "memory://built/city"}.get(kind) or (
-        request.getfixturevalue("bucket")
-    )
+@pytest.fixture(params=["file", "memory", pytest.param("bucket", marks=pytest.mark.slow)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty place of each kind of store."""
+    return f"file://{tmp_path}/city" if request.param == "file" else request.getfixturevalue(request.param)
+
+
+def test_a_data_set_built_at_a_url_has_the_bytes_of_one_in_a_folder(url, photos, whole, cache):
     build_at(url, photos)
     assert stored(url) == contents(whole)
     assert not list((cache / "scratch").iterdir())
@@ -73,13 +75,9 @@ def test_the_same_command_again_writes_no_shard_and_changes_nothing(photos, memo
     assert stored(memory) == before
 
 
-@pytest.mark.parametrize("kind", ["file", "memory", pytest.param("s3", marks=pytest.mark.slow)])
 def test_an_addition_of_too_many_bad_photos_leaves_the_data_set_at_a_url_as_it_was(
-    kind, photos, tmp_path, request, cache, monkeypatch
+    url, photos, tmp_path, cache, monkeypatch
 ):
-    url = {"file": f"file://{tmp_path}/city", "memory": "memory://refused/city"}.get(kind) or (
-        request.getfixturevalue("bucket")
-    )
     build_at(url, photos)
     before = stored(url)
     names: list[str] = []
