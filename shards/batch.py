@@ -80,9 +80,11 @@ class Source:
             failed, tried = sum(self._bad), sum(self._tried)
         _LOG.warning("%s: %s; replaced by the next draw", place, reason)
         if failed > _TOLERATED_FAILURES and failed > self.max_bad_share * tried:
+            forbidden = isinstance(reason, PermissionError)
+            way_out = "allow this user to read them" if forbidden else "run shards/verify.py --repair on the data set"
             raise JobError(
                 f"{place}: {reason}; {failed} of the last {tried:,} photos could not be used, more than "
-                f"{self.max_bad_share:.1%}; run shards/verify.py --repair on the data set"
+                f"{self.max_bad_share:.1%}; {way_out}"
             )
 
 

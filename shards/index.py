@@ -117,7 +117,7 @@ def _fault(group: int, arrays: dict[str, np.ndarray], tables: list[Path], classe
 
 
 def _damaged(folder: Path, what: object) -> JobError:
-    return JobError(f"{folder}: damaged ({what}); delete that folder, it is rebuilt from the tables")
+    return JobError(f"{folder}: damaged ({what}); delete it, it is rebuilt from the tables")
 
 
 def _is_current(folder: Path, state: str) -> bool:
@@ -125,6 +125,8 @@ def _is_current(folder: Path, state: str) -> bool:
         return read_bytes(folder / "state") == state.encode()
     except FileNotFoundError:
         return False
+    except NotADirectoryError as error:
+        raise _damaged(folder, one_line(error)) from None
 
 
 def gather(tables: list[Path], labels: int) -> dict[str, np.ndarray]:

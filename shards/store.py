@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ PARALLEL = 16
 
 _WHOLE_OR_NOTHING = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "memory"}  # what a put is there
 _PAUSES = (0.2, 1.0, 3.0)  # seconds before asking again
+_FORBIDDEN = (401, 403)
 _LATER = (408, 425, 429)  # the only statuses of HTTP from 400 to 499 that another time may not have
 _FIRST_ANSWER = 45.0  # seconds that a store has for its first answer in this process
 _SILENCE = 30.0  # seconds without a byte after which a request over HTTP has failed
@@ -78,8 +80,8 @@ class Store:
 
     def read_range(self, name: str, begin: int, length: int, witness: str | None = MANIFEST) -> bytes:
         """Bytes of a file, fewer at its end. Raises `OSError` where it cannot be read (`FileNotFoundError` where it is
-        gone), and `JobError` where all of the store is out of reach: where `witness`, a file that was there, cannot
-        be read either."""
+        gone, `PermissionError` where the store forbids it), and `JobError` where all of the store is out of reach:
+        where `witness`, a file that was there, cannot be read either."""
         try:
             return self.ask(lambda: self.files.cat_file(self._path(name), start=begin, end=begin + length))
         except Exception as error:  # each file system has errors of its own
@@ -87,6 +89,8 @@ class Store:
                 return b""
             if not self._is_there(witness, error):
                 raise self.lost(error) from None
+            if isinstance(error, PermissionError) or getattr(error, "status", None) in _FORBIDDEN:
+                raise PermissionError(_one_line(error)) from None
             kind = FileNotFoundError if isinstance(error, FileNotFoundError) else OSError
             raise kind(_one_line(error)) from None
 
@@ -143,8 +147,10 @@ class Store:
     def remove(self, names: list[str]) -> None:
         """Delete files in this order; raises `JobError` where that fails."""
         for name in names:
+            target = self._path(name)
             try:
-                self.files.rm_file(self._path(name))
+                with suppress(FileNotFoundError):  # gone already, such as by a request whose answer was lost
+                    self.ask(lambda path=target: self.files.rm_file(path))  # type: ignore[misc]
             except Exception as error:  # each file system has errors of its own
                 raise JobError(
                     f"{self.url}: {name} cannot be deleted ({_one_line(error)}); delete it by hand"

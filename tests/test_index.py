@@ -64,7 +64,7 @@ def test_arrays_that_do_not_fit_classes_and_shards_are_named_with_the_way_out(
     spoil(arrays)
     for name, path in files.items():
         np.save(path, arrays[name])
-    with pytest.raises(JobError, match=r"index: damaged .*; delete that folder"):
+    with pytest.raises(JobError, match=r"index: damaged .*; delete it, it is rebuilt"):
         open_index(copy, classes)
     shutil.rmtree(copy / "index")
     assert open_index(copy, classes)
@@ -116,6 +116,13 @@ def test_a_damaged_class_table_is_named(copy):
     table.write_bytes(with_spoilt_footer(table.read_bytes()))
     with pytest.raises(JobError, match=f"{table}: not a class table"):
         Dataset.open(copy)
+
+
+def test_a_file_where_the_index_belongs_is_named(copy):
+    shutil.rmtree(copy / "index")
+    (copy / "index").write_text("no folder")
+    with pytest.raises(JobError, match=r"index: damaged .*; delete it, it is rebuilt"):
+        open_index(copy, ClassTable.load(copy / "classes.parquet"))
 
 
 def test_a_state_of_no_text_is_one_that_is_out_of_date(copy):

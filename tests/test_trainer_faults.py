@@ -69,6 +69,14 @@ def test_such_steps_in_a_row_are_counted_over_epochs_and_no_checkpoint_is_saved_
         train_here(configure(shards, tmp_path / "r", nan_patience=12, epochs=4))
 
 
+def test_a_run_of_which_every_step_was_skipped_has_failed(
+    shards: Path, tmp_path: Path, failing: Callable[[Failing], None]
+) -> None:
+    failing(lambda step: True)
+    with pytest.raises(JobError, match="no step had a finite loss"):
+        train_here(configure(shards, tmp_path / "r", nan_patience=99))
+
+
 def test_weights_that_are_not_finite_are_never_saved_nor_called_the_best(
     shards: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,14 +38,16 @@ from training.interruption import Interruption
 from training.run_folder import read_losses
 
 
-def batches(dataset: Dataset, mode: Mode, steps: int = 6, **options) -> tuple[list[torch.Tensor], int]:
+def batches(
+    dataset: Dataset, mode: Mode, steps: int = 6, max_bad_share: float = 1.0, **options
+) -> tuple[list[torch.Tensor], int]:
     """Images and labels of some steps, and how many photos were replaced."""
     groups = np.array(dataset.classes.groups)
     loader = Loader(
         dataset, lambda step: np.resize(groups, 24), batch_size=24, image_size=32, seed=4, mode=mode,
         stream=StreamSettings(run=5, window=96), **{"decoder": "cpu", **options},
     )  # fmt: skip
-    loader._source.max_bad_share = 1.0
+    loader._source.max_bad_share = max_bad_share
     taken = [part.clone() for b in loader.batches(0, steps) for part in (b.images, b.labels)]
     loader.close()
     return taken, loader.failures
@@ -200,6 +202,18 @@ def test_photos_of_which_a_server_sends_less_or_other_bytes_are_replaced_counted
     assert all(f"{url}/group-03/group-03-000001.tar at byte" in line for line in named)
     images = zip(taken[::2], expected[::2], strict=True)
     assert 0 < sum(not torch.equal(a[i], b[i]) for a, b in images for i in range(24)) <= failures
+
+
+def no_tars(name: str, data: bytes, begin: int, end: int) -> Answer:
+    return (403, b"") if name.endswith(".tar") else (206, data[begin:end])
+
+
+@pytest.mark.parametrize("mode", ["indexed", "stream"])
+def test_a_server_that_forbids_the_tars_is_not_a_damaged_data_set(whole, mode):
+    with http_server(whole, serving_ranges(no_tars)) as url:
+        dataset = Dataset.open(url)
+        with pytest.raises(JobError, match=r"group-0\d-00000\d.tar at byte .*403.*; allow this user to read them"):
+            batches(dataset, mode, max_bad_share=0.01)
 
 
 @pytest.mark.parametrize("mode", ["indexed", "stream"])

@@ -256,3 +256,22 @@ def test_verify_finds_what_is_damaged_at_a_url_and_its_advice_mends_it(photos, w
     build_at(url, photos)
     (place / "thesis.txt").unlink()
     assert stored(url) == contents(whole)
+
+
+def test_deleting_waits_out_a_moment_of_the_network_and_takes_what_is_gone_for_deleted(memory, monkeypatch):
+    monkeypatch.setattr("shards.store._PAUSES", (0.01, 0.01, 0.01))
+    store = Store.at(memory)
+    store.files.pipe_file(f"{store.root}/a", b"1")
+    answers: list[Exception | None] = [ConnectionResetError(), FileNotFoundError()]  # deleted, and the answer lost
+    delete = store.files.rm_file
+
+    def rm_file(path: str) -> None:
+        if store.files.exists(path):
+            delete(path)
+        if answers and (fault := answers.pop(0)) is not None:
+            raise fault
+
+    monkeypatch.setattr(store.files, "rm_file", rm_file)
+    store.remove(["a"])
+    assert answers == []
+    assert not store.files.exists(f"{store.root}/a")
