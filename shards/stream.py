@@ -4,12 +4,10 @@ Shards are class-major, and within a class photos lie in a seeded random order, 
 sample of its class. The global batches of some consecutive steps form a window: runs of `run` photos are read from
 as many classes as it takes, and the photos handed out shuffled. A group's classes take turns in a random order that
 is new in each round, and a class goes on in each round where its run of the round before ended, from a random place
-in the first. So every slot's class and photo are uniform, as in `shards.sampler`, and photos come up more evenly than
-there. So do classes in the joint schedule; where groups are trained in turn, each turn begins and ends within a round,
-and the number of a class's photos varies about twice as much as there (9 % beside 4 after 512 photos of each of 1,000
-classes in four epochs). Up to `run` photos of a class lie together in a window, so that a large window mixes better.
+in the first. So every slot's class and photo are uniform, as in `shards.sampler`, and classes and photos come up more
+evenly than there. Up to `run` photos of a class lie together in a window, so that a large window mixes better.
 The first windows are smaller, each half the next, since the first batch waits for all of the first one. A window is a
-pure function of (seed, first step): a resumed run reads its window again.
+pure function of (seed, schedule, number): a resumed run counts the runs of those before and reads its window again.
 
 Slots are dealt out to eight lanes, slot i to lane i mod 8, and a run stays within a lane, so that with 1, 2, 4 or 8
 ranks every run is read by one rank alone, and the draws are the same for any number of ranks.
@@ -17,6 +15,8 @@ ranks every run is read by one rank alone, and the draws are the same for any nu
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -79,26 +79,32 @@ class Window:
     runs: list[tuple[int, np.ndarray]]
 
 
-def make_window(index: dict[int, GroupIndex], groups: np.ndarray, seed: int, first_step: int, run: int) -> Window:
-    """Draw a window; `groups` int [steps, batch size] is the group of every slot."""
+def count_runs(groups: np.ndarray, run: int) -> dict[int, np.ndarray]:
+    """How many runs a window reads for each of its `groups` (int [steps, batch size]), by lane, int64 [lanes]."""
+    lanes = np.arange(groups.shape[1]) % _LANES
+    slots = {int(g): np.bincount(lanes, np.count_nonzero(groups == g, axis=0)) for g in np.unique(groups)}
+    return {group: -(-of_lanes.astype(np.int64) // run) for group, of_lanes in slots.items()}
+
+
+def make_window(
+    index: dict[int, GroupIndex], groups: np.ndarray, seed: int, first_step: int, run: int, turns: Mapping[int, int]
+) -> Window:
+    """Draw a window; `groups` int [steps, batch size] is the group of every slot, `turns` says how many runs of each
+    group the windows before it have read."""
     random = philox(seed, WINDOW_KEY, first_step)
     label, row, of_run = (np.empty(groups.shape, np.int64) for _ in range(3))
     lanes = np.broadcast_to(np.arange(groups.shape[1]) % _LANES, groups.shape)
     runs: list[tuple[int, np.ndarray]] = []
-    for group in np.unique(groups):
-        of_group = index[int(group)]
-        by_lane = [np.flatnonzero((groups == group) & (lanes == lane)) for lane in range(min(_LANES, groups.shape[1]))]
-        counts = [-(-len(slots) // run) for slots in by_lane]
-        # The turn at which the window begins, if all steps before it had as many slots of the group as its own.
-        turns = sum(counts) * first_step // len(groups) + np.arange(sum(counts))
+    for group, counts in count_runs(groups, run).items():
+        by_lane = [np.flatnonzero((groups == group) & (lanes == lane)) for lane in range(len(counts))]
         ends = np.cumsum(counts)
-        labels_drawn, rows_drawn = _take_turns(of_group, seed, int(group), turns, run)
+        labels_drawn, rows_drawn = _take_turns(index[group], seed, group, turns[group] + np.arange(ends[-1]), run)
         for slots, first, last in zip(by_lane, ends - counts, ends, strict=True):
             shuffled = np.argsort(random((last - first) * run), kind="stable")[: len(slots)]
             label.ravel()[slots] = np.repeat(labels_drawn[first:last], run)[shuffled]
             row.ravel()[slots] = rows_drawn[first:last].ravel()[shuffled]
             of_run.ravel()[slots] = shuffled // run + len(runs)
-            runs += [(int(group), np.unique(r)) for r in rows_drawn[first:last]]
+            runs += [(group, np.unique(r)) for r in rows_drawn[first:last]]
     return Window(label, row, of_run, runs)
 
 
@@ -150,6 +156,7 @@ class Stream:
         self._pool = ThreadPoolExecutor(reader.parallel, thread_name_prefix="stream")
         self._drawing = ThreadPoolExecutor(1, thread_name_prefix="window")
         self._held: dict[int, Future[_Held]] = {}
+        self._counted, self._turns = 0, Counter[int]()  # of the windows before `_counted`
 
     def draw(self, step: int, slots: np.ndarray, groups: np.ndarray, attempt: int = 0) -> Draws:
         """The samples of some slots; a later attempt of a slot draws as the indexed mode does."""
@@ -196,9 +203,8 @@ class Stream:
 
     def _hold(self, number: int) -> _Held:
         """Draw a window and ask for its photos."""
-        steps = self._plan.steps(number)
-        groups = np.stack([np.asarray(self._schedule(step)) for step in steps])
-        window = make_window(self._index, groups, self._seed, steps.start, self._run)
+        first_step, turns = self._plan.steps(number).start, self._turns_before(number)
+        window = make_window(self._index, self._groups(number), self._seed, first_step, self._run, turns)
         requests = []
         for run in np.unique(window.run[:, self._slots]).tolist():
             group, rows = window.runs[run]
@@ -211,3 +217,16 @@ class Stream:
             photos = self._pool.submit(self._reader.read_run, group, int(rows[0]), len(rows))
             held.photos.update(((group, row), (photos, position)) for position, row in enumerate(rows.tolist()))
         return held
+
+    def _groups(self, number: int) -> np.ndarray:
+        """The groups of a window's slots, int [steps, batch size]."""
+        return np.stack([np.asarray(self._schedule(step)) for step in self._plan.steps(number)])
+
+    def _turns_before(self, number: int) -> Counter[int]:
+        """How many runs of each group the windows before one read: a function of the schedule alone."""
+        if number < self._counted:
+            self._counted, self._turns = 0, Counter()
+        while self._counted < number:
+            self._turns.update({g: int(n.sum()) for g, n in count_runs(self._groups(self._counted), self._run).items()})
+            self._counted += 1
+        return self._turns

@@ -45,7 +45,7 @@ def make_loader(dataset, *, batch_size=16, joint=False, **options) -> Loader:
 
 def test_every_slot_of_a_window_gets_a_photo_of_its_group_and_label(index):
     groups = np.array([[0, 1] * 9] * 7)
-    window = make_window(index, groups, seed=1, first_step=21, run=4)
+    window = make_window(index, groups, seed=1, first_step=21, run=4, turns={0: 33, 1: 34})
     starts = index[0].starts
     assert (window.row >= starts[window.label]).all()
     assert (window.row < starts[window.label + 1]).all()
@@ -56,14 +56,15 @@ def test_every_slot_of_a_window_gets_a_photo_of_its_group_and_label(index):
 
 
 def test_a_run_stays_within_a_lane(index):
-    window = make_window(index, np.zeros((10, 32), int), seed=1, first_step=0, run=4)
+    window = make_window(index, np.zeros((10, 32), int), seed=1, first_step=0, run=4, turns={0: 0})
     for run in range(len(window.runs)):
         _, slots = np.nonzero(window.run == run)
         assert len(set((slots % 8).tolist())) <= 1
 
 
 def test_classes_and_photos_are_uniform_in_expectation(index):
-    windows = [make_window(index, np.zeros((4, 16), int), seed=2, first_step=4 * n, run=4) for n in range(1500)]
+    groups = np.zeros((4, 16), int)
+    windows = [make_window(index, groups, seed=2, first_step=4 * n, run=4, turns={0: 16 * n}) for n in range(1500)]
     labels = np.concatenate([w.label.ravel() for w in windows])
     rows = np.concatenate([w.row.ravel() for w in windows])
     runs = len(windows) * 64 / 4  # photos of a run are not independent: test at the number of runs
@@ -81,7 +82,7 @@ def test_classes_take_turns_and_each_goes_on_where_its_last_run_ended(index):
     seen: dict[int, list] = {label: [] for label in np.flatnonzero(COUNTS).tolist()}
     order = []
     for number in range(6):  # 6 windows of 8 lanes: 48 turns of 4 classes
-        window = make_window(index, np.zeros((4, 8), int), seed=3, first_step=4 * number, run=4)
+        window = make_window(index, np.zeros((4, 8), int), seed=3, first_step=4 * number, run=4, turns={0: 8 * number})
         for _, rows in window.runs:
             label = int(np.searchsorted(starts, rows[0], side="right")) - 1
             order.append(label)
@@ -93,17 +94,46 @@ def test_classes_take_turns_and_each_goes_on_where_its_last_run_ended(index):
     assert len(set(seen[4])) == 48
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_no_run_is_read_again_before_its_class_is_through_and_classes_come_up_alike(dataset, joint):
+    loader = make_loader(dataset, joint=joint)  # groups change every 3 steps, windows are of 4
+    stream = loader._source.reader
+    assert isinstance(stream, Stream)
+    read: dict[int, list[int]] = {group: [] for group in dataset.classes.groups}
+    for number in range(60):
+        for group, rows in stream._hold(number).window.runs:
+            read[group] += rows.tolist()
+    for group, of_group in read.items():
+        starts = stream._index[group].starts
+        times = np.split(np.bincount(of_group, minlength=starts[-1]), starts[1:-1])
+        assert all(np.ptp(of_class) <= 1 for of_class in times)
+        # Runs of classes of fewer photos than a run are shorter.
+        runs = [-(-int(of_class.sum()) // min(5, len(of_class))) for of_class in times]
+        assert 5 < min(runs) >= max(runs) - 1
+    loader.close()
+
+
+def test_a_window_is_the_same_whether_or_not_the_run_began_before_it(dataset):
+    first, second = (make_loader(dataset)._source.reader for _ in range(2))
+    assert isinstance(first, Stream)
+    assert isinstance(second, Stream)
+    windows = [first._hold(number).window for number in range(9)]
+    for number in (8, 3):  # and one before, as where a loader begins anew
+        assert (second._hold(number).window.row == windows[number].row).all()
+
+
 def test_windows_differ_and_depend_on_seed_and_first_step_alone(index):
-    groups = np.zeros((4, 16), int)
-    first = make_window(index, groups, seed=1, first_step=4, run=4)
-    assert (make_window(index, groups, seed=1, first_step=4, run=4).row == first.row).all()
-    assert (make_window(index, groups, seed=1, first_step=8, run=4).row != first.row).any()
-    assert (make_window(index, groups, seed=2, first_step=4, run=4).row != first.row).any()
+    make = partial(make_window, index, np.zeros((4, 16), int), run=4, turns={0: 16})
+    first = make(seed=1, first_step=4)
+    assert (make(seed=1, first_step=4).row == first.row).all()
+    assert (make(seed=1, first_step=8).row != first.row).any()
+    assert (make(seed=2, first_step=4).row != first.row).any()
 
 
 def test_the_windows_of_a_seed_are_those_of_earlier_versions(index):
     """A run that goes on after an update trains on what it would have trained on."""
-    window = make_window(index, np.array([[0, 1] * 2] * 2), seed=7, first_step=1000, run=4)
+    groups = np.array([[0, 1] * 2] * 2)
+    window = make_window(index, groups, seed=7, first_step=1000, run=4, turns={0: 1000, 1: 1000})
     assert window.label.tolist() == [[3, 0, 2, 4], [3, 0, 2, 4]]
     assert window.row.tolist() == [[45, 2, 27, 105], [47, 0, 25, 107]]
 
@@ -118,7 +148,9 @@ def test_random_numbers_of_one_purpose_serve_no_other(index, monkeypatch):
     for module in ("shards.sampler", "shards.stream"):
         monkeypatch.setattr(f"{module}.philox", record)
     purposes: tuple[Callable[[int], object], ...] = (
-        lambda step: make_window(index, np.array([[0, 1] * 8] * 4), seed=1, first_step=4 * step, run=4),
+        lambda step: make_window(
+            index, np.array([[0, 1] * 8] * 4), seed=1, first_step=4 * step, run=4, turns={0: 8 * step, 1: 8 * step}
+        ),
         lambda step: colour_changes(1, step, np.arange(4), 0.1),
         *(partial(uniforms, 1, slots=np.arange(4), key=attempt) for attempt in range(3)),
     )

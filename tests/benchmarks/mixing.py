@@ -51,12 +51,12 @@ def batches(classes: int, run: int, window: int, seed: int) -> Iterator[tuple[np
             yield random.integers(classes, size=BATCH), random.integers(PHOTOS, size=BATCH)
     none = np.zeros(1, np.uint32)
     group = GroupIndex(0, [], np.arange(classes + 1) * PHOTOS, none, none, none, none, np.arange(classes))
-    plan, number = WindowPlan(window, BATCH), 0
+    plan, number, turns = WindowPlan(window, BATCH), 0, 0
     while True:
         steps = plan.steps(number)
-        drawn = make_window({0: group}, np.zeros((len(steps), BATCH), int), seed, steps.start, run)
+        drawn = make_window({0: group}, np.zeros((len(steps), BATCH), int), seed, steps.start, run, {0: turns})
         yield from zip(drawn.label, drawn.row - group.starts[drawn.label], strict=True)
-        number += 1
+        number, turns = number + 1, turns + len(drawn.runs)
 
 
 def accuracy(photos: Photos, run: int, window: int, seed: int, steps: int) -> float:
