@@ -96,7 +96,11 @@ class Resizer:
 
     def __call__(self, data: bytes) -> bytes:
         """The small JPEG of a photo's bytes; raises `BadPhoto`."""
-        return self.encode(self.resize(self.decode(data)))
+        return self.shrink(self.decode(data), data)
+
+    def shrink(self, photo: np.ndarray, data: bytes) -> bytes:
+        """The small JPEG of `photo`, which `decode` made of `data`, or of a crop of it."""
+        return self.encode(self.resize(photo), reduced=self._reduces(photo, data))
 
     def _attempt(self, data: bytes) -> bytes | BadPhoto:
         try:
@@ -125,14 +129,23 @@ class Resizer:
         shrinks = max(photo.shape[:2]) > _MOST_CUBIC * self.size
         return cv2.resize(photo, target, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
 
-    def encode(self, photo: np.ndarray) -> bytes:
-        """`photo` (uint8 [size, size, 3 or 4]) as a JPEG."""
+    def encode(self, photo: np.ndarray, *, reduced: bool = True) -> bytes:
+        """`photo` (uint8 [size, size, 3 or 4]) as a JPEG; `reduced`: it was made of more pixels."""
         colours = "RGB" if photo.shape[2] == 3 else "RGBX"
         jpeg = simplejpeg.encode_jpeg(photo, self.quality, colours, "420", fastdct=True)
-        if self.resize_filter != "fast":
+        if self.resize_filter != "fast" or not reduced:
             return jpeg
         start, table = _fitted_table(self.quality)
         return jpeg[:start] + table + jpeg[start + len(table) :]
+
+    def _reduces(self, photo: np.ndarray, data: bytes) -> bool:
+        if photo.shape[:2] != (self.size, self.size):
+            return min(photo.shape[:2]) >= self.size
+        try:
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:  # another format, which is decoded at its own size
+            return False
+        return min(height, width) > self.size
 
     def jpeg_header(self, data: bytes) -> JpegHeader:
         """The header of a JPEG; raises `BadPhoto` where that much is bad."""
@@ -210,7 +223,7 @@ def _fitted_table(quality: int) -> tuple[int, bytes]:
 
 def cpu_codec_name() -> str:
     """What decides the bytes of a JPEG: libraries with versions, and that the fast way's table is fitted."""
-    return f"simplejpeg {simplejpeg.__version__}, OpenCV {cv2.__version__}, fitted table"
+    return f"simplejpeg {simplejpeg.__version__}, OpenCV {cv2.__version__}, table fitted to reductions"
 
 
 def _bad_jpeg(data: bytes, error: ValueError) -> BadPhoto:

@@ -87,7 +87,7 @@ class SampleMaker:
             strip = self._resizer.decode(data)
             for sample in samples:
                 crop = cut_crop(strip, float(sample.rpartition("#")[2]))
-                self._waiting[sample] = self._resizer.encode(self._resizer.resize(crop))
+                self._waiting[sample] = self._resizer.shrink(crop, data)
         except BadPhoto as bad:
             for sample in samples:
                 self._waiting[sample] = bad

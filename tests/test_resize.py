@@ -72,6 +72,21 @@ def test_what_the_fast_way_tells_decoders_brings_photos_nearer_to_a_lanczos_redu
     assert np.mean(gains) > 1.005
 
 
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+def test_photos_of_the_size_asked_for_are_encoded_as_they_are(form):
+    data = saved(Image.fromarray(picture(64, 3)), format=form)
+    resizer = Resizer(64, 90)
+    assert resizer(data) == simplejpeg.encode_jpeg(
+        resizer.decode(data)[:, :, :3].copy(), 90, "RGB", "420", fastdct=True
+    )
+    smaller = resizer.decode(saved(Image.fromarray(picture(48, 3)), format=form))
+    assert resizer.shrink(smaller, data) == resizer.encode(resizer.resize(smaller), reduced=False)
+    whole = saved(Image.fromarray(picture(128, 3)), format=form)
+    assert (
+        JpegImageFile(io.BytesIO(resizer(whole))).quantization != JpegImageFile(io.BytesIO(resizer(data))).quantization
+    )
+
+
 def test_a_png_called_jpg_is_read_for_what_it_is():
     photo = picture(128, 2)
     assert np.abs(small(saved(Image.fromarray(photo), format="PNG")) - expected(photo)).mean() < 3
