@@ -276,6 +276,23 @@ def test_an_overflow_in_the_models_gradient_halves_the_scale_and_leaves_the_mode
         assert torch.equal(old, new)
 
 
+def test_batch_norms_are_averaged_with_the_weights() -> None:
+    engine = engine_with_loss(ema=0.9)
+
+    def numbers() -> list[Tensor]:
+        state = engine.model.state_dict()
+        return [state[name].double() for name in state if not name.endswith("num_batches_tracked")]
+
+    expected = numbers()
+    for step in range(4):
+        engine.step(step, *a_batch())
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = [decay * e + (1 - decay) * now for e, now in zip(expected, numbers(), strict=True)]
+    with engine.averaged():
+        for e, now in zip(expected, numbers(), strict=True):
+            torch.testing.assert_close(now, e, rtol=1e-5, atol=1e-6)
+
+
 def test_the_average_is_what_is_evaluated_and_training_goes_on_with_the_weights() -> None:
     engine = engine_with_loss(ema=0.9)
     for step in range(3):

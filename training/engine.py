@@ -64,7 +64,7 @@ class Engine:
         self.optimizer = make_adam(model.parameters(), config.lr)
         self.rates = Rates(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
-        self.average = Average(self.trained_parameters(), config.ema) if config.ema else None
+        self.average = Average(self._averaged_tensors(), config.ema) if config.ema else None
         self.guard = BufferGuard(model)
         self.position = {group: i for i, group in enumerate(bank.groups)}
         self.dtype = next(model.parameters()).dtype
@@ -74,6 +74,11 @@ class Engine:
     def trained_parameters(self) -> dict[str, Tensor]:
         """The parameters of the model that are trained, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _averaged_tensors(self) -> dict[str, Tensor]:
+        """What a running average is kept of: trained parameters, and the statistics of batch norms that fit them."""
+        statistics = {name: b for name, b in self.model.named_buffers() if b.is_floating_point()}
+        return self.trained_parameters() | statistics
 
     def has_finite_weights(self) -> bool:
         """Whether all weights of the model and of this rank's heads are finite."""
@@ -170,7 +175,7 @@ class Engine:
         self.scaler.update()
         self._forget_gradients(trained)
         if self.average is not None:
-            self.average.update(self.trained_parameters())
+            self.average.update(self._averaged_tensors())
             self.bank.update_averages(trained)
         return True, norm, head_norms
 
@@ -182,17 +187,18 @@ class Engine:
     def start_averages(self) -> None:
         """Let the running averages, if any are kept, begin at the weights as they are."""
         if self.average is not None:
-            self.average.load(self.trained_parameters(), 0)
+            self.average.load(self._averaged_tensors(), 0)
             self.bank.start_averages()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within this block model and heads hold the weights to evaluate: the running averages, if any are kept."""
-        if self.average is None:
+        with self.averaged_model(), self.bank.averaged():
             yield
-            return
-        with self.average.swapped_in(self.trained_parameters()), self.bank.averaged():
-            yield
+
+    def averaged_model(self) -> AbstractContextManager[None]:
+        """`averaged` for the model alone; within it `average.tensors` are the values that training goes on with."""
+        return nullcontext() if self.average is None else self.average.swapped_in(self._averaged_tensors())
 
 
 def seed_model_randomness(seed: int, step: int, rank: int, device: torch.device) -> None:

@@ -28,7 +28,7 @@ from training.checkpoint import (
     training_state,
     training_values,
 )
-from training.distributed import World, averaged_batch_norms, set_running_statistics
+from training.distributed import World, averaged_batch_norms, running_statistics, set_running_statistics
 from training.engine import Engine
 from training.presets import FIXED_BY_CHECKPOINT, STARTS_FROM, TrainConfig, changes, fields_that_differ
 from training.progress import Progress
@@ -124,6 +124,10 @@ def _restore(saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
     if engine.average is not None:
         average = {name: saved.model[name] for name in engine.average.tensors}
         engine.average.load(average, values["average_updates"])
+        averages = values.get("average_batch_norms", [])
+        if len(averages) == run.world.size:
+            with engine.averaged_model():
+                set_running_statistics(engine.model, averages[run.world.rank])
     tensors = {
         name.removeprefix(HEAD_STATE): tensor
         for name, tensor in saved.training.tensors.items()
@@ -137,9 +141,10 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
 
     All ranks must call it; rank 0 writes. JobError where that fails, naming the last whole checkpoint.
     """
-    heads, head_state = run.engine.bank.collect()
-    out = run.config.out
-    statistics: list[Tensor] = []
+    engine, world, out = run.engine, run.world, run.config.out
+    heads, head_state = engine.bank.collect()
+    # Of every rank; the model's are those over all ranks.
+    statistics = {"batch_norms": world.gather(running_statistics(engine.model).cpu()) if world.size > 1 else []}
 
     def write() -> None:
         try:
@@ -158,10 +163,10 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
                 f"{remedy} and go on with --resume"
             ) from error
 
-    with averaged_batch_norms(run.engine.model, run.world) as own:
-        if run.world.size > 1:
-            statistics += run.world.gather(own.cpu())
-        run.world.made_on(run.world.is_main, write)
+    with engine.averaged_model(), averaged_batch_norms(engine.model, world) as own:
+        if world.size > 1 and engine.average is not None:
+            statistics["average_batch_norms"] = world.gather(own.cpu())
+        world.made_on(world.is_main, write)
 
 
 def _refusal(error: OSError | SafetensorError, out: Path) -> tuple[str, str]:
@@ -182,25 +187,24 @@ def _checkpoint(
     progress: Progress,
     heads: dict[int, dict[str, Tensor]],
     head_state: TrainingState,
-    statistics: list[Tensor],
+    statistics: dict[str, list[Tensor]],
     best_by: str | None,
 ) -> Checkpoint:
+    """What is saved, within `averaged_model` of the run's engine."""
     engine = run.engine
-    average = {} if engine.average is None else engine.average.tensors
-    trained = engine.trained_parameters()
     own = training_state(
         {
             "model_optimizer": engine.optimizer.state_dict(),
             "rates": engine.rates.state_dict(),
             "scaler": engine.scaler.state_dict(),
-            "raw": {name: trained[name] for name in average},
+            "raw": {} if engine.average is None else engine.average.tensors,
             "average_updates": 0 if engine.average is None else engine.average.updates,
-            "batch_norms": statistics,  # of every rank; the model's are those over all ranks
         }
+        | statistics
     )
     tensors = own.tensors | {f"{HEAD_STATE}{name}": tensor for name, tensor in head_state.tensors.items()}
     return Checkpoint(
-        model=engine.model.state_dict() | average,
+        model=engine.model.state_dict(),
         heads=heads,
         classes=run.classes,
         config=run.config.to_json(),

@@ -257,7 +257,7 @@ class Trainer:
         """LR@1 in percent on every rank, and whether a signal cut it short; adds LR@N to `values`."""
         assert self.validator is not None
         model = self.engine.model
-        with averaged_batch_norms(model, self.world), self.engine.averaged(), self.accelerator.autocast():
+        with self.engine.averaged(), averaged_batch_norms(model, self.world), self.accelerator.autocast():
             outcome, stopped = self.validator.validate(model, self.engine.bank)
         if stopped:
             return None, True
