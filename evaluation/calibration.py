@@ -66,9 +66,9 @@ class Calibration:
         lr = ", ".join(f"{form} {value:.1f}" for form, value in self.lr_at_1.items())
         form = self.form
         return (
-            f"{form} scores, the best LR@1 of {lr}; temperature {self.temperatures[form]:.2f} takes the calibration "
-            f"error from {self.error_before[form]:.1f} to {self.error_after[form]:.1f} points "
-            f"({self.count:,} queries of {self.queries})"
+            f"fitted to {self.count:,} queries of {self.queries}: {form} scores (LR@1 there: {lr}), temperature "
+            f"{self.temperatures[form]:.2f} (calibration error there from {self.error_before[form]:.1f} to "
+            f"{self.error_after[form]:.1f} points)"
         )
 
 

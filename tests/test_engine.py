@@ -208,7 +208,7 @@ def test_a_step_in_which_a_rank_is_asked_to_stop_changes_nothing() -> None:
         assert torch.equal(old, new)
 
 
-def test_accumulation_gives_the_same_step_as_the_whole_batch() -> None:
+def test_accumulation_gives_the_same_step_as_the_whole_batch_but_for_batch_norms() -> None:
     whole, parts = engine_with_loss(), engine_with_loss(accumulate=3)
     for engine in (whole, parts):
         for module in engine.model.modules():
@@ -249,6 +249,20 @@ def test_clipping_bounds_the_models_gradient_and_reports_its_norm() -> None:
     assert first_gradient(clipped.optimizer) == pytest.approx(1e-6, rel=1e-4)
     for group, optimizer in clipped.bank.optimizers.items():
         assert first_gradient(optimizer) == first_gradient(free.bank.optimizers[group])
+
+
+@pytest.mark.parametrize(("clip", "taken"), [(0.0, True), (1.0, False)])
+def test_whether_a_step_is_taken_depends_on_clipping_and_not_on_what_is_logged(clip: float, taken: bool) -> None:
+    states = []
+    for want_norm in (False, True):
+        engine = engine_with_loss(grad_clip=clip)
+        before = weights_of(engine)
+        engine.model.get_parameter("projection.bias").register_hook(lambda g: g * float("inf"))
+        assert engine.step(0, *a_batch(), want_norm=want_norm).finite is taken
+        states.append(weights_of(engine))
+        assert all(torch.equal(a, b) for a, b in zip(before, states[-1], strict=True)) is not taken
+    for one, other in zip(*states, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def first_gradient(optimizer: torch.optim.Optimizer) -> float:

@@ -70,7 +70,7 @@ def test_an_epochs_line_says_all_in_one_line() -> None:
     line = epoch_line(
         1, 10, "group 1", loss=2.5, accuracy=12.34, rate=1234.5, wait_share=0.031, recall=56.78, seconds_left=200
     )
-    assert line == "epoch  2/10  group 1  loss  2.5000  accuracy  12.3 %  LR@1  56.8 %  1,234 images/s  data wait 3%  left 3 min 20 s"  # fmt: skip  # noqa: E501
+    assert line == "epoch  2/10  group 1  loss  2.5000  train acc  12.3 %  val LR@1  56.8 %  1,234 images/s  data wait 3%  left 3 min 20 s"  # fmt: skip  # noqa: E501
 
 
 def test_an_unknown_or_missing_tracker_is_a_clear_error() -> None:

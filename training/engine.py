@@ -154,19 +154,21 @@ class Engine:
         return nullcontext() if no_sync is None else no_sync()
 
     def _apply(self, trained: list[int], want_norm: bool) -> tuple[bool, float | None, dict[int, float]]:
-        """Step all optimisers; skip the step where the model's gradient is known not to be finite.
+        """Step all optimisers; with --grad-clip skip the step where the model's gradient is not finite. (Without, the
+        next loss tells; to look at each gradient would be to wait for the device.)
 
         Returns whether it was taken, and the norms of the gradients where they are wanted.
         """
         optimizers = [self.optimizer] + [self.bank.optimizers[group] for group in trained]
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        norm = None
-        if self.config.grad_clip or want_norm:
-            limit = self.config.grad_clip or math.inf
-            norm = float(nn.utils.clip_grad_norm_(self.trained_parameters().values(), limit))
+        norm, trained_parameters = None, self.trained_parameters().values()
+        if self.config.grad_clip:
+            norm = float(nn.utils.clip_grad_norm_(trained_parameters, self.config.grad_clip))
+        elif want_norm:
+            norm = float(nn.utils.get_total_norm([p.grad for p in trained_parameters if p.grad is not None]))
         head_norms = self.bank.gradient_norms(trained) if want_norm else {}
-        if norm is not None and not math.isfinite(norm) and not self.scaler.is_enabled():
+        if self.config.grad_clip and not math.isfinite(norm or 0.0) and not self.scaler.is_enabled():
             self._forget_gradients(trained)
             self.guard.restore()
             return False, norm, head_norms

@@ -67,9 +67,10 @@ class TrainConfig:
     epochs: int = 500
     """Epochs to train."""
     batch_size: int = 64
-    """Images of a step, over all processes."""
+    """Images of a step, over all processes; batch norms see those of one process."""
     accumulate: int = 1
-    """Parts that a process cuts its share of the batch into, to fit memory; the step is the same."""
+    """Parts that a process cuts its share of the batch into, to fit memory; the step is the same but for batch norms,
+    which see a part at a time."""
     image_size: int = 224
     """Side of the training crops in pixels; queries get 256/224 of it as their shorter side."""
 

@@ -23,7 +23,8 @@ def torch_errors_told() -> Iterator[None]:
         if found := re.search(r"DefaultCPUAllocator: .*?tried to allocate (\d+) bytes", str(error)):
             raise JobError(
                 f"not enough memory: {format_bytes(int(found[1]))} more were asked for; less is needed with a smaller "
-                "--batch-size, --image-size or --descriptor-dim, or --accumulate 4 (the same step in parts)"
+                "--batch-size, --image-size or --descriptor-dim, or --accumulate 4 (the same step in parts, batch "
+                "norms aside)"
             ) from error
         from torch._dynamo.exc import TorchDynamoException  # seconds, which a run that compiles has spent already
 
@@ -41,6 +42,6 @@ def torch_errors_told() -> Iterator[None]:
 def _out_of_memory(error: torch.OutOfMemoryError) -> JobError:
     what = ". ".join(str(error).split(". ")[:2])
     return JobError(
-        f"{what}; less is needed with --accumulate 4 (the same step in parts), --precision bf16, --offload-heads, or "
-        "--shard-head on several GPUs"
+        f"{what}; less is needed with --accumulate 4 (the same step in parts, batch norms aside), --precision bf16, "
+        "--offload-heads, or --shard-head on several GPUs"
     )

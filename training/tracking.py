@@ -174,10 +174,10 @@ def epoch_line(
         f"epoch {epoch + 1:>{len(str(epochs))}}/{epochs}",
         groups,
         f"loss {loss:7.4f}",
-        f"accuracy {accuracy:5.1f} %",
+        f"train acc {accuracy:5.1f} %",
     ]
     if recall is not None:
-        parts.append(f"LR@1 {recall:5.1f} %")
+        parts.append(f"val LR@1 {recall:5.1f} %")
     return "  ".join([*parts, pace(rate, wait_share, seconds_left)])
 
 

@@ -329,7 +329,7 @@ class Trainer:
         lines = [warning] if (warning := launch_warning(self.world)) else []
         lines += [
             f"{config.backbone}, {config.head} heads of {format_count(len(self.groups), 'group')} "
-            f"with {format_count(len(self.classes), 'class')}, {trained:,} trained numbers in the model",
+            f"with {format_count(len(self.classes), 'class')}, {trained:,} trained parameters in the model",
             f"{config.schedule} schedule, {format_count(self.world.size, 'process')} on {self.world.device.type}, "
             f"{config.precision}, batch {config.batch_size}, {format_count(self.total_steps, 'step')}",
         ]
