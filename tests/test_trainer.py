@@ -16,6 +16,7 @@ from tiny_run import write_run
 
 import training.trainer as trainer_module
 from shards.console import JobError
+from shards.dataset import Dataset
 from shards.names import parse_name
 from training.assembly import check_against_world
 from training.backbones import make_backbone
@@ -97,6 +98,21 @@ def test_a_warmup_as_long_as_the_run_is_told(
 ) -> None:
     train_here(configure(shards, tmp_path / "r", epochs=1, lr_schedule="cosine", warmup_steps=warmup))
     assert ("warning: --warmup-steps 8 of 8 steps: the learning rate never gets" in capsys.readouterr().out) == warned
+
+
+def test_windows_of_few_runs_for_many_classes_are_told(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream: dict[str, object] = {"read": "stream", "stream_run": 8, "epochs": 1}
+    classes = max(Dataset.open(shards).classes.count(group) for group in range(4))
+    train_here(configure(shards, tmp_path / "r", stream_window=8 * classes, **stream))
+    assert "less accurate than --read indexed" not in capsys.readouterr().out
+    train_here(configure(shards, tmp_path / "r2", stream_window=8 * classes - 8, **stream))
+    assert (
+        f"holds {classes - 1} runs of each group at a time where one has {classes} classes" in capsys.readouterr().out
+    )
+    train_here(configure(shards, tmp_path / "r3", stream_window=8 * classes, schedule="joint", **stream))
+    assert "less accurate than --read indexed" in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_with_other_queries_or_none_chooses_its_best_anew(

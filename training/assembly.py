@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
 from shards.classes import ClassTable
-from shards.console import JobError, WrongArguments
+from shards.console import JobError, WrongArguments, format_count
 from shards.dataset import Dataset
 from shards.loader import Loader
 from shards.sampler import Schedule
@@ -60,6 +60,20 @@ def launch_warning(world: World) -> str | None:
             "torchrun --standalone --nproc_per_node N -- training/train.py ..."
         )
     return None
+
+
+def stream_warning(config: TrainConfig, classes: ClassTable) -> str | None:
+    """A window of few runs for a group's classes mixes photos badly; say so, and what mixes them better."""
+    groups = classes.groups
+    at_once = len(groups) if config.schedule == "joint" else 1
+    runs, most = config.stream_window // (config.stream_run * at_once), max(classes.count(g) for g in groups)
+    if config.read != "stream" or most <= runs:
+        return None
+    return (
+        f"warning: --read stream holds {format_count(runs, 'run')} of each group at a time where one has "
+        f"{format_count(most, 'class')}: less accurate than --read indexed; a larger --stream-window or a smaller "
+        "--stream-run mixes better"
+    )
 
 
 def check_against_world(config: TrainConfig, world: World, groups: int) -> None:

@@ -24,6 +24,7 @@ from training.assembly import (
     make_world,
     memory_in_use,
     profile_folder,
+    stream_warning,
 )
 from training.checkpoint import best_checkpoint, list_checkpoints
 from training.distributed import averaged_batch_norms, to_device
@@ -326,7 +327,8 @@ class Trainer:
     def _description(self) -> str:
         config, model = self.config, self.engine.model
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        lines = [warning] if (warning := launch_warning(self.world)) else []
+        warnings = (launch_warning(self.world), stream_warning(config, self.classes))
+        lines = [warning for warning in warnings if warning]
         lines += [
             f"{config.backbone}, {config.head} heads of {format_count(len(self.groups), 'group')} "
             f"with {format_count(len(self.classes), 'class')}, {trained:,} trained parameters in the model",
