@@ -179,6 +179,16 @@ def test_links_of_a_page_lead_to_files(page: str) -> None:
         assert target.startswith("http") or ((ROOT / page).parent / target).exists(), f"{page}: {target}"
 
 
+def test_the_loader_gives_batches_as_the_page_on_architecture_says(dataset, capsys) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), re.DOTALL)
+    for there, here in (("data/sf-xl-shards", str(dataset.path)), ("1000", "2")):
+        assert there in code
+        code = code.replace(there, here)
+    exec(code, {})
+    sizes = "torch.Size([64, 224, 224, 3]) torch.Size([64])"
+    assert capsys.readouterr().out == f"0 {sizes}\n1 {sizes}\n"
+
+
 def test_modules_that_the_page_on_architecture_names_exist() -> None:
     """A name without a folder is in the folder named before it in its row."""
     for row in re.findall(r"^\|.*\.py.*\|$", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE):
