@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from preprocessing.coordinates import locate
 from preprocessing.finishing import State
 from preprocessing.photos import Bad, Listing
-from preprocessing.plan import class_order, when_and_whither
+from preprocessing.plan import class_order, headings_and_timestamps
 from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, read_bad
 from preprocessing.sources import Source, prefix, split_sample, turns
 from shards.classes import ClassTable, cell_index, group_of
@@ -40,7 +40,7 @@ def plan_addition(
     places, _, names, named_bad = locate(listing, zone, state.classes.southern if zone else None)
     usable = np.isfinite(places.east)
     fresh = np.flatnonzero(usable & ~np.isin(names, _known(out, sources, source)))
-    headings, timestamps = when_and_whither(places, fresh)
+    headings, timestamps = headings_and_timestamps(places, fresh)
     paths = pc.binary_join_element_wise(prefix(number), listing.paths.take(pa.array(fresh)).cast(pa.string()), "")
     columns = {
         "source": paths,

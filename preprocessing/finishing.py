@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from preprocessing.claim import claimed
 from preprocessing.photos import Bad
-from preprocessing.plan import Plan, Settings, when_and_whither
+from preprocessing.plan import Plan, Settings, headings_and_timestamps
 from preprocessing.revisions import SKIPPED_COLUMNS, Revision, read_bad, revisions, write_bad, write_table
 from preprocessing.shard_task import ShardResult
 from shards.checksums import seal
@@ -52,7 +52,7 @@ class State:
     @staticmethod
     def of_plan(plan: Plan) -> "State":
         """The state after the first build."""
-        headings, timestamps = when_and_whither(plan.places, plan.skipped)
+        headings, timestamps = headings_and_timestamps(plan.places, plan.skipped)
         columns = {
             "source": plan.paths.take(pa.array(plan.skipped)).cast(pa.string()),
             "east": plan.places.east[plan.skipped],

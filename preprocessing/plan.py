@@ -162,11 +162,11 @@ class Plan:
             self.label[rows].tolist(),
             self.places.east[rows].tolist(),
             self.places.north[rows].tolist(),
-            *when_and_whither(self.places, rows),
+            *headings_and_timestamps(self.places, rows),
         )
 
 
-def when_and_whither(places: Places, rows: np.ndarray) -> tuple[list[float | None], list[str | None]]:
+def headings_and_timestamps(places: Places, rows: np.ndarray) -> tuple[list[float | None], list[str | None]]:
     """Headings and timestamps of photos as JSON values: as a list gave them, or None where the names say it."""
     if places.heading is None or places.timestamp is None:
         return [None] * len(rows), [None] * len(rows)

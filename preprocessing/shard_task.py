@@ -85,7 +85,7 @@ def write_shard(
                         east=task.east[i],
                         north=task.north[i],
                         source=sample,
-                        **_when_and_whither(task, i, maker),
+                        **_heading_and_timestamp(task, i, maker),
                     )
                     result.images += 1
                     result.jpeg_bytes += len(jpeg)
@@ -110,7 +110,7 @@ def went_away(out: Path) -> JobError:
     return JobError(f"{out}: the output folder went away; bring it back and run the same command again")
 
 
-def _when_and_whither(task: ShardTask, i: int, maker: SampleMaker) -> dict[str, Any]:
+def _heading_and_timestamp(task: ShardTask, i: int, maker: SampleMaker) -> dict[str, Any]:
     """Heading and timestamp of a sample, from the plan where a list gave them, otherwise from the photo's name."""
     sample = task.sources[i]
     heading, timestamp = task.headings[i], task.timestamps[i]
