@@ -84,8 +84,8 @@ class ClassRanker:
 
     def blocks(self, queries: int) -> Iterator[tuple[int, Tensor, slice, slice]]:
         """Blocks for so many queries: group number, weights [c, D], columns, and these with the filled-up ones."""
-        size = classes_in_cache(queries)
         for number, (start, head) in enumerate(zip(self.starts, self.heads.values(), strict=True)):
+            size = classes_in_cache(queries) if self.device.type == "cpu" else head.classes
             for first in range(0, head.classes, size):
                 weight = head.weight.detach()[first : first + size]
                 end = start + first + len(weight)

@@ -3,6 +3,7 @@
 import math
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState
 from tiny import class_table
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from shards.console import JobError
 from shards.sampler import slots_of_rank
+from training.assembly import make_accelerator
 from training.distributed import World, averaged_batch_norms, batch_norms, join_after_restart
 from training.engine import Engine
 from training.head_bank import HeadBank
@@ -230,6 +234,30 @@ def join(rank: int, port: int, attempt: int) -> None:
     dist.all_reduce(total)
     assert total == 2
     os._exit(0)  # as one that is killed: it takes nothing back from the store
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_processes_wait_for_each_other_longer_than_nccls_ten_minutes(
+    monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def join(*_: Any, **options: Any) -> None:
+        asked.update(options)
+        raise JobError("joined")
+
+    launch = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    launch |= {"LOCAL_WORLD_SIZE": "2"}  # Accelerate sets it where it is not
+    launch |= {"TORCHELASTIC_RESTART_COUNT": str(int(restarted)), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", join)
+    monkeypatch.setattr(dist, "TCPStore", lambda *_, **__: dist.HashStore())
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(JobError, match="joined"):
+        make_accelerator(TrainConfig(shards="shards", out=Path("run"), cpu=True))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert asked["timeout"] == timedelta(minutes=30)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from shards.classes import ClassTable
 from shards.console import JobError, WrongArguments, format_count
@@ -21,7 +21,7 @@ from shards.loader import Loader
 from shards.sampler import Schedule
 from shards.stream import StreamSettings
 from training.checkpoint import list_checkpoints
-from training.distributed import World, join_after_restart, settle_buckets
+from training.distributed import PATIENCE, World, join_after_restart, settle_buckets
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.memory import keep_freed_memory
@@ -40,8 +40,11 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
         mixed_precision="no" if config.precision == "fp32" else config.precision,
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=str(config.out),
-        # Ranks keep their own batch-norm statistics; they are averaged before saving and validating.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            # Ranks keep their own batch-norm statistics; they are averaged before saving and validating.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
     return accelerator, config
 

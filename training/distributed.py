@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,10 @@ from torch import Tensor, nn
 from shards.console import JobError, describe_os_error, is_systems
 
 T = TypeVar("T")
+
+# What gloo waits too. NCCL's own ten minutes end a run whose first process writes an index or a checkpoint to a slow
+# disk, or whose storage is away for a while.
+PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ def join_after_restart(backend: str) -> None:
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = dist.PrefixStore(f"restart-{attempt}", dist.TCPStore(address, port, size, is_master=False))
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 
 def settle_buckets(wrapped: nn.Module) -> None:
