@@ -172,7 +172,7 @@ def test_what_processes_tell_each_other_lies_on_the_gpu(options: dict[str, Any])
     engine = make_engine(SECOND, **options)
     train(engine)
     engine.bank.collect()
-    with averaged_batch_norms(engine.model, engine.world), engine.averaged():
+    with engine.averaged(), averaged_batch_norms(engine.model, engine.world):
         pass
 
 
@@ -269,8 +269,6 @@ def test_answers_with_confidence_and_uncertainty_come_from_the_device(
 
 
 def test_a_gpu_takes_a_groups_classes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranker = make_ranker(
-        monkeypatch, side=100
-    )  # 2,500 classes a group, more than are in a CPU's cache beside 256 queries
+    ranker = make_ranker(monkeypatch, side=100)  # 2,500 classes a group
     assert classes_in_cache(256) < 2500
     assert [number for number, *_ in ranker.blocks(256)] == [0, 1, 2, 3]
