@@ -435,6 +435,16 @@ def test_the_larger_copy_that_the_benchmark_reads_from_a_slow_disk_is_a_data_set
     assert len(take(make_loader(large), 0, 2)) == 2
 
 
+def test_the_benchmark_takes_no_time_for_a_gpu_that_no_loader_uses():
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import loader\n"
+        "torch.cuda.is_available = lambda: True; torch.cuda.synchronize = lambda: sys.exit('began to use the GPU')\n"
+        "loader.rate(iter(lambda: 1, None), 0.01)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "tests" / "benchmarks"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_the_quick_benchmark_leaves_its_two_rows_as_json(dataset, tmp_path):
     command = [sys.executable, ROOT / "tests" / "benchmarks" / "loader.py", "--quick", "--shards", dataset.path]

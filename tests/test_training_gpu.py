@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,9 +41,9 @@ needs_dali = pytest.mark.skipif(choose_decoder("auto", torch.device("cuda")) != 
 DECODERS = ["cpu", pytest.param("dali", marks=needs_dali)]
 
 
-def train_on_gpu(shards: Path, out: Path, interruption: Interruption | None = None, **values: object) -> Trainer:
+def train_on_gpu(shards: Path, out: Path, asked: Interruption | None = None, **values: Any) -> Trainer:
     settings = {"cpu": False, "decoder": "cpu", "lr": 1e-4, "head_lr": 1e-3, "iterations_per_epoch": 4, "epochs": 4}
-    return train_here(configure(shards, out, **{**settings, **values}), interruption)
+    return train_here(configure(shards, out, **{**settings, **values}), asked)
 
 
 @pytest.mark.parametrize("schedule", ["sequential", "joint"])
@@ -50,7 +51,7 @@ def train_on_gpu(shards: Path, out: Path, interruption: Interruption | None = No
 def test_a_step_waits_for_the_device_only_for_its_losses(
     shards: Path, tmp_path: Path, schedule: str, precision: str
 ) -> None:
-    options = {"ema": 0.9, "colour_jitter": 0.2, "accumulate": 3}
+    options: dict[str, Any] = {"ema": 0.9, "colour_jitter": 0.2, "accumulate": 3}
     trainer = train_on_gpu(shards, tmp_path / "r", schedule=schedule, precision=precision, **options)
     images = torch.randint(256, (16, 32, 32, 3), dtype=torch.uint8, device="cuda")
     labels = torch.zeros(16, dtype=torch.int64, device="cuda")
@@ -81,7 +82,7 @@ def test_the_losses_are_those_of_the_cpu(
     shards: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    options: dict[str, object],
+    options: dict[str, Any],
     tolerance: float,
     steps: int,
 ) -> None:
@@ -96,7 +97,7 @@ def test_the_losses_are_those_of_the_cpu(
 
 @pytest.mark.parametrize("options", [{"precision": "fp16", "ema": 0.9}, {"offload_heads": True}])
 def test_a_run_that_resumes_goes_on_with_the_losses_of_one_that_did_not_stop(
-    shards: Path, tmp_path: Path, options: dict[str, object]
+    shards: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     train_on_gpu(shards, tmp_path / "whole", **options)
     train_on_gpu(shards, tmp_path / "parts", **options, epochs=2)
@@ -150,7 +151,7 @@ def test_answers_are_those_of_the_cpu(queries: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("options", [{"precision": "fp32"}, {"precision": "bf16", "schedule": "joint", "ema": 0.5}])
 def test_validation_on_the_device_has_the_recall_of_the_saved_checkpoint_on_the_cpu(
-    shards: Path, queries: Path, tmp_path: Path, options: dict[str, object]
+    shards: Path, queries: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     trainer = train_on_gpu(shards, tmp_path / "r", val_queries=queries, **options)
     one_query = 100 / len(list(queries.iterdir()))
@@ -167,7 +168,7 @@ def test_a_profile_holds_what_ran_on_the_device(shards: Path, tmp_path: Path) ->
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on(shards: Path, tmp_path: Path, decoder: str) -> None:
     asked = Interruption()
     asked.received = "SIGTERM"
-    stopped = train_on_gpu(shards, tmp_path / "r", decoder=decoder, interruption=asked)
+    stopped = train_on_gpu(shards, tmp_path / "r", asked, decoder=decoder)
     assert stopped.progress.step == 0
     assert train_on_gpu(shards, tmp_path / "r", decoder=decoder, resume=True).progress.step == 16
 
@@ -176,8 +177,8 @@ def launch(words: list[str], processes: int) -> subprocess.Popen[str]:
     command = [sys.executable]
     if processes:
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*command, str(ROOT / "training" / "train.py"), *words], cwd=ROOT, text=True, **pipes)
+    command += [str(ROOT / "training" / "train.py"), *words]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -208,7 +209,7 @@ def test_a_process_that_gets_a_signal_while_photos_are_decoded_leaves_in_order(
     ids=lambda options: " ".join(map(str, options.values())),
 )
 def test_processes_on_all_gpus_train_validate_save_and_go_on(
-    shards: Path, queries: Path, tmp_path: Path, options: dict[str, object]
+    shards: Path, queries: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     processes = min(4, torch.cuda.device_count())
     if processes == 1:
@@ -252,7 +253,7 @@ def test_a_head_in_parts_has_through_nccl_the_losses_of_a_whole_one(sample_rate:
 
 @pytest.mark.usefixtures("nccl")
 @pytest.mark.parametrize("options", [{}, {"channels_last": True, "compile": True}])
-def test_a_step_goes_through_ddp(tmp_path: Path, options: dict[str, object]) -> None:
+def test_a_step_goes_through_ddp(tmp_path: Path, options: dict[str, Any]) -> None:
     config = configure("shards", tmp_path, cpu=False, schedule="joint", accumulate=2, grad_clip=1.0, **options)
     model = GeoModel("small_cnn", "none", 0).cuda()
     if config.channels_last:
