@@ -296,10 +296,10 @@ def test_more_processes_than_gpus_are_one_line_before_nccl_meets_itself(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(JobError, match="8 processes were started here for 4 GPUs; give --num_processes 4 ") as error:
-        make_world(here) if opens == "training" else open_world().__enter__()  # type: ignore[arg-type]
+        make_world(here) if opens == "training" else open_world().__enter__()
     assert "\n" not in str(error.value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert make_world(here).size == 8  # type: ignore[arg-type]
+    assert make_world(here).size == 8
 
 
 def test_batch_norms_over_several_gpus_are_not_compiled(shards: Path, tmp_path: Path) -> None:
