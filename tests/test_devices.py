@@ -179,8 +179,7 @@ def test_what_processes_tell_each_other_lies_on_the_gpu(options: dict[str, Any])
 @torch.no_grad()
 @pytest.mark.usefixtures("nccl")
 def test_the_backward_of_a_head_in_parts_mixes_no_devices() -> None:
-    head = Head("AAMC", 32, 10_000)
-    group: Any = object()
+    head, group = Head("AAMC", 32, 10_000), dist.group.WORLD
     head.to(GPU)
     descriptors, labels = torch.zeros(16, 32, device=GPU), torch.zeros(16, dtype=torch.int64, device=GPU)
     saved, mine = Saved(), torch.zeros(16, dtype=torch.bool, device=GPU)

@@ -28,6 +28,7 @@ from torchvision.transforms.functional import resized_crop
 from shards.batch import BatchPlan, Source
 from shards.console import JobError
 from shards.dataset import Dataset
+from shards.decode_cpu import CpuDecoder
 from shards.index import open_index
 from shards.loader import Loader, choose_decoder
 from shards.reader import ShardReader
@@ -434,6 +435,16 @@ def test_the_larger_copy_that_the_benchmark_reads_from_a_slow_disk_is_a_data_set
     assert len(take(make_loader(large), 0, 2)) == 2
 
 
+def test_the_benchmark_takes_no_time_for_a_gpu_that_no_loader_uses():
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import loader\n"
+        "torch.cuda.is_available = lambda: True; torch.cuda.synchronize = lambda: sys.exit('began to use the GPU')\n"
+        "loader.rate(iter(lambda: 1, None), 0.01)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, ROOT / "tests" / "benchmarks"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_the_quick_benchmark_leaves_its_two_rows_as_json(dataset, tmp_path):
     command = [sys.executable, ROOT / "tests" / "benchmarks" / "loader.py", "--quick", "--shards", dataset.path]
@@ -448,3 +459,50 @@ def test_the_quick_benchmark_leaves_its_two_rows_as_json(dataset, tmp_path):
     for row in rows:
         assert row["images_per_second"] > 0
         assert row["name"] in done.stdout
+
+
+def check_that_a_refused_batch_is_decoded_by_the_cpu(dataset, monkeypatch, **options) -> None:
+    from nvidia.dali.pipeline import Pipeline
+
+    clean = take(make_loader(dataset, decoder="dali", **options), 0, 8)
+    calls, refused = [], []
+    share, decode = Pipeline.share_outputs, CpuDecoder._decode_one
+
+    def refuse_the_third_batch(self):
+        calls.append(self)
+        if len(calls) == 3:
+            raise RuntimeError("Failed to decode sample #5\nStack trace")
+        return share(self)
+
+    def refuse_the_first_photo(self, jpeg, box, out):
+        refused.append(jpeg)
+        if len(refused) == 1:
+            raise ValueError("damaged")
+        decode(self, jpeg, box, out)
+
+    monkeypatch.setattr(Pipeline, "share_outputs", refuse_the_third_batch)
+    monkeypatch.setattr(CpuDecoder, "_decode_one", refuse_the_first_photo)
+    loader = make_loader(dataset, decoder="dali", threads=1, **options)
+    found = take(loader, 0, 8)
+    assert loader.failures == 1
+    assert calls[1] is not calls[3]
+    others = [*range(2), *range(3, 8)]
+    assert same([clean[step] for step in others], [found[step] for step in others])
+    assert found[2][0].device == clean[2][0].device
+    difference = (found[2][0].float() - clean[2][0].float()).abs().mean((1, 2, 3))
+    assert int((difference > 5).sum()) == 1
+
+
+def test_a_batch_that_dali_refuses_is_decoded_by_the_cpu_and_dali_goes_on(dataset, monkeypatch):
+    check_that_a_refused_batch_is_decoded_by_the_cpu(dataset, monkeypatch)
+
+
+def test_a_batch_of_sound_photos_that_dali_refuses_is_one_line_with_its_words(dataset, monkeypatch):
+    from nvidia.dali.pipeline import Pipeline
+
+    def refuse(self):
+        raise RuntimeError("CUDA out of memory\nStack trace (1 entry)")
+
+    monkeypatch.setattr(Pipeline, "share_outputs", refuse)
+    with pytest.raises(JobError, match=r"step 3: DALI failed on photos that are sound: CUDA out of memory$"):
+        take(make_loader(dataset, decoder="dali"), 3, 5)

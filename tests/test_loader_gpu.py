@@ -2,8 +2,18 @@
 
 import pytest
 import torch
-from test_loader import damage, make_loader, same, spoil_some_photos, take
+from test_loader import (
+    check_that_a_refused_batch_is_decoded_by_the_cpu,
+    damage,
+    make_loader,
+    same,
+    spoil_some_photos,
+    take,
+)
 
+from shards.loader import choose_decoder
+
+needs_dali = pytest.mark.skipif(choose_decoder("auto", torch.device("cuda")) != "dali", reason="needs NVIDIA DALI")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -15,6 +25,7 @@ def test_cpu_threads_write_batches_into_pinned_memory(dataset):
         assert batch.images.is_pinned()
 
 
+@needs_dali
 def test_dali_leaves_the_images_on_the_device_and_carries_out_the_draws_of_the_cpu(dataset):
     for image_size, tolerance in [(64, 2.0), (32, 6.0)]:  # nvJPEG interpolates colour in another way
         cpu = take(make_loader(dataset, decoder="cpu", image_size=image_size), 0, 6)
@@ -26,6 +37,7 @@ def test_dali_leaves_the_images_on_the_device_and_carries_out_the_draws_of_the_c
             assert (a[0].float() - b[0].cpu().float()).abs().mean() < tolerance
 
 
+@needs_dali
 def test_a_batch_keeps_its_pixels_while_later_ones_are_decoded_and_the_device_is_busy(dataset):
     loader = make_loader(dataset, decoder="dali", device="cuda")
     weights = torch.rand(4096, 4096, device="cuda")
@@ -40,6 +52,7 @@ def test_a_batch_keeps_its_pixels_while_later_ones_are_decoded_and_the_device_is
     assert all(torch.equal(a, b[0]) for a, b in zip(kept[4:], again, strict=True))
 
 
+@needs_dali
 def test_dali_replaces_damaged_photos_on_the_device(dataset, tmp_path):
     loader = make_loader(damage(dataset, tmp_path, spoil_some_photos), decoder="dali", device="cuda")
     loader._source.max_bad_share = 1.0
@@ -49,6 +62,7 @@ def test_dali_replaces_damaged_photos_on_the_device(dataset, tmp_path):
     assert min(float(b[0].float().std((1, 2, 3)).min()) for b in batches) > 1
 
 
+@needs_dali
 def test_memory_of_the_device_stays_flat_over_200_group_switches(dataset):
     loader = make_loader(dataset, decoder="dali", device="cuda")
     take(loader, 0, 20)
@@ -59,7 +73,13 @@ def test_memory_of_the_device_stays_flat_over_200_group_switches(dataset):
     assert free - torch.cuda.mem_get_info()[0] < 256 << 20
 
 
+@needs_dali
 @pytest.mark.parametrize("mode", ["indexed", "stream"])
 def test_resuming_gives_the_same_pixels_on_the_device(dataset, mode):
     whole = take(make_loader(dataset, decoder="dali", device="cuda", mode=mode), 0, 9)
     assert same(whole[5:], take(make_loader(dataset, decoder="dali", device="cuda", mode=mode), 5, 9))
+
+
+@needs_dali
+def test_a_batch_that_dali_refuses_is_decoded_by_the_cpu_and_comes_to_the_device(dataset, monkeypatch):
+    check_that_a_refused_batch_is_decoded_by_the_cpu(dataset, monkeypatch, device="cuda")

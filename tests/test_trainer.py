@@ -5,6 +5,7 @@ import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -15,10 +16,11 @@ from tiny import arguments, assess_run, class_table, configure, train, train_her
 from tiny_run import write_run
 
 import training.trainer as trainer_module
+from evaluation.comparison import open_world
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.names import parse_name
-from training.assembly import check_against_world
+from training.assembly import check_against_world, make_world
 from training.backbones import make_backbone
 from training.checkpoint import best_checkpoint, list_checkpoints, load_checkpoint, load_for_evaluation
 from training.distributed import World
@@ -299,6 +301,21 @@ def test_settings_that_the_data_set_or_the_machine_cannot_serve_are_one_clear_li
             train_here(configure(shards, tmp_path / "r", **settings))
         assert "\n" not in str(error.value)
         assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("opens", ["training", "evaluation"])
+def test_more_processes_than_gpus_are_one_line_before_nccl_meets_itself(
+    monkeypatch: pytest.MonkeyPatch, opens: str
+) -> None:
+    here = SimpleNamespace(device=torch.device("cuda", 1), process_index=5, num_processes=8)
+    monkeypatch.setattr("evaluation.comparison.PartialState", lambda **_: here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(JobError, match="8 processes were started here for 4 GPUs; give --num_processes 4 ") as error:
+        make_world(here) if opens == "training" else open_world().__enter__()
+    assert "\n" not in str(error.value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert make_world(here).size == 8
 
 
 def test_batch_norms_over_several_gpus_are_not_compiled(shards: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from shards.loader import Loader
 from shards.sampler import Schedule
 from shards.stream import StreamSettings
 from training.checkpoint import list_checkpoints
-from training.distributed import PATIENCE, World, join_after_restart, settle_buckets
+from training.distributed import PATIENCE, World, check_gpus, join_after_restart, settle_buckets
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.memory import keep_freed_memory
@@ -50,7 +50,8 @@ def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
 
 
 def make_world(accelerator: Accelerator) -> World:
-    """This process among those of its launch."""
+    """This process among those of its launch; JobError where GPUs are missing."""
+    check_gpus(accelerator.device)
     return World(accelerator.process_index, accelerator.num_processes, accelerator.device)
 
 

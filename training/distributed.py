@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from shards.console import JobError, describe_os_error, is_systems
+from shards.console import JobError, describe_os_error, format_count, is_systems
 
 T = TypeVar("T")
 
@@ -87,6 +87,16 @@ class World:
                 _exchange(dist.irecv, buffer, source)
                 received[name] = buffer.cpu()
         return received
+
+
+def check_gpus(device: torch.device) -> None:
+    """JobError where this machine's processes are more than its GPUs, of which NCCL wants one for each."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cuda" and processes > (gpus := torch.cuda.device_count()):
+        raise JobError(
+            f"{processes} processes were started here for {format_count(gpus, 'GPU')}; give --num_processes {gpus} "
+            "(of several machines the sum) or, on the CPU, --cpu"
+        )
 
 
 def _exchange(operation: Callable[..., Any], tensor: Tensor, peer: int) -> None:
