@@ -218,7 +218,8 @@ def evaluate_set(
 def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world: World) -> Calibration | None:
     """Form and temperatures from validation queries, each rank ranking its share; None where none can be scored.
 
-    All ranks must call it, and all get the same.
+    An answer is right within 25 m, whatever the threshold of `settings`: all programs that answer use what is fitted
+    here. All ranks must call it, and all get the same.
     """
     located = np.flatnonzero(queries.located)[world.rank :: world.size]
     paths = [queries.paths[i] for i in located]
@@ -233,13 +234,13 @@ def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world:
             described.vectors[torch.from_numpy(described.readable)],
             forms=RANKING_FORMS,
             temperatures=TEMPERATURES,
-            threshold=settings.threshold,
+            threshold=THRESHOLD_METRES,
             title=title and f"{title}: calibrating",
         )
         east, north = queries.east[kept], queries.north[kept]
         for form, (rows, confidence) in found.items():
             errors = cell_distances(rows[:, None], localiser.classes, east, north)[:, 0]
-            own[form] = (errors <= np.float32(settings.threshold), confidence)
+            own[form] = (errors <= np.float32(THRESHOLD_METRES), confidence)
     everyone = [part for part in world.gather(own) if part]
     fitted = None
     if world.is_main and everyone:
