@@ -24,7 +24,7 @@ from evaluation.measures import (
     percent,
     recall_curve,
 )
-from evaluation.ranking import OWN_FORMS, RANKING_FORMS, Answers, RankingForm
+from evaluation.ranking import OWN_FORMS, RANKING_FORMS, Answers, RankingForm, first_rank
 from shards.classes import ClassTable
 from training.distributed import World
 from training.queries import Queries, SetAside
@@ -107,6 +107,11 @@ class Outcome:
         return self.distances[self.form][:, 0]
 
     @property
+    def within_radius(self) -> np.ndarray:
+        """bool [Q]: the true place lies in the circle around the first answer that is said to hold 68 %."""
+        return self.scored & (self.errors <= self.own.uncertainty[:, 0])
+
+    @property
     def right(self) -> np.ndarray:
         """bool [Q]: the first answer lies within the threshold."""
         return self.scored & (self.errors <= np.float32(self.settings.threshold))
@@ -152,6 +157,7 @@ class Outcome:
             "device": self.timing.device,
             "temperature": temperature_of(self.calibration, self.form),
             "calibration_error": calibration_error,
+            "within_radius": percent(self.within_radius[scored]),
             "calibration": as_rows(table),
             "by_group": accuracy_by_group(self.index, east, north, self.own.rows[scored, 0], self.right[scored]),
             "curve": recall_curve(self.distances[self.form][scored], settings.ns),
@@ -180,6 +186,7 @@ def evaluate_set(
         vectors if described.readable.any() else torch.zeros(len(paths), localiser.model.descriptor_dim),
         forms=forms,
         top_k=max(settings.ns),
+        radii_of=first_rank,
         threshold=settings.threshold,
         title=title and f"{title}: ranking",
     )
@@ -276,6 +283,6 @@ def _latency(localiser: Localiser, paths: Sequence[Path]) -> float:
     times = []
     for path in paths[:_LATENCY_QUERIES]:
         begun = time.perf_counter()
-        localiser.answer(localiser.describe([path], batch_size=1).vectors)
+        localiser.answer(localiser.describe([path], batch_size=1).vectors, radii_of=first_rank)
         times.append(1000 * (time.perf_counter() - begun))
     return float(np.median(times)) if times else float("nan")

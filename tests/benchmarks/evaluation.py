@@ -34,7 +34,7 @@ from evaluation.answer_photos import Request, answer_photos
 from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images
 from evaluation.localiser import Localiser
-from evaluation.ranking import ClassRanker
+from evaluation.ranking import ClassRanker, first_rank
 from evaluation.retrieve import measure
 from evaluation.searchers import CellSearcher, FaissSearcher, load_faiss
 from shards.classes import ClassTable
@@ -103,7 +103,10 @@ def ranking_rows(classes: ClassTable, heads: dict[int, Head], *, quick: bool) ->
     ways: dict[str, tuple[Callable[[], object], int]] = {
         "one-at-a-time": (alone, len(few)),
         "batched": (lambda: rank_classes(queries, blocks), len(queries)),
-        "batched-with-confidence": (lambda: ranker.rank(queries[:239], forms=("raw", "cosine")), 239),
+        "batched-with-confidence": (
+            lambda: ranker.rank(queries[:239], forms=("raw", "cosine"), radii_of=first_rank),
+            239,
+        ),
         "products-alone": (products, len(queries)),
     }
     return [
