@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
+from shards.classes import cell_index
 from shards.console import JobError, format_count, is_systems, one_line, printable
 from shards.dataset import Dataset
 from shards.files import atomic_path, read_table
@@ -43,10 +44,14 @@ class Images:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images sorted by class: class row c has `starts[c]:starts[c + 1]` (int64 [C + 1]); images of none are last."""
+    """Images sorted by cell: class row c has `starts[c]:starts[c + 1]` (int64 [C + 1]); images of none are last.
+
+    `firsts` int64: the first image of each cell of the grid, whether or not it is a class.
+    """
 
     images: Images
     starts: np.ndarray
+    firsts: np.ndarray
 
     @staticmethod
     def of(images: Images, index: CellIndex) -> Gallery:
@@ -54,11 +59,13 @@ class Gallery:
         classes = len(index.classes)
         rows = index.holding(images.east, images.north)
         rows = np.where(rows < 0, classes, rows)
-        order = np.argsort(rows, kind="stable")
+        cells = np.stack([cell_index(images.east, index.classes.M), cell_index(images.north, index.classes.M)])
+        order = np.lexsort((*cells, rows))
         starts = np.searchsorted(rows[order], np.arange(classes + 1))
         names = tuple(images.names[i] for i in order) if images.names else ()
         in_order = Images(np.ascontiguousarray(images.vectors[order]), images.east[order], images.north[order], names)
-        return Gallery(in_order, starts)
+        firsts = np.flatnonzero(np.diff(cells[:, order], prepend=np.nan).any(axis=0))
+        return Gallery(in_order, starts, firsts)
 
     @property
     def outside(self) -> int:

@@ -18,12 +18,12 @@ from tiny_run import write_run
 from evaluation import retrieve
 from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images, read_descriptors
-from evaluation.searchers import CellSearcher, FaissSearcher
+from evaluation.searchers import BestOfCells, CellSearcher, FaissSearcher
 from shards.console import JobError, WrongArguments
 from shards.layout import shard_tables
 from shards.names import parse_name
 
-METHODS = ("exhaustive", "ivf", "hnsw", "within-cells")
+METHODS = ("exhaustive", "ivf", "hnsw", "best-of-cells", "within-cells")
 
 
 def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -117,6 +117,23 @@ def test_searches_of_few_images_are_brute_force_over_everything(gallery: Gallery
     for vector in unit(np.random.default_rng(2), 10, 24):
         best = np.argsort(-(gallery.images.vectors @ vector))[:7]
         np.testing.assert_array_equal(searcher.search(vector, vector, 7), best)
+        np.testing.assert_array_equal(searcher.search(np.repeat(vector, 2)[::2], vector, 7), best)  # not contiguous
+        many = searcher.search(vector, vector, 500)
+        assert len(np.unique(many)) == len(many) > 350
+        assert many.min() >= 0
+
+
+def test_best_of_cells_is_brute_force_with_the_best_image_of_each_cell_of_the_grid(gallery: Gallery) -> None:
+    images = gallery.images
+    cells = list(zip(images.east // 20, images.north // 20, strict=True))
+    assert len(set(cells)) > 16  # some are no class
+    searcher = BestOfCells(gallery)
+    for vector in unit(np.random.default_rng(2), 10, 24):
+        expected: dict[tuple[float, float], int] = {}
+        for i in np.argsort(-(images.vectors.astype(np.float64) @ vector)):
+            expected.setdefault(cells[i], i)
+        for count in (1, 20, 1000):
+            np.testing.assert_array_equal(searcher.search(vector, vector, count), list(expected.values())[:count])
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
