@@ -94,10 +94,12 @@ def main() -> None:
     load_faiss()  # before the database is described, which takes hours where it is large
     prepare_folder(arguments.out)
     localiser = load_localiser(arguments.checkpoint, choose_device(cpu=arguments.cpu))
-    reading = {"batch_size": arguments.batch_size, "threads": cores_of_process()}
-    queries = describe_photos(localiser, localiser.list_queries(arguments.queries), _warn, **reading)
+    batch_size, threads = arguments.batch_size, cores_of_process()
+    found = localiser.list_queries(arguments.queries)
+    queries = describe_photos(localiser, found, _warn, batch_size=batch_size, threads=threads)
     vectors = _other_descriptors(arguments.query_descriptors, queries) or queries
-    database = database_images(localiser, arguments.database, arguments.out / "database.npz", _warn, **reading)
+    cache = arguments.out / "database.npz"
+    database = database_images(localiser, arguments.database, cache, _warn, batch_size=batch_size, threads=threads)
     if vectors.vectors.shape[1] != database.vectors.shape[1]:
         raise JobError(
             f"queries have descriptors of {vectors.vectors.shape[1]} numbers and the database of "
