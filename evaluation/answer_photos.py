@@ -6,6 +6,7 @@ import glob
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from evaluation.calibration import temperature_of
 from evaluation.localiser import Localiser
-from evaluation.places import KnownPosition, Place, known_position, top_places
+from evaluation.places import KnownPosition, Place, distinct, known_position, top_places
 from shards.console import JobError, format_count, printable
 from training.queries import SetAside, find_photos
 from training.scoring import THRESHOLD_METRES
@@ -90,20 +91,11 @@ def name_places(
     """Places for photos by their descriptors float32 [Q, D], in order; `title` as in `Localiser.answer`."""
     # Neighbours of a better cell are dropped from the list, so more cells than places are ranked.
     cells = request.top * localiser.index.most_neighbours(request.apart)
-    ranked = localiser.answer(vectors, top_k=cells, threshold=request.apart, title=title)[localiser.form]
+    classes, top, apart = localiser.classes, request.top, request.apart
+    shown = partial(distinct, classes=classes, count=top, apart=apart)
+    ranked = localiser.answer(vectors, top_k=cells, radii_of=shown, threshold=apart, title=title)[localiser.form]
     return [
-        AnsweredPhoto(
-            path,
-            position,
-            top_places(
-                ranked,
-                i,
-                localiser.classes,
-                count=request.top,
-                apart=request.apart,
-                known=position,
-            ),
-        )
+        AnsweredPhoto(path, position, top_places(ranked, i, classes, count=top, apart=apart, known=position))
         for i, (path, position) in enumerate(zip(paths, known, strict=True))
     ]
 

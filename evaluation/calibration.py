@@ -27,8 +27,8 @@ TEMPERATURES = tuple(2 ** (step / 12) for step in range(-24, 49))  # 0.25 to 16,
 class Calibration:
     """The outcome on the `count` queries of the folder or list `queries`, whose photos have the fingerprint `photos`.
 
-    `form` has the highest LR@1; by form: `temperatures`, `lr_at_1` in percent, and the expected calibration error in
-    points at temperature 1 and at the fitted one.
+    `form` has the highest LR@1 within 25 m; by form: `temperatures`, `lr_at_1` in percent, and the expected calibration
+    error in points at temperature 1 and at the fitted one.
     """
 
     form: RankingForm
@@ -66,7 +66,7 @@ class Calibration:
         lr = ", ".join(f"{form} {value:.1f}" for form, value in self.lr_at_1.items())
         form = self.form
         return (
-            f"fitted to {self.count:,} queries of {self.queries}: {form} scores (LR@1 there: {lr}), temperature "
+            f"fitted to {self.count:,} queries of {self.queries}: {form} scores (LR@1 there within 25 m: {lr}), temperature "
             f"{self.temperatures[form]:.2f} (calibration error there from {self.error_before[form]:.1f} to "
             f"{self.error_after[form]:.1f} points)"
         )

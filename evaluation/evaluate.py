@@ -43,7 +43,7 @@ class Arguments:
     ns: tuple[int, ...] = RECALL_NS
     """The N of LR@N: the first N answers count."""
     threshold: float = THRESHOLD_METRES
-    """Metres from the query within which an answer is right."""
+    """Metres from the query within which an answer is right; --val-queries are always judged at 25."""
     forms: tuple[RankingForm, ...] = OWN_FORMS
     """Scores to rank by: raw, cosine, zscore (cosines on one scale over groups), softmax (within groups)."""
     score_form: RankingForm | None = None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -17,15 +19,18 @@ import pyarrow as pa
 
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
-from shards.console import JobError, format_count, is_systems, one_line, printable
+from shards.classes import cell_index
+from shards.console import JobError, format_bytes, format_count, is_systems, one_line, printable
 from shards.dataset import Dataset
 from shards.files import atomic_path, read_table
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
 from shards.photo_list import is_list
 from shards.store import is_url
-from training.queries import Queries, bring_into_zone, places_of_names, read_queries
+from training.queries import Photo, Queries, SetAside, bring_into_zone, places_of_names, read_queries
 from training.scoring import describe_batches
+
+_PART = 1 << 16  # photos whose descriptors are written at once
 
 
 @dataclass(frozen=True)
@@ -43,10 +48,14 @@ class Images:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Images sorted by class: class row c has `starts[c]:starts[c + 1]` (int64 [C + 1]); images of none are last."""
+    """Images sorted by cell: class row c has `starts[c]:starts[c + 1]` (int64 [C + 1]); images of none are last.
+
+    `firsts` int64: the first image of each cell of the grid, whether or not it is a class.
+    """
 
     images: Images
     starts: np.ndarray
+    firsts: np.ndarray
 
     @staticmethod
     def of(images: Images, index: CellIndex) -> Gallery:
@@ -54,11 +63,13 @@ class Gallery:
         classes = len(index.classes)
         rows = index.holding(images.east, images.north)
         rows = np.where(rows < 0, classes, rows)
-        order = np.argsort(rows, kind="stable")
+        cells = np.stack([cell_index(images.east, index.classes.M), cell_index(images.north, index.classes.M)])
+        order = np.lexsort((*cells, rows))
         starts = np.searchsorted(rows[order], np.arange(classes + 1))
         names = tuple(images.names[i] for i in order) if images.names else ()
         in_order = Images(np.ascontiguousarray(images.vectors[order]), images.east[order], images.north[order], names)
-        return Gallery(in_order, starts)
+        firsts = np.flatnonzero(np.diff(cells[:, order], prepend=np.nan).any(axis=0))
+        return Gallery(in_order, starts, firsts)
 
     @property
     def outside(self) -> int:
@@ -67,23 +78,32 @@ class Gallery:
 
 
 def describe_photos(
-    localiser: Localiser, photos: Queries, say: Callable[[str], None], *, batch_size: int, threads: int
+    localiser: Localiser,
+    photos: Queries,
+    say: Callable[[str], None],
+    *,
+    batch_size: int,
+    threads: int,
+    parts: Path | None = None,
 ) -> Images:
-    """Descriptors of the photos of a folder or list; those without a place are said and left out."""
+    """Descriptors of the photos of a folder or list; those without a place are said and left out.
+
+    Those of many photos are kept part by part in the folder `parts`, if it is given, and read from there.
+    """
     source = photos.source
     title = f"describing {source}"
-    described = localiser.describe(photos.paths, batch_size=batch_size, threads=threads, title=title)
-    unlocated = photos.unlocated(described.readable)
-    for aside in (*photos.set_aside[:5], *described.failures[:5], *unlocated[:5]):
+    vectors, readable, reasons = _describe(localiser, photos.paths, parts, title, batch_size, threads)
+    failures = [SetAside(photos.paths[i], reason) for i, reason in reasons.items()][:5]
+    for aside in (*photos.set_aside[:5], *failures, *photos.unlocated(readable)[:5]):
         say(f"{aside.path}: left out: {aside.reason}")
-    kept = np.flatnonzero(described.readable & photos.located)
+    kept = np.flatnonzero(readable & photos.located)
     if len(kept) < len(photos) + len(photos.set_aside):
         left_out = len(photos) + len(photos.set_aside) - len(kept)
         say(f"{source}: {format_count(left_out, 'photo')} left out")
     if len(kept) == 0:
         raise JobError(f"{source}: no readable photo with coordinates")
     names = tuple(photos.names[i] for i in kept)
-    return Images(_rows(described.vectors.numpy(), kept), photos.east[kept], photos.north[kept], names)
+    return Images(_rows(vectors, kept), photos.east[kept], photos.north[kept], names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +129,16 @@ class ShardPhoto:
 
 
 def describe_shards(
-    localiser: Localiser, dataset: Dataset, say: Callable[[str], None], *, batch_size: int, threads: int
+    localiser: Localiser,
+    dataset: Dataset,
+    say: Callable[[str], None],
+    *,
+    batch_size: int,
+    threads: int,
+    parts: Path | None = None,
 ) -> Images:
-    """Descriptors of all photos in the shards of a data set; damaged ones are said and left out.
+    """Descriptors of all photos in the shards of a data set; damaged ones are said and left out. `parts` as in
+    `describe_photos`.
 
     Raises JobError for a table of samples that cannot be read, and where no photo can.
     """
@@ -130,17 +157,10 @@ def describe_shards(
         for tar, table in tables
         for key, *place in zip(*(table[name].to_pylist() for name in ("key", "offset", "size", "crc32")), strict=True)
     ]
-    failures: dict[str, None] = {}
-    batches = read_queries(
-        photos,
-        shorter_side=localiser.shorter_side,
-        batch_size=batch_size,
-        threads=threads,
-        on_failure=lambda i, reason: failures.update({f"{photos[i].tar}: {reason}": None}),
-    )
     title = f"describing {dataset.place}"
-    described = describe_batches(localiser.model, batches, len(photos), device=localiser.device, title=title)
-    kept = np.flatnonzero(described.readable)
+    vectors, readable, reasons = _describe(localiser, photos, parts, title, batch_size, threads)
+    failures = dict.fromkeys(f"{photos[i].tar}: {reason}" for i, reason in reasons.items())
+    kept = np.flatnonzero(readable)
     for reason in list(failures)[:5]:
         say(f"left out: {reason}")
     if failures:
@@ -149,7 +169,44 @@ def describe_shards(
     if len(kept) == 0:
         raise JobError(f"{dataset.place}: no readable photo")
     east, north = (np.concatenate([table[name].to_numpy() for _, table in tables])[kept] for name in ("east", "north"))
-    return Images(_rows(described.vectors.numpy(), kept), east, north, tuple(photos[i].name for i in kept))
+    return Images(_rows(vectors, kept), east, north, tuple(photos[i].name for i in kept))
+
+
+def _describe(
+    localiser: Localiser, photos: Sequence[Photo], parts: Path | None, title: str, batch_size: int, threads: int
+) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Descriptors float32 [K, D], bool [K] whether a photo could be read, and by number why one could not."""
+    vectors = np.zeros((len(photos), localiser.model.descriptor_dim), np.float32)
+    readable = np.zeros(len(photos), dtype=bool)
+    reasons: dict[int, str] = {}
+    for first in range(0, len(photos), _PART):
+        part = slice(first, first + _PART)
+        file = parts and parts / f"{first}.npz"
+        found = _read_arrays(file) if file else None
+        if found is None:
+            failures: dict[int, str] = {}
+            batches = read_queries(
+                photos[part],
+                shorter_side=localiser.shorter_side,
+                batch_size=batch_size,
+                threads=threads,
+                on_failure=failures.__setitem__,
+            )
+            bar = f"{title}, those from {first + 1:,} on of {len(photos):,}" if file else title
+            described = describe_batches(
+                localiser.model, batches, len(photos[part]), device=localiser.device, title=bar
+            )
+            found = {
+                "vectors": described.vectors.numpy(),
+                "readable": described.readable,
+                "failed": np.array(list(failures), np.int64),
+                "reasons": np.array(list(failures.values()), np.str_),
+            }
+            if file:
+                _write_arrays(file, found)
+        vectors[part], readable[part] = found["vectors"], found["readable"]
+        reasons |= dict(zip((first + found["failed"]).tolist(), found["reasons"].tolist(), strict=True))
+    return vectors, readable, reasons
 
 
 def _rows(vectors: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -218,30 +275,57 @@ def database_images(
         source = Dataset.open(database)
     else:
         source = localiser.list_queries(path)
+    count = source.manifest.images if isinstance(source, Dataset) else len(source)
+    _check_memory(database, count, localiser.model.descriptor_dim)
     fingerprint = _fingerprint(localiser, source)
-    if (found := _from_cache(cache, fingerprint)) is not None:
-        say(f"{cache}: {len(found):,} descriptors made before")
-        return found
+    if (found := _read_arrays(cache, fingerprint)) is not None:
+        say(f"{cache}: {len(found['names']):,} descriptors made before")
+        return Images(found["descriptors"], found["east"], found["north"], tuple(found["names"].tolist()))
+    parts = cache.with_name(f"{cache.stem}-parts-{fingerprint[:16]}") if count > _PART else None
+    if parts:
+        parts.mkdir(exist_ok=True)
     if isinstance(source, Dataset):
-        images = describe_shards(localiser, source, say, batch_size=batch_size, threads=threads)
+        images = describe_shards(localiser, source, say, batch_size=batch_size, threads=threads, parts=parts)
     else:
-        images = describe_photos(localiser, source, say, batch_size=batch_size, threads=threads)
-    with atomic_path(cache) as partial, partial.open("wb") as file:
-        np.savez(
-            file, descriptors=images.vectors, east=images.east, north=images.north, names=np.array(images.names),
-            fingerprint=np.array(fingerprint),
-        )  # fmt: skip
+        images = describe_photos(localiser, source, say, batch_size=batch_size, threads=threads, parts=parts)
+    _write_arrays(
+        cache,
+        {
+            "descriptors": images.vectors,
+            "east": images.east,
+            "north": images.north,
+            "names": np.array(images.names),
+            "fingerprint": np.array(fingerprint),
+        },
+    )
+    for done in cache.parent.glob(f"{cache.stem}-parts-*"):
+        shutil.rmtree(done)
     return images
 
 
-def _from_cache(cache: Path, fingerprint: str) -> Images | None:
+def _check_memory(database: str, count: int, dim: int) -> None:
+    """Raise JobError where the descriptors of so many photos, and their copy in a search, are more than the memory."""
+    needed, memory = 2 * 4 * count * dim, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise JobError(
+            f"{database}: the descriptors of {count:,} photos and their copy for a search take {format_bytes(needed)} "
+            f"of memory and this machine has {format_bytes(memory)}, which holds {memory // (8 * dim):,}; name fewer "
+            "photos: a folder of a part of the city, or a list (.csv, .parquet)"
+        )
+
+
+def _read_arrays(path: Path, fingerprint: str = "") -> dict[str, np.ndarray] | None:
+    """The arrays of an .npz, None where it is not there, damaged or of another fingerprint."""
     try:
-        with np.load(cache, allow_pickle=False) as file:
-            if str(file["fingerprint"]) != fingerprint:
-                return None
-            return Images(file["descriptors"], file["east"], file["north"], tuple(file["names"].tolist()))
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file) if not fingerprint or str(file["fingerprint"]) == fingerprint else None
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with atomic_path(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _fingerprint(localiser: Localiser, source: Dataset | Queries) -> str:

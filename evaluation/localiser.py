@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +109,7 @@ class Localiser:
         *,
         forms: Sequence[RankingForm] | None = None,
         top_k: int = 20,
+        radii_of: Callable[[np.ndarray], Sequence[int]] | None = None,
         threshold: float = THRESHOLD_METRES,
         title: str | None = None,
     ) -> dict[RankingForm, Answers]:
@@ -116,6 +118,7 @@ class Localiser:
             vectors,
             forms=forms or (self.form,),
             top_k=top_k,
+            radii_of=radii_of,
             threshold=threshold,
             temperatures=self.calibration.temperatures if self.calibration else None,
             title=title,

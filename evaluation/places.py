@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import utm
 from PIL import Image
 
@@ -57,15 +58,10 @@ def top_places(
     apart: float,
     known: KnownPosition | None = None,
 ) -> list[Place]:
-    """The best `count` places of photo `i`: ranked cells without those within `apart` metres of a better one."""
+    """The places of photo `i`: the `distinct` ones among its answers."""
     rows = answers.rows[i]
     centers = classes.take(rows).centers()
-    kept: list[int] = []
-    for rank, center in enumerate(centers):
-        if len(kept) == count:
-            break
-        if all(math.dist(center, centers[better]) > apart for better in kept):
-            kept.append(rank)
+    kept = distinct(rows, classes, count=count, apart=apart)
     latitude, longitude = to_latlon(classes, centers[kept, 0], centers[kept, 1])
     places = []
     for rank, lat, lon in zip(kept, latitude.tolist(), longitude.tolist(), strict=True):
@@ -85,6 +81,18 @@ def top_places(
             )
         )
     return places
+
+
+def distinct(rows: np.ndarray, classes: ClassTable, *, count: int, apart: float) -> list[int]:
+    """The first `count` ranks of classes (int64 [K], best first) more than `apart` metres from every better one."""
+    centers = classes.take(rows).centers()
+    kept: list[int] = []
+    for rank, center in enumerate(centers):
+        if len(kept) == count:
+            break
+        if all(math.dist(center, centers[better]) > apart for better in kept):
+            kept.append(rank)
+    return kept
 
 
 def great_circle(latitude: float, longitude: float, other_latitude: float, other_longitude: float) -> float:

@@ -24,7 +24,7 @@ from evaluation.measures import (
     percent,
     recall_curve,
 )
-from evaluation.ranking import OWN_FORMS, RANKING_FORMS, Answers, RankingForm
+from evaluation.ranking import OWN_FORMS, RANKING_FORMS, Answers, RankingForm, first_rank
 from shards.classes import ClassTable
 from training.distributed import World
 from training.queries import Queries, SetAside
@@ -107,6 +107,11 @@ class Outcome:
         return self.distances[self.form][:, 0]
 
     @property
+    def within_radius(self) -> np.ndarray:
+        """bool [Q]: the true place lies in the circle around the first answer that is said to hold 68 %."""
+        return self.scored & (self.errors <= self.own.uncertainty[:, 0])
+
+    @property
     def right(self) -> np.ndarray:
         """bool [Q]: the first answer lies within the threshold."""
         return self.scored & (self.errors <= np.float32(self.settings.threshold))
@@ -152,6 +157,7 @@ class Outcome:
             "device": self.timing.device,
             "temperature": temperature_of(self.calibration, self.form),
             "calibration_error": calibration_error,
+            "within_radius": percent(self.within_radius[scored]),
             "calibration": as_rows(table),
             "by_group": accuracy_by_group(self.index, east, north, self.own.rows[scored, 0], self.right[scored]),
             "curve": recall_curve(self.distances[self.form][scored], settings.ns),
@@ -180,6 +186,7 @@ def evaluate_set(
         vectors if described.readable.any() else torch.zeros(len(paths), localiser.model.descriptor_dim),
         forms=forms,
         top_k=max(settings.ns),
+        radii_of=first_rank,
         threshold=settings.threshold,
         title=title and f"{title}: ranking",
     )
@@ -218,7 +225,8 @@ def evaluate_set(
 def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world: World) -> Calibration | None:
     """Form and temperatures from validation queries, each rank ranking its share; None where none can be scored.
 
-    All ranks must call it, and all get the same.
+    An answer is right within 25 m, whatever the threshold of `settings`: all programs that answer use what is fitted
+    here. All ranks must call it, and all get the same.
     """
     located = np.flatnonzero(queries.located)[world.rank :: world.size]
     paths = [queries.paths[i] for i in located]
@@ -233,13 +241,13 @@ def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world:
             described.vectors[torch.from_numpy(described.readable)],
             forms=RANKING_FORMS,
             temperatures=TEMPERATURES,
-            threshold=settings.threshold,
+            threshold=THRESHOLD_METRES,
             title=title and f"{title}: calibrating",
         )
         east, north = queries.east[kept], queries.north[kept]
         for form, (rows, confidence) in found.items():
             errors = cell_distances(rows[:, None], localiser.classes, east, north)[:, 0]
-            own[form] = (errors <= np.float32(settings.threshold), confidence)
+            own[form] = (errors <= np.float32(THRESHOLD_METRES), confidence)
     everyone = [part for part in world.gather(own) if part]
     fitted = None
     if world.is_main and everyone:
@@ -275,6 +283,6 @@ def _latency(localiser: Localiser, paths: Sequence[Path]) -> float:
     times = []
     for path in paths[:_LATENCY_QUERIES]:
         begun = time.perf_counter()
-        localiser.answer(localiser.describe([path], batch_size=1).vectors)
+        localiser.answer(localiser.describe([path], batch_size=1).vectors, radii_of=first_rank)
         times.append(1000 * (time.perf_counter() - begun))
     return float(np.median(times)) if times else float("nan")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -21,7 +21,6 @@ RANKING_FORMS: tuple[RankingForm, ...] = get_args(RankingForm)
 OWN_FORMS: tuple[RankingForm, ...] = ("raw", "cosine")
 
 UNCERTAINTY_MASS = 0.68
-_UNCERTAINTY_CLASSES = 256
 _QUERIES_AT_ONCE = 256
 
 
@@ -31,7 +30,8 @@ class Answers:
 
     `rows` int64 [Q, K] of the class table; `scores` float32 [Q, K]; `confidence` float32 [Q, K], the probability
     of all cells whose centres lie within the threshold of that cell's; `uncertainty` float32 [Q, K], the radius
-    in metres around the cell's centre that holds 68 % of the probability.
+    in metres around the cell's centre that holds 68 % of the probability of all cells: a whole number rounded up, or
+    half of a cell's diagonal; NaN where it was not asked for.
     """
 
     rows: np.ndarray
@@ -53,7 +53,6 @@ class ClassRanker:
         self.heads = {group: head.to(device) for group, head in heads.items()}
         self.margin = next(iter(heads.values())).margin
         self.index = CellIndex(classes)
-        self._centers = torch.from_numpy(classes.centers()).to(device)
         self.starts: list[int] = []
         rows: list[Tensor] = []
         scales: list[Tensor] = []
@@ -75,6 +74,8 @@ class ClassRanker:
         real = torch.nonzero(self.row_of_column >= 0)[:, 0]
         self.column_of_row = torch.empty_like(real)
         self.column_of_row[self.row_of_column[real]] = real
+        centers = classes.centers() - classes.centers()[0]  # small enough for float32
+        self._centers = torch.from_numpy(centers).float().to(device)[self.row_of_column].T.contiguous()
 
     def order_of(self, form: RankingForm) -> ScoreForm:
         """The scores that rank a group's own classes as `form` does: its weights' raw products or cosines."""
@@ -106,6 +107,7 @@ class ClassRanker:
         *,
         forms: Sequence[RankingForm],
         top_k: int = 20,
+        radii_of: Callable[[np.ndarray], Sequence[int]] | None = None,
         threshold: float = THRESHOLD_METRES,
         temperatures: Mapping[RankingForm, float] | None = None,
         title: str | None = None,
@@ -114,7 +116,8 @@ class ClassRanker:
 
         `threshold` (metres) bounds the neighbourhood whose probability is a cell's confidence. `temperatures` (1 where
         none is given) divide the logits behind the probabilities; they change no ranking. K is `top_k`, or the number
-        of classes where there are fewer. With a `title`, progress is shown under it where it takes long.
+        of classes where there are fewer. `radii_of` names the ranks whose uncertainty is wanted (None: all), given a
+        photo's table rows int64 [K]. With a `title`, progress is shown under it where it takes long.
         """
         top_k = min(top_k, len(self.classes))
         divisors = {form: (temperatures or {}).get(form, 1.0) for form in forms}
@@ -123,11 +126,10 @@ class ClassRanker:
             for form in forms:
                 values, columns = scores.best(form, top_k)
                 rows = self.row_of_column[columns]
-                likeliest = scores.likeliest(divisors[form])
                 pieces = rows.split(self._answers_at_once(len(scores.products), threshold), dim=1)
                 confidence = [scores.probability_of(self._near(piece, threshold), divisors[form]) for piece in pieces]
-                radius = [self._radius(piece, *likeliest) for piece in pieces]
-                found = (rows, values, torch.cat(confidence, dim=1), torch.cat(radius, dim=1))
+                radii = self._radii(rows, scores.probabilities(divisors[form]), radii_of or all_ranks)
+                found = (rows, values, torch.cat(confidence, dim=1), radii)
                 parts[form].append(tuple(part.cpu() for part in found))
         return {form: _join(parts[form], top_k) for form in forms}
 
@@ -168,9 +170,8 @@ class ClassRanker:
                 bar.update(len(some))
 
     def _answers_at_once(self, queries: int, threshold: float) -> int:
-        """For how many answers of so many photos confidence and radius are taken at once, to bound the memory."""
-        around = max(self.index.most_neighbours(threshold), _UNCERTAINTY_CLASSES)
-        return max(SCORES_IN_MEMORY // (4 * queries * around), 1)
+        """For how many answers of so many photos the confidence is taken at once, to bound the memory."""
+        return max(SCORES_IN_MEMORY // (4 * queries * self.index.most_neighbours(threshold)), 1)
 
     def _near(self, rows: Tensor, radius: float) -> Tensor:
         """int64 [q, K, J]: the columns of the classes within `radius` metres of each answer's, or one of no class."""
@@ -178,16 +179,29 @@ class ClassRanker:
         nowhere = len(self.row_of_column) - 1
         return torch.where(near < 0, nowhere, self.column_of_row[near.clamp(min=0)])
 
-    def _radius(self, rows: Tensor, likely: Tensor, mass: Tensor) -> Tensor:
-        """Metres [q, K] around each answer that hold 68 % of the probability of the likeliest cells [q, L]."""
-        apart = torch.cdist(
-            self._centers[rows], self._centers[likely], compute_mode="donot_use_mm_for_euclid_dist"
-        )  # the other mode loses centimetres to metres on coordinates of millions
-        distances, order = apart.sort(dim=2)
-        share = (mass / mass.sum(1, keepdim=True))[:, None, :].expand(apart.shape).gather(2, order).cumsum(2)
-        at = (share < UNCERTAINTY_MASS).sum(2, keepdim=True).clamp(max=apart.shape[2] - 1)
-        half_diagonal = self.classes.M / 2**0.5
-        return distances.gather(2, at).squeeze(2).clamp(min=half_diagonal).float()
+    def _radii(
+        self, rows: Tensor, probabilities: Iterable[Tensor], radii_of: Callable[[np.ndarray], Sequence[int]]
+    ) -> Tensor:
+        """Metres, float32 [q, K], around the answers that hold 68 % of `probabilities`, float32 [columns] a photo."""
+        radii = torch.full(rows.shape, torch.nan)
+        east, north = self._centers
+        for i, (some, probability) in enumerate(zip(rows.cpu().numpy(), probabilities, strict=True)):
+            for rank in radii_of(some):
+                own = self.column_of_row[some[rank]]
+                apart = (east - east[own]).square_().add_((north - north[own]).square_()).sqrt_()
+                share = torch.bincount(apart.ceil_().int(), probability).cumsum(0)  # by whole metres
+                radii[i, rank] = (share < UNCERTAINTY_MASS).sum()
+        return radii.clamp(min=self.classes.M / 2**0.5)
+
+
+def all_ranks(rows: np.ndarray) -> Sequence[int]:
+    """Every rank of a photo's table rows int64 [K]."""
+    return range(len(rows))
+
+
+def first_rank(rows: np.ndarray) -> Sequence[int]:
+    """The rank of the first answer."""
+    return (0,)
 
 
 class ScoredClasses:
@@ -248,16 +262,20 @@ class ScoredClasses:
             return self._select(order, top_k)
         return self._select(order, top_k, *(self._standard() if form == "zscore" else self._log_softmax()))
 
-    def likeliest(self, temperature: float) -> tuple[Tensor, Tensor]:
-        """Rows int64 [q, L] of the likeliest classes and their probabilities float32 [q, L]."""
-        columns = self._select(self.own, min(_UNCERTAINTY_CLASSES, len(self.ranker.classes)))[1]
-        return self.ranker.row_of_column[columns], self.probability(columns, temperature)
-
     def probability(self, columns: Tensor, temperature: float) -> Tensor:
         """Probability float32 [q, n] of the classes in columns int64 [q, n]."""
         scores = self.ranker.in_order(self.products.gather(1, columns), self.own, columns)
-        total = torch.stack([t for group in self.log_totals[temperature] for t in group]).logsumexp(0)
-        return (scores * (self.scale / temperature) - total[:, None]).exp()
+        return (scores * (self.scale / temperature) - self._log_total(temperature)[:, None]).exp()
+
+    def probabilities(self, temperature: float) -> Iterator[Tensor]:
+        """Of one photo after the other, the probability float32 [columns] of each class; 0 in columns of none."""
+        for products, total in zip(self.products, self._log_total(temperature), strict=True):
+            scores = self.ranker.in_order(products, self.own, slice(None))
+            yield (scores * (self.scale / temperature) - total).exp()
+
+    def _log_total(self, temperature: float) -> Tensor:
+        """The log of the sum behind the probabilities, [q]."""
+        return torch.stack([t for group in self.log_totals[temperature] for t in group]).logsumexp(0)
 
     def probability_of(self, areas: Tensor, temperature: float) -> Tensor:
         """Probability float32 [q, K] that the place is in one of the classes in columns int64 [q, K, J]."""

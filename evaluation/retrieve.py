@@ -28,13 +28,13 @@ import tyro
 from evaluation.gallery import Gallery, Images, database_images, describe_photos, read_descriptors
 from evaluation.localiser import Localiser, choose_device, load_localiser
 from evaluation.result_files import prepare_folder, write_json
-from evaluation.searchers import CellSearcher, FaissSearcher, Searcher, load_faiss
+from evaluation.searchers import BestOfCells, CellSearcher, FaissSearcher, Searcher, load_faiss
 from shards.console import JobError, check_arguments, entry, format_bytes, format_count, printable
 from shards.provenance import provenance
 from shards.workers import cores_of_process
 from training.scoring import RECALL_NS, THRESHOLD_METRES, recall_at
 
-Method = Literal["exhaustive", "ivf", "hnsw", "within-cells"]
+Method = Literal["exhaustive", "ivf", "hnsw", "best-of-cells", "within-cells"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class Arguments:
     """Descriptors of the queries by the model that made those of the database, where that is another one."""
     top_cells: int = 10
     """Cells that within-cells searches; it names an image of each, then one of each cell that follows."""
-    methods: tuple[Method, ...] = ("exhaustive", "ivf", "hnsw", "within-cells")
-    """Ways of searching to compare."""
+    methods: tuple[Method, ...] = ("exhaustive", "ivf", "hnsw", "best-of-cells", "within-cells")
+    """Ways of searching to compare; best-of-cells is exhaustive and names, as within-cells, one image of each cell."""
     threshold: float = THRESHOLD_METRES
     """Metres within which an image is right."""
     batch_size: int = 32
@@ -94,10 +94,12 @@ def main() -> None:
     load_faiss()  # before the database is described, which takes hours where it is large
     prepare_folder(arguments.out)
     localiser = load_localiser(arguments.checkpoint, choose_device(cpu=arguments.cpu))
-    reading = {"batch_size": arguments.batch_size, "threads": cores_of_process()}
-    queries = describe_photos(localiser, localiser.list_queries(arguments.queries), _warn, **reading)
+    batch_size, threads = arguments.batch_size, cores_of_process()
+    found = localiser.list_queries(arguments.queries)
+    queries = describe_photos(localiser, found, _warn, batch_size=batch_size, threads=threads)
     vectors = _other_descriptors(arguments.query_descriptors, queries) or queries
-    database = database_images(localiser, arguments.database, arguments.out / "database.npz", _warn, **reading)
+    cache = arguments.out / "database.npz"
+    database = database_images(localiser, arguments.database, cache, _warn, batch_size=batch_size, threads=threads)
     if vectors.vectors.shape[1] != database.vectors.shape[1]:
         raise JobError(
             f"queries have descriptors of {vectors.vectors.shape[1]} numbers and the database of "
@@ -129,6 +131,8 @@ def compare(
 def _searcher(method: Method, localiser: Localiser, gallery: Gallery, arguments: Arguments) -> Searcher:
     if method == "within-cells":
         return CellSearcher(gallery, *class_weights(localiser), arguments.top_cells)
+    if method == "best-of-cells":
+        return BestOfCells(gallery)
     faiss = load_faiss()
     print(f"{method}: indexing {format_count(len(gallery.images), 'image')}", file=sys.stderr)
     faiss.omp_set_num_threads(cores_of_process())

@@ -1,4 +1,4 @@
-"""Four ways to find the database images that look like a query: exhaustive, IVF, HNSW, and within the top cells."""
+"""Ways to find the database images that look like a query: exhaustive, IVF, HNSW, and within the top cells."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ class FaissSearcher:
 
     def __init__(self, gallery: Gallery, kind: str) -> None:
         faiss = load_faiss()
+        self.pointer = faiss.swig_ptr
         self.name = kind
         vectors = gallery.images.vectors
         count, dim = vectors.shape
@@ -57,8 +58,30 @@ class FaissSearcher:
 
     def search(self, vector: np.ndarray, classifier_vector: np.ndarray, count: int) -> np.ndarray:
         """The `count` best images; the classifier is not asked."""
-        found = self.index.search(vector[None], count)[1][0]
+        found, scores = _answers(count)
+        pointer = self.pointer  # as within cells, so that times compare
+        self.index.search_c(1, pointer(np.ascontiguousarray(vector)), count, pointer(scores), pointer(found))
         return found[found >= 0]
+
+
+class BestOfCells:
+    """Compares the query with all images and names the best one of each cell: exhaustive search whose answers are
+    other places, as those within cells are."""
+
+    name = "best-of-cells"
+
+    def __init__(self, gallery: Gallery) -> None:
+        self.vectors = torch.from_numpy(gallery.images.vectors)
+        self.firsts = gallery.firsts
+        self.bytes = gallery.images.vectors.nbytes + self.firsts.nbytes
+
+    def search(self, vector: np.ndarray, classifier_vector: np.ndarray, count: int) -> np.ndarray:
+        """The best image of each of `count` cells; the classifier is not asked."""
+        scores = torch.mv(self.vectors, torch.from_numpy(vector)).numpy()
+        best = np.maximum.reduceat(scores, self.firsts)
+        ends = np.append(self.firsts[1:], len(scores))
+        cells = [slice(self.firsts[cell], ends[cell]) for cell in np.argsort(-best)[:count]]
+        return np.array([cell.start + scores[cell].argmax() for cell in cells])
 
 
 class CellSearcher:

@@ -119,6 +119,25 @@ def test_validation_queries_choose_the_form_and_the_temperature_that_later_answe
     assert untouched["calibration_error"] != row["calibration_error"]
 
 
+@pytest.mark.parametrize("given", [True, False], ids=["given", "of the training"])
+def test_the_threshold_of_an_evaluation_does_not_touch_the_confidence_that_prediction_uses(
+    run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
+) -> None:
+    queries = run_and_queries[1]
+    stored = []
+    for threshold in (25, 1):  # no photo is taken within 1 m of a cell's centre
+        run = write_run(tmp_path / f"run-{threshold}", val_queries=None if given else queries)
+        words = ["--checkpoints", run, "--queries", queries, "--no-report", "--out", tmp_path / "o"]
+        words += ["--val-queries", queries] if given else []
+        assert evaluate_here(monkeypatch, *words, "--threshold", threshold) == 0
+        (row,) = json.loads((tmp_path / "o" / "results.json").read_text())["rows"]
+        stored.append(json.loads(next(run.rglob("calibration.json")).read_text()))
+        assert row["temperature"] == stored[-1]["temperatures"][row["form"]]
+        assert (row["threshold_m"], row["lr_at_1"] > 80) == (threshold, threshold == 25)
+    assert stored[0] == stored[1]
+    assert stored[0]["lr_at_1"][stored[0]["form"]] > 80
+
+
 def test_a_training_whose_validation_queries_are_not_here_says_that_nothing_is_calibrated(
     run_and_queries: tuple[Path, Path],
     tmp_path: Path,

@@ -89,6 +89,8 @@ def test_csv_and_parquet_say_the_same_as_json(
         table["predicted_north"].to_numpy() - table["true_north"].to_numpy(),
     )
     np.testing.assert_allclose(errors, expected, rtol=1e-5)
+    within = 100 * np.mean(expected <= table["uncertainty_m"].to_numpy())
+    assert float(line["within_radius"]) == row["within_radius"] == pytest.approx(within)
     assert not (tmp_path / "report.html").exists()
 
 

@@ -67,10 +67,7 @@ def test_forms_are_those_of_their_formulas_in_float64(
             np.testing.assert_allclose(answers[form].scores, scores, rtol=1e-4, atol=1e-4)
 
 
-IN_MEMORY = pytest.mark.parametrize("in_memory", [ranking.SCORES_IN_MEMORY, 1])  # or one answer of one photo
-
-
-@IN_MEMORY
+@pytest.mark.parametrize("in_memory", [ranking.SCORES_IN_MEMORY, 1])  # or one answer of one photo
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_confidence_is_the_probability_of_the_cells_within_the_threshold(
     localiser: Localiser, temperature: float, in_memory: int, monkeypatch: pytest.MonkeyPatch
@@ -89,21 +86,25 @@ def test_confidence_is_the_probability_of_the_cells_within_the_threshold(
             assert answers[form].confidence[i, k] == pytest.approx(probability[i, near].sum(), abs=1e-5)
 
 
-@IN_MEMORY
-def test_uncertainty_is_the_radius_that_holds_68_percent(
-    localiser: Localiser, in_memory: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(ranking, "SCORES_IN_MEMORY", in_memory)
-    vectors = descriptors(localiser)
-    answers = localiser.answer(vectors, top_k=2)["cosine"]
-    probability = probabilities(localiser, vectors)
-    centers = localiser.classes.centers()
-    for i in range(len(vectors)):
-        for k in range(2):
-            apart = np.hypot(*(centers - centers[answers.rows[i, k]]).T)
-            radius = answers.uncertainty[i, k]
-            assert probability[i, apart <= radius + 0.01].sum() >= 0.68 - 1e-5
-            assert radius == pytest.approx(20 / 2**0.5) or probability[i, apart < radius - 0.01].sum() < 0.68
+@pytest.mark.parametrize("temperature", [1.0, 30.0])  # at 30 the likeliest 256 cells hold a third of it
+def test_uncertainty_is_the_radius_that_holds_68_percent_of_the_whole_probability(temperature: float) -> None:
+    torch.manual_seed(0)
+    classes = class_table(side=50)
+    heads = {group: Head("AAMC", 16, classes.count(group)) for group in classes.groups}
+    vectors = torch.nn.functional.normalize(torch.randn(6, 16), dim=1)
+    answers = ranking.ClassRanker(heads, classes, CPU).rank(
+        vectors, forms=["cosine"], top_k=4, temperatures={"cosine": temperature}, radii_of=lambda rows: (0, 2)
+    )["cosine"]
+    weights = torch.cat([head.weight.detach().double() for head in heads.values()])
+    logits = 100 / temperature * vectors.double() @ torch.nn.functional.normalize(weights, dim=1).T
+    centers = classes.centers()
+    for i, probability in enumerate(logits.softmax(1).numpy()):
+        for rank in (0, 2):
+            apart = np.hypot(*(centers - centers[answers.rows[i, rank]]).T)
+            nearest = np.argsort(apart)
+            radius = apart[nearest][(probability[nearest].cumsum() < 0.68).sum()]
+            assert 0 <= answers.uncertainty[i, rank] - max(radius, 20 / 2**0.5) < 1 + 1e-3
+    assert np.isnan(answers.uncertainty[:, [1, 3]]).all()
 
 
 def test_confidences_at_temperatures_are_those_of_the_first_answers(localiser: Localiser) -> None:

@@ -4,7 +4,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,16 +16,20 @@ import utm
 from photos import with_spoilt_footer
 from tiny import SOUTH, WEST, class_table, write_dataset, write_queries
 from tiny_run import write_run
+from torch import nn
 
+from evaluation import gallery as gallery_file
 from evaluation import retrieve
 from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images, read_descriptors
-from evaluation.searchers import CellSearcher, FaissSearcher
+from evaluation.searchers import BestOfCells, CellSearcher, FaissSearcher
 from shards.console import JobError, WrongArguments
 from shards.layout import shard_tables
 from shards.names import parse_name
+from training.queries import QueryBatch
+from training.scoring import Descriptors, describe_batches
 
-METHODS = ("exhaustive", "ivf", "hnsw", "within-cells")
+METHODS = ("exhaustive", "ivf", "hnsw", "best-of-cells", "within-cells")
 
 
 def unit(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -117,6 +123,23 @@ def test_searches_of_few_images_are_brute_force_over_everything(gallery: Gallery
     for vector in unit(np.random.default_rng(2), 10, 24):
         best = np.argsort(-(gallery.images.vectors @ vector))[:7]
         np.testing.assert_array_equal(searcher.search(vector, vector, 7), best)
+        np.testing.assert_array_equal(searcher.search(np.repeat(vector, 2)[::2], vector, 7), best)  # not contiguous
+        many = searcher.search(vector, vector, 500)
+        assert len(np.unique(many)) == len(many) > 350
+        assert many.min() >= 0
+
+
+def test_best_of_cells_is_brute_force_with_the_best_image_of_each_cell_of_the_grid(gallery: Gallery) -> None:
+    images = gallery.images
+    cells = list(zip(images.east // 20, images.north // 20, strict=True))
+    assert len(set(cells)) > 16  # some are no class
+    searcher = BestOfCells(gallery)
+    for vector in unit(np.random.default_rng(2), 10, 24):
+        expected: dict[tuple[float, float], int] = {}
+        for i in np.argsort(-(images.vectors.astype(np.float64) @ vector)):
+            expected.setdefault(cells[i], i)
+        for count in (1, 20, 1000):
+            np.testing.assert_array_equal(searcher.search(vector, vector, count), list(expected.values())[:count])
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
@@ -198,6 +221,66 @@ def test_photos_of_a_linked_folder_are_described_again_once_they_change(
     run_here(monkeypatch, *words)
     assert json.loads((tmp_path / "out" / "retrieval.json").read_text())["rows"][0]["images"] == 47
     assert "made before" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["photos", "shards"])
+def test_an_interrupted_description_goes_on_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    monkeypatch.setattr(gallery_file, "_PART", 20)
+    run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    if kind == "photos":
+        database = write_queries(tmp_path / "database", each=3)
+        min(database.iterdir()).write_bytes(b"no photo")
+    else:
+        database = write_dataset(tmp_path / "database", images=3).path
+        tar = shard_tables(database)[0].with_suffix(".tar")
+        tar.write_bytes(tar.read_bytes()[:2000])
+    words = ["--checkpoint", run, "--database", database, "--queries", queries]
+    run_here(monkeypatch, *words, "--out", tmp_path / "whole")
+    left_out = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert left_out
+    counts: list[int] = []
+
+    def describe(model: nn.Module, batches: Iterable[QueryBatch], count: int, **options: Any) -> Descriptors:
+        counts.append(count)
+        if len(counts) == 3:
+            raise KeyboardInterrupt
+        return describe_batches(model, batches, count, **options)
+
+    monkeypatch.setattr(gallery_file, "describe_batches", describe)
+    words += ["--out", tmp_path / "out"]
+    with pytest.raises(KeyboardInterrupt):
+        run_here(monkeypatch, *words)
+    assert not (tmp_path / "out" / "database.npz").exists()
+    capsys.readouterr()
+    run_here(monkeypatch, *words)
+    assert counts == [16, 20, 20, 16, 20, 8]  # queries and parts, interrupted in the second; queries and the rest
+    assert [line for line in capsys.readouterr().err.splitlines() if "left out" in line] == left_out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["database.npz", "retrieval.json"]
+    once, twice = (np.load(tmp_path / out / "database.npz") for out in ("whole", "out"))
+    for name in ("names", "east", "north", "descriptors"):
+        np.testing.assert_array_equal(once[name], twice[name])
+
+
+@pytest.mark.parametrize("kind", ["photos", "shards"])
+def test_a_database_whose_descriptors_exceed_the_memory_is_refused_with_figures_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    folder = tmp_path / "database"
+    database = write_queries(folder, each=3) if kind == "photos" else write_dataset(folder, images=3).path
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2}
+    words = ["--checkpoint", run, "--database", database, "--queries", queries, "--out", tmp_path / "o"]
+    monkeypatch.setattr(os, "sysconf", lambda name: sizes[name])
+    with pytest.raises(JobError) as refused:
+        run_here(monkeypatch, *words)
+    assert str(refused.value) == (
+        f"{database}: the descriptors of 48 photos and their copy for a search take 12.3 kB of memory and this machine "
+        "has 8.2 kB, which holds 32; name fewer photos: a folder of a part of the city, or a list (.csv, .parquet)"
+    )
+    sizes["SC_PHYS_PAGES"] = 3
+    run_here(monkeypatch, *words)
 
 
 def test_names_of_descriptors_that_no_file_can_have_are_one_line(tmp_path: Path) -> None:

@@ -5,14 +5,14 @@
 Rows `batched` and `one-at-a-time` (queries_per_second) rank 140,000 classes of 1,280 dimensions for descriptors that
 are there already: `one-at-a-time` scores and fully sorts each query as the reference does, `batched` is
 `training.scoring.rank_classes`, `batched-with-confidence` is what evaluate.py does (two forms of scores, confidence,
-uncertainty), `products-alone` the matrix product, the limit of them all. Rows `exhaustive`, `ivf`, `hnsw` and
-`within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294 images of 256
-dimensions in each of 3,400 cells (with `--quick` 180), one query at a time; `within-cells` searches 5 of the cells and
-includes the classifier's ranking. A cell's images share a direction and differ by noise, and the classifier's weights
-are the means of the cells' images. Row `predict` (milliseconds_per_photo) answers photos of 512 pixels one at a time as
-predict.py does once it is loaded: decoding, EfficientNet-B0 at 224 (untrained; shorter side 256), ranking 140,000
-classes with confidences. Row `describe` (photos_per_second) decodes and describes such photos in a batch, as
-evaluate.py does. All on one thread, except that FAISS builds its indexes on all cores.
+uncertainty), `products-alone` the matrix product, the limit of them all. Rows `exhaustive`, `ivf`, `hnsw`,
+`best-of-cells` and `within-cells` (milliseconds_per_query, recall_at_1) search a database made from a fixed seed: 294
+images of 256 dimensions in each of 3,400 cells (with `--quick` 180), one query at a time; `within-cells` searches 5 of
+the cells and includes the classifier's ranking. A cell's images share a direction and differ by noise, and the
+classifier's weights are the means of the cells' images. Row `predict` (milliseconds_per_photo) answers photos of 512
+pixels one at a time as predict.py does once it is loaded: decoding, EfficientNet-B0 at 224 (untrained; shorter side
+256), ranking 140,000 classes with confidences. Row `describe` (photos_per_second) decodes and describes such photos in
+a batch, as evaluate.py does. All on one thread, except that FAISS builds its indexes on all cores.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from evaluation.answer_photos import Request, answer_photos
 from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images
 from evaluation.localiser import Localiser
-from evaluation.ranking import ClassRanker
+from evaluation.ranking import ClassRanker, first_rank
 from evaluation.retrieve import measure
-from evaluation.searchers import CellSearcher, FaissSearcher, load_faiss
+from evaluation.searchers import BestOfCells, CellSearcher, FaissSearcher, Searcher, load_faiss
 from shards.classes import ClassTable
 from shards.console import entry
 from shards.files import atomic_write_json
@@ -103,7 +103,10 @@ def ranking_rows(classes: ClassTable, heads: dict[int, Head], *, quick: bool) ->
     ways: dict[str, tuple[Callable[[], object], int]] = {
         "one-at-a-time": (alone, len(few)),
         "batched": (lambda: rank_classes(queries, blocks), len(queries)),
-        "batched-with-confidence": (lambda: ranker.rank(queries[:239], forms=("raw", "cosine")), 239),
+        "batched-with-confidence": (
+            lambda: ranker.rank(queries[:239], forms=("raw", "cosine"), radii_of=first_rank),
+            239,
+        ),
         "products-alone": (products, len(queries)),
     }
     return [
@@ -170,10 +173,14 @@ def retrieval_rows(cells: int) -> list[dict[str, object]]:
     """Time and recall of every way of searching."""
     gallery, queries, weights = synthetic_city(cells)
     rows: list[dict[str, object]] = []
-    for name in ("exhaustive", "ivf", "hnsw", "within-cells"):
+    for name in ("exhaustive", "ivf", "hnsw", "best-of-cells", "within-cells"):
         begun = time.perf_counter()
         threads = load_faiss().omp_get_max_threads()
-        searcher = CellSearcher(gallery, weights, None, 5) if name == "within-cells" else FaissSearcher(gallery, name)
+        searcher: Searcher
+        if name == "within-cells":
+            searcher = CellSearcher(gallery, weights, None, 5)
+        else:
+            searcher = BestOfCells(gallery) if name == "best-of-cells" else FaissSearcher(gallery, name)
         built = time.perf_counter() - begun
         load_faiss().omp_set_num_threads(1)
         row = measure(searcher, gallery, queries, queries.vectors, 25.0)
