@@ -66,8 +66,8 @@ class Calibration:
         lr = ", ".join(f"{form} {value:.1f}" for form, value in self.lr_at_1.items())
         form = self.form
         return (
-            f"fitted to {self.count:,} queries of {self.queries}: {form} scores (LR@1 there within 25 m: {lr}), temperature "
-            f"{self.temperatures[form]:.2f} (calibration error there from {self.error_before[form]:.1f} to "
+            f"fitted to {self.count:,} queries of {self.queries}: {form} scores (LR@1 there within 25 m: {lr}), "
+            f"temperature {self.temperatures[form]:.2f} (calibration error there from {self.error_before[form]:.1f} to "
             f"{self.error_after[form]:.1f} points)"
         )
 
