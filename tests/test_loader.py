@@ -446,6 +446,19 @@ def test_the_benchmark_takes_no_time_for_a_gpu_that_no_loader_uses():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("peer", ["webdataset_simplejpeg", "dali_webdataset"])
+def test_the_benchmarks_faster_peers_go_on_past_the_end_of_a_data_set_in_whole_batches(dataset, peer):
+    count = dataset.manifest.images // 64 + 2
+    code = (
+        "import sys; from itertools import islice; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        f"import paths, loader_peers; print(*islice(loader_peers.{peer}(Path(sys.argv[2]), 1), {count}))"
+    )
+    command = [sys.executable, "-c", code, ROOT / "tests" / "benchmarks", dataset.path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["64"] * count, done.stderr
+
+
+@pytest.mark.slow
 def test_the_quick_benchmark_leaves_its_two_rows_as_json(dataset, tmp_path):
     command = [sys.executable, ROOT / "tests" / "benchmarks" / "loader.py", "--quick", "--shards", dataset.path]
     done = subprocess.run([*command, "--json", tmp_path / "rows.json"], capture_output=True, text=True)

@@ -7,6 +7,8 @@
 `stream`               this project: runs of neighbouring photos, one request each
 `reference-files`      the reference's way: files, PIL, ToTensor, Resize, RandomResizedCrop in a DataLoader
 `webdataset-torchvision`  the webdataset library over the same shards, PIL and torchvision
+`webdataset-simplejpeg`  the same with simplejpeg and OpenCV, batches made in the workers
+`dali-webdataset`      DALI's own reader, decoder and crop over the same shards, on its CPU back end
 `litdata`              LitData over the same photos (where it is installed)
 
 Every loader makes batches of 64 crops of 224 pixels. Parts, all without --part:
@@ -41,8 +43,10 @@ import torch
 from loader_peers import (
     BATCH,
     SIZE,
+    dali_webdataset,
     litdata_stream,
     reference_files,
+    webdataset_simplejpeg,
     webdataset_torchvision,
     write_files,
     write_litdata,
@@ -303,6 +307,8 @@ def warm_rows(shards: Path, scratch: Path, *, quick: bool) -> list[Row]:
             ("stream", "cpu", "uint8"): lambda cores: ours(shards, "stream", "cpu", cores),
             ("stream", "dali", "uint8"): lambda cores: ours(shards, "stream", "dali", cores),
             ("webdataset-torchvision", "pil", "float32"): lambda cores: webdataset_torchvision(shards, cores),
+            ("webdataset-simplejpeg", "cpu", "uint8"): lambda cores: webdataset_simplejpeg(shards, cores),
+            ("dali-webdataset", "dali", "uint8"): lambda cores: dali_webdataset(shards, cores),
         }
         if write_litdata(files, scratch / "litdata"):
             loaders["litdata", "pil", "float32"] = lambda cores: litdata_stream(scratch / "litdata", cores)
