@@ -2,14 +2,8 @@
 
 import pytest
 import torch
-from test_loader import (
-    check_that_a_refused_batch_is_decoded_by_the_cpu,
-    damage,
-    make_loader,
-    same,
-    spoil_some_photos,
-    take,
-)
+from test_loader import make_loader, same, take
+from test_loader_faults import check_that_a_refused_batch_is_decoded_by_the_cpu, damage, spoil_some_photos
 
 from shards.loader import choose_decoder
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from test_loader import DECODERS, damage, same, spoil_some_photos, take
+from test_loader import DECODERS, same, take
+from test_loader_faults import damage, spoil_some_photos
 
 from shards.console import JobError
 from shards.index import GroupIndex, open_index
