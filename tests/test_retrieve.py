@@ -12,20 +12,24 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import tyro
 import utm
 from photos import with_spoilt_footer
 from tiny import SOUTH, WEST, class_table, write_dataset, write_queries
-from tiny_run import write_run
+from tiny_run import store_calibration, write_run
 from torch import nn
 
 from evaluation import gallery as gallery_file
 from evaluation import retrieve
 from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images, read_descriptors
+from evaluation.localiser import Localiser
+from evaluation.ranking import RankingForm
 from evaluation.searchers import BestOfCells, CellSearcher, FaissSearcher
 from shards.console import JobError, WrongArguments
 from shards.layout import shard_tables
 from shards.names import parse_name
+from training.heads import HeadKind, ScoreForm
 from training.queries import QueryBatch
 from training.scoring import Descriptors, describe_batches
 
@@ -83,6 +87,29 @@ def test_within_cells_names_another_place_with_each_image(gallery: Gallery, with
             np.testing.assert_array_equal(found[:16], expected[:16])
             np.testing.assert_array_equal(apart[found], apart[expected[:count]])
             assert len(np.unique(found)) == len(found)
+
+
+@pytest.mark.parametrize("head", ["AAMC", "FC_CE"])
+@pytest.mark.parametrize(("calibrated", "by"), [("raw", "raw"), ("cosine", "cosine"), ("zscore", "cosine")])
+def test_within_cells_ranks_cells_by_the_form_that_prediction_uses_where_one_product_gives_it(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    head: HeadKind,
+    calibrated: RankingForm,
+    by: ScoreForm,
+) -> None:
+    run = write_run(tmp_path / "run", head=head, form="cosine")
+    store_calibration(run, calibrated, 1.0)
+    localiser = Localiser.load(run, torch.device("cpu"))
+    centers = localiser.classes.centers()
+    images = Images(unit(np.random.default_rng(0), 16, 32), centers[:, 0], centers[:, 1])
+    words = ("--checkpoint", run, "--database", "d", "--queries", tmp_path, "--out", tmp_path, "--top-cells", 1)
+    arguments = tyro.cli(retrieve.Arguments, args=[str(word) for word in words])
+    searcher = retrieve.searcher_of("within-cells", localiser, Gallery.of(images, localiser.index), arguments)
+    assert ("cosine scores; zscore ones are no single product" in capsys.readouterr().err) == (calibrated == "zscore")
+    for vector in unit(np.random.default_rng(1), 10, 32):
+        expected = localiser.answer(torch.from_numpy(vector[None]), forms=[by], top_k=16)[by].rows[0]
+        np.testing.assert_array_equal(searcher.search(vector, vector, 16), expected)
 
 
 def test_a_byte_a_number_names_the_photo_that_is_most_alike_but_for_near_ties() -> None:
