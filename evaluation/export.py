@@ -52,8 +52,8 @@ def main() -> None:
     export = export_onnx if arguments.to == "onnx" else export_torchscript
     difference = export(localiser, arguments.out)
     if not difference <= TOLERANCE:
-        raise JobError(f"{arguments.out}: scores differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}")
-    print(f"written to {arguments.out}; scores differ from PyTorch's by at most {difference:.2g}")
+        raise JobError(f"{arguments.out}: outputs differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}")
+    print(f"written to {arguments.out}; outputs differ from PyTorch's by at most {difference:.2g}")
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ import pyarrow.csv as pacsv
 import torch
 from torch import Tensor, nn
 
+from evaluation.calibration import temperature_of
 from evaluation.localiser import Localiser
 from evaluation.result_files import to_latlon
 from shards.console import JobError
 from shards.files import atomic_folder, atomic_path, atomic_write_json, atomic_write_text
 from shards.provenance import provenance
 from training.checkpoint import WEIGHT_FILES
+from training.heads import NORM_FLOOR
 from training.model import IMAGENET_MEAN, IMAGENET_STD
 
 TOLERANCE = 1e-4
@@ -30,37 +32,55 @@ TOLERANCE = 1e-4
 class ExportedModel(nn.Module):
     """Photos to descriptors and class scores in one network, normalisation included.
 
-    Input: float32 [B, 3, H, W], RGB from 0 to 1. Outputs: unit descriptors float32 [B, D], and scores float32 [B, C] of
-    all classes by the form that it was trained for, in the order of classes.csv.
+    Input: float32 [B, 3, H, W], RGB from 0 to 1. Outputs: unit descriptors float32 [B, D], and of all classes, in the
+    order of classes.csv, the scores float32 [B, C] that rank them as the checkpoint does, and their probabilities
+    float32 [B, C] at its temperature.
     """
 
     weight: Tensor
     bias: Tensor
+    inverse_norms: Tensor
     mean: Tensor
     deviation: Tensor
 
     def __init__(self, localiser: Localiser) -> None:
         super().__init__()
         self.model = localiser.model
-        heads = localiser.heads.values()
-        weight = torch.cat([head.weight.detach() for head in heads])
-        if localiser.trained_form == "cosine":
-            weight = nn.functional.normalize(weight, dim=1)
-        biases = [head.bias.detach() for head in heads if head.bias is not None and localiser.trained_form == "raw"]
+        self.form = localiser.form
+        self.own = localiser.ranker.order_of("softmax")
+        self.scale = localiser.ranker.margin.s
+        self.temperature = temperature_of(localiser.calibration, localiser.form) or 1.0
+        self.sizes = [head.classes for head in localiser.heads.values()]
+        weight, bias = localiser.class_weights("raw")
         self.register_buffer("weight", weight)
-        self.register_buffer("bias", torch.cat(biases) if biases else torch.zeros(len(weight)))
+        self.register_buffer("bias", torch.zeros(len(weight)) if bias is None else bias)
+        self.register_buffer("inverse_norms", weight.norm(dim=1).clamp_min(NORM_FLOOR).reciprocal())
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("deviation", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
         self.requires_grad_(False)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Descriptors and scores of a batch."""
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Descriptors, scores and probabilities of a batch."""
         descriptors = self.model((images - self.mean) / self.deviation)
-        return descriptors, nn.functional.linear(descriptors, self.weight, self.bias)
+        products = nn.functional.linear(descriptors, self.weight)
+        by_order = {"raw": products + self.bias, "cosine": products * self.inverse_norms}
+        own = by_order[self.own]
+        probabilities = (own * (self.scale / self.temperature)).softmax(1)
+        if self.form in by_order:
+            return descriptors, by_order[self.form], probabilities
+        groups = own.split(self.sizes, dim=1)
+        return descriptors, torch.cat([self._on_one_scale(group) for group in groups], dim=1), probabilities
+
+    def _on_one_scale(self, scores: Tensor) -> Tensor:
+        """A group's scores [B, c] by the forms that put groups on one scale; see `ranking.ScoredClasses`."""
+        if self.form == "softmax":
+            return (scores * self.scale).log_softmax(1)
+        deviation, mean = torch.std_mean(scores, dim=1, correction=0, keepdim=True)
+        return (scores - mean) / deviation.clamp_min(1e-12)
 
 
 def export_torchscript(localiser: Localiser, out: Path) -> float:
-    """Write OUT/model.pt and its classes; returns the largest difference from PyTorch's scores."""
+    """Write OUT/model.pt and its classes; returns the largest difference from PyTorch's outputs."""
     network, examples = ExportedModel(localiser).eval(), _examples(localiser)
     with warnings.catch_warnings(), torch.inference_mode(), atomic_path(out / "model.pt") as partial:
         warnings.simplefilter("ignore")  # PyTorch announces the end of TorchScript at every call
@@ -71,7 +91,7 @@ def export_torchscript(localiser: Localiser, out: Path) -> float:
 
 
 def export_onnx(localiser: Localiser, out: Path) -> float:
-    """Write OUT/model.onnx and its classes; returns the largest difference of onnxruntime's scores from PyTorch's.
+    """Write OUT/model.onnx and its classes; returns the largest difference of onnxruntime's outputs from PyTorch's.
 
     Batch, height and width are free. Raises JobError where onnx, onnxscript or onnxruntime is not installed.
     """
@@ -89,7 +109,7 @@ def export_onnx(localiser: Localiser, out: Path) -> float:
             (examples[0],),
             str(partial),
             input_names=["images"],
-            output_names=["descriptors", "scores"],
+            output_names=["descriptors", "scores", "probabilities"],
             dynamic_shapes={"images": sizes},
             dynamo=True,
             external_data=False,
@@ -111,12 +131,14 @@ def _examples(localiser: Localiser) -> list[Tensor]:
 
 
 def _largest_difference(network: nn.Module, examples: Sequence[Tensor], run: Any) -> float:
+    """The largest difference between outputs, of numbers above 1 relative to them."""
     largest = 0.0
     for images in examples:
         with torch.inference_mode():
             expected = network(images)
         for ours, theirs in zip(expected, run(images), strict=True):
-            largest = max(largest, float(np.abs(ours.numpy() - theirs).max()))
+            size = np.maximum(np.abs(ours.numpy()), 1)
+            largest = max(largest, float((np.abs(ours.numpy() - theirs) / size).max()))
     return largest
 
 
@@ -136,8 +158,13 @@ def _write_facts(localiser: Localiser, out: Path) -> None:
         "input": "float32 [batch, 3, height, width], RGB from 0 to 1",
         "shorter_side_pixels": localiser.shorter_side,
         "resize": "bilinear with antialiasing, aspect kept",
-        "outputs": ["descriptors [batch, dim], unit length", "scores [batch, classes], columns as in classes.csv"],
-        "score_form": localiser.trained_form,
+        "outputs": [
+            "descriptors [batch, dim], unit length",
+            "scores [batch, classes], columns as in classes.csv: the highest is the answer",
+            "probabilities [batch, classes]; those of classes within 25 m of an answer add up to its confidence",
+        ],
+        "score_form": localiser.form,
+        "temperature": temperature_of(localiser.calibration, localiser.form),
         "utm_zone": classes.zone,
         "southern": classes.southern,
         "cell_metres": classes.M,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaluation.calibration import Calibration
 from evaluation.ranking import Answers, ClassRanker, RankingForm
@@ -78,6 +78,22 @@ class Localiser:
     def form(self) -> RankingForm:
         """Scores to answer by: the best on validation queries, or those that the checkpoint was trained for."""
         return self.calibration.form if self.calibration else self.trained_form
+
+    @property
+    def product_form(self) -> ScoreForm:
+        """`form` where one matrix product gives it, otherwise (zscore, softmax) the scores that it was trained for."""
+        form = self.form
+        return form if form == "raw" or form == "cosine" else self.trained_form
+
+    def class_weights(self, form: ScoreForm) -> tuple[Tensor, Tensor | None]:
+        """Weights [C, D] of all classes (and biases [C] of FC_CE's raw scores) on the CPU, in the order of the class
+        map: their products with a descriptor are the scores by `form`."""
+        heads = self.heads.values()
+        weight = torch.cat([head.weight.detach().cpu() for head in heads])
+        if form == "cosine":
+            return nn.functional.normalize(weight, dim=1), None
+        biases = [head.bias.detach().cpu() for head in heads if head.bias is not None]
+        return weight, torch.cat(biases) if biases else None
 
     @property
     def shorter_side(self) -> int:

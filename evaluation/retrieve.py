@@ -123,14 +123,18 @@ def compare(
     """One row for every way of searching; `vectors` float32 [Q, D] are the queries' descriptors for retrieval."""
     torch.set_num_threads(1)
     return [
-        measure(_searcher(method, localiser, gallery, arguments), gallery, queries, vectors, arguments.threshold)
+        measure(searcher_of(method, localiser, gallery, arguments), gallery, queries, vectors, arguments.threshold)
         for method in arguments.methods
     ]
 
 
-def _searcher(method: Method, localiser: Localiser, gallery: Gallery, arguments: Arguments) -> Searcher:
+def searcher_of(method: Method, localiser: Localiser, gallery: Gallery, arguments: Arguments) -> Searcher:
+    """A way of searching, over the images of the gallery."""
     if method == "within-cells":
-        return CellSearcher(gallery, *class_weights(localiser), arguments.top_cells)
+        form = localiser.product_form
+        if form != localiser.form:
+            _warn(f"within-cells ranks cells by {form} scores; {localiser.form} ones are no single product")
+        return CellSearcher(gallery, *localiser.class_weights(form), arguments.top_cells)
     if method == "best-of-cells":
         return BestOfCells(gallery)
     faiss = load_faiss()
@@ -139,16 +143,6 @@ def _searcher(method: Method, localiser: Localiser, gallery: Gallery, arguments:
     searcher = FaissSearcher(gallery, method)
     faiss.omp_set_num_threads(1)
     return searcher
-
-
-def class_weights(localiser: Localiser) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights [C, D] (and biases [C] of FC_CE) on the CPU: a product with a descriptor ranks all as trained for."""
-    heads = localiser.heads.values()
-    weight = torch.cat([head.weight.detach().cpu() for head in heads])
-    if localiser.trained_form == "cosine":
-        return torch.nn.functional.normalize(weight, dim=1), None
-    biases = [head.bias.detach().cpu() for head in heads if head.bias is not None]
-    return weight, torch.cat(biases) if biases else None
 
 
 def measure(searcher: Searcher, gallery: Gallery, queries: Images, vectors: np.ndarray, threshold: float) -> Row:

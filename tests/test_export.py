@@ -10,12 +10,14 @@ import pytest
 import torch
 from PIL import Image
 from tiny import ROOT, write_queries
-from tiny_run import write_run
+from tiny_run import store_calibration, write_run
 
 from evaluation import export
 from evaluation.localiser import Localiser
+from evaluation.ranking import RankingForm
 from shards.console import JobError, WrongArguments
 from shards.dataset import Dataset
+from training.heads import HeadKind, ScoreForm
 from training.queries import decode_query
 
 
@@ -24,42 +26,63 @@ def export_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     export.main()
 
 
-def answer_of(localiser: Localiser, photo: Path) -> tuple[torch.Tensor, np.ndarray]:
-    """The photo as an exported model takes it, and the checkpoint's own scores in table order."""
+def answer_of(localiser: Localiser, photo: Path) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
+    """The photo as an exported model takes it, and the checkpoint's own scores and confidences in table order."""
     pixels = torch.from_numpy(decode_query(photo, localiser.shorter_side).copy())
     count = len(localiser.classes)
     answers = localiser.answer(localiser.describe([photo]).vectors, top_k=count)[localiser.form]
-    scores = np.empty(count, np.float32)
-    scores[answers.rows[0]] = answers.scores[0]
-    return pixels.permute(2, 0, 1)[None].float() / 255, scores
+    scores, confidence = np.empty((2, count), np.float32)
+    scores[answers.rows[0]], confidence[answers.rows[0]] = answers.scores[0], answers.confidence[0]
+    return pixels.permute(2, 0, 1)[None].float() / 255, scores, confidence
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("to", ["onnx", "torchscript"])
-@pytest.mark.parametrize(("head", "form"), [("AAMC", "cosine"), ("AAMC", "raw"), ("FC_CE", "raw")])
+@pytest.mark.parametrize(
+    ("head", "form", "calibrated"),
+    [
+        ("AAMC", "cosine", None),
+        ("AAMC", "raw", None),
+        ("FC_CE", "raw", None),
+        ("AAMC", "cosine", "raw"),
+        ("LMCC", "raw", "cosine"),
+        ("FC_CE", "raw", "cosine"),
+        ("AAMC", "raw", "zscore"),
+        ("FC_CE", "raw", "softmax"),
+        ("AAMC", "raw", "softmax"),
+    ],
+)
 def test_an_exported_model_scores_a_photo_as_the_checkpoint_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, head: str, form: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, head: HeadKind, form: ScoreForm, calibrated: RankingForm
 ) -> None:
-    run = write_run(tmp_path / "run", head=head, form=form)  # type: ignore[arg-type]
+    run = write_run(tmp_path / "run", head=head, form=form)
+    if calibrated:
+        store_calibration(run, calibrated, 3.0)
     localiser = Localiser.load(run, torch.device("cpu"))
     photo = next(write_queries(tmp_path / "queries", size=48).iterdir())
     Image.open(photo).crop((0, 0, 48, 40)).save(photo)
-    images, expected = answer_of(localiser, photo)
+    images, expected, confidence = answer_of(localiser, photo)
     if to == "onnx":
         pytest.importorskip("onnxscript")
         runtime = pytest.importorskip("onnxruntime")
         export_here(monkeypatch, run, "--to", to, "--out", tmp_path / "out")
-        scores = runtime.InferenceSession(str(tmp_path / "out" / "model.onnx")).run(
-            ["scores"], {"images": images.numpy()}
-        )[0]
+        scores, probabilities = runtime.InferenceSession(str(tmp_path / "out" / "model.onnx")).run(
+            ["scores", "probabilities"], {"images": images.numpy()}
+        )
     else:
         export_here(monkeypatch, run, "--to", to, "--out", tmp_path / "out")
-        scores = torch.jit.load(tmp_path / "out" / "model.pt")(images)[1].detach().numpy()
-    np.testing.assert_allclose(scores[0], expected, atol=1e-4)
+        _, scores, probabilities = (part.numpy() for part in torch.jit.load(tmp_path / "out" / "model.pt")(images))
+    np.testing.assert_allclose(scores[0], expected, rtol=1e-5, atol=1e-4)
+    assert np.ptp(confidence) > 0.1
     lines = list(csv.DictReader((tmp_path / "out" / "classes.csv").open()))
     assert [float(line["east"]) for line in lines] == localiser.classes.center_east.tolist()
-    assert json.loads((tmp_path / "out" / "model.json").read_text())["shorter_side_pixels"] == localiser.shorter_side
+    centers = np.array([[float(line["east"]), float(line["north"])] for line in lines])
+    near = np.linalg.norm(centers[:, None] - centers, axis=2) <= 25
+    np.testing.assert_allclose(near @ probabilities[0], confidence, atol=1e-5)
+    facts = json.loads((tmp_path / "out" / "model.json").read_text())
+    assert facts["shorter_side_pixels"] == localiser.shorter_side
+    assert (facts["score_form"], facts["temperature"]) == (calibrated or form, 3.0 if calibrated else None)
 
 
 def test_a_hub_folder_is_read_back_and_its_card_holds_the_metrics(

@@ -12,20 +12,24 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import tyro
 import utm
 from photos import with_spoilt_footer
 from tiny import SOUTH, WEST, class_table, write_dataset, write_queries
-from tiny_run import write_run
+from tiny_run import store_calibration, write_run
 from torch import nn
 
 from evaluation import gallery as gallery_file
 from evaluation import retrieve
 from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images, read_descriptors
+from evaluation.localiser import Localiser
+from evaluation.ranking import RankingForm
 from evaluation.searchers import BestOfCells, CellSearcher, FaissSearcher
 from shards.console import JobError, WrongArguments
 from shards.layout import shard_tables
 from shards.names import parse_name
+from training.heads import HeadKind, ScoreForm
 from training.queries import QueryBatch
 from training.scoring import Descriptors, describe_batches
 
@@ -56,33 +60,64 @@ def test_a_gallery_holds_each_cell_s_images_in_one_run(gallery: Gallery) -> None
 
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_within_cells_names_another_place_with_each_image(gallery: Gallery, with_bias: bool) -> None:
-    """Brute force in bytes: the best image of each top cell, a central one of those behind, all others."""
+    """Brute force in float64: the best image of each top cell, a central one of those behind, all others; but for
+    images that are as much alike within a byte's rounding."""
     rng = np.random.default_rng(1)
     weights = torch.from_numpy(unit(rng, 16, 8))
     bias = torch.from_numpy(rng.normal(size=16).astype(np.float32)) if with_bias else None
     searcher = CellSearcher(gallery, weights, bias, 3)
-    images = gallery.images
+    images, tie = gallery.images, 0.02
     rows = CellIndex(class_table()).holding(images.east, images.north)
     inside = np.flatnonzero(rows >= 0)
-    step = np.abs(images.vectors[inside]).max() / 127
+    as_best = 0
     for vector, own in zip(unit(rng, 20, 24), unit(rng, 20, 8), strict=True):
         order = np.argsort(-(weights.numpy() @ own + (0 if bias is None else bias.numpy())))
-        apart = np.square(np.rint(images.vectors / step) - np.clip(np.rint(vector / step), -127, 127)).sum(axis=1)
-        best = [min(np.flatnonzero(rows == row), key=lambda i: apart[i]) for row in order[:3]]
-        expected = sorted(best, key=lambda i: apart[i])
+        alike = images.vectors.astype(np.float64) @ vector
+        central = []
         for row in order[3:]:
             of_cell = np.flatnonzero(rows == row)
             east, north = images.east[of_cell], images.north[of_cell]
-            expected.append(of_cell[np.argmin(np.hypot(east - east.mean(), north - north.mean()))])
-        np.testing.assert_array_equal(searcher.search(vector, own, 2), expected[:2])
-        np.testing.assert_array_equal(searcher.search(vector, own, 16), expected)
-        others = np.setdiff1d(inside, expected)
-        expected += others[np.argsort(apart[others])].tolist()
-        for count in (40, 1000):  # some of the others are equally far, since distances are whole numbers
-            found = searcher.search(vector, own, count)
-            np.testing.assert_array_equal(found[:16], expected[:16])
-            np.testing.assert_array_equal(apart[found], apart[expected[:count]])
-            assert len(np.unique(found)) == len(found)
+            central.append(of_cell[np.argmin(np.hypot(east - east.mean(), north - north.mean()))])
+        found = searcher.search(vector, own, 16)
+        assert sorted(rows[found[:3]]) == sorted(order[:3])
+        best = np.array([alike[rows == row].max() for row in rows[found[:3]]])
+        assert (alike[found[:3]] >= best - tie).all()
+        assert (np.diff(alike[found[:3]]) <= tie).all()
+        as_best += (alike[found[:3]] == best).sum()
+        np.testing.assert_array_equal(found[3:], central)
+        np.testing.assert_array_equal(searcher.search(vector, own, 2), found[:2])
+        others = np.setdiff1d(inside, found)
+        expected = np.sort(alike[others])[::-1]
+        for count in (40, 1000):
+            more = searcher.search(vector, own, count)
+            np.testing.assert_array_equal(more[:16], found)
+            np.testing.assert_allclose(alike[more[16:]], expected[: count - 16], atol=tie)
+            assert np.isin(more[16:], others).all()
+            assert len(np.unique(more)) == len(more)
+    assert as_best >= 57  # of 60: near ties are rare
+
+
+@pytest.mark.parametrize("head", ["AAMC", "FC_CE"])
+@pytest.mark.parametrize(("calibrated", "by"), [("raw", "raw"), ("cosine", "cosine"), ("zscore", "cosine")])
+def test_within_cells_ranks_cells_by_the_form_that_prediction_uses_where_one_product_gives_it(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    head: HeadKind,
+    calibrated: RankingForm,
+    by: ScoreForm,
+) -> None:
+    run = write_run(tmp_path / "run", head=head, form="cosine")
+    store_calibration(run, calibrated, 1.0)
+    localiser = Localiser.load(run, torch.device("cpu"))
+    centers = localiser.classes.centers()
+    images = Images(unit(np.random.default_rng(0), 16, 32), centers[:, 0], centers[:, 1])
+    words = ("--checkpoint", run, "--database", "d", "--queries", tmp_path, "--out", tmp_path, "--top-cells", 1)
+    arguments = tyro.cli(retrieve.Arguments, args=[str(word) for word in words])
+    searcher = retrieve.searcher_of("within-cells", localiser, Gallery.of(images, localiser.index), arguments)
+    assert ("cosine scores; zscore ones are no single product" in capsys.readouterr().err) == (calibrated == "zscore")
+    for vector in unit(np.random.default_rng(1), 10, 32):
+        expected = localiser.answer(torch.from_numpy(vector[None]), forms=[by], top_k=16)[by].rows[0]
+        np.testing.assert_array_equal(searcher.search(vector, vector, 16), expected)
 
 
 def test_a_byte_a_number_names_the_photo_that_is_most_alike_but_for_near_ties() -> None:

@@ -10,6 +10,8 @@ import torch
 from tiny import class_table, photo
 
 from evaluation import evaluate
+from evaluation.calibration import Calibration
+from evaluation.ranking import RankingForm
 from shards.classes import ClassTable
 from shards.provenance import provenance
 from training.checkpoint import Checkpoint, TrainingState, save_checkpoint
@@ -59,6 +61,12 @@ def write_run(
         ),
     )
     return path
+
+
+def store_calibration(run: Path, form: RankingForm, temperature: float) -> None:
+    """Store a calibration with the run's checkpoint, as evaluate.py does."""
+    folder = next(run.rglob("model.safetensors")).parent
+    Calibration(form, {form: temperature}, "val", 1, {form: 50.0}, {form: 9.0}, {form: 1.0}).save(folder)
 
 
 def evaluate_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
