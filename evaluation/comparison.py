@@ -21,7 +21,7 @@ from evaluation.result_files import Row, format_table, prepare_folder, write_csv
 from evaluation.sample_photos import SamplePhotos
 from shards.console import JobError, describe_os_error, format_count, printable
 from shards.provenance import provenance
-from training.distributed import World, check_gpus
+from training.distributed import PATIENCE, World, check_gpus
 from training.queries import Queries, SetAside
 
 _LINES_A_KIND = 10
@@ -69,7 +69,7 @@ class Results:
 @contextmanager
 def open_world(*, cpu: bool = False) -> Iterator[World]:
     """This process among those of its `accelerate launch`, or alone; JobError where GPUs are missing."""
-    state = PartialState(cpu=cpu or not torch.cuda.is_available())
+    state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=PATIENCE)
     check_gpus(state.device)
     try:
         yield World(state.process_index, state.num_processes, state.device)

@@ -314,11 +314,11 @@ def _check_memory(database: str, count: int, dim: int) -> None:
         )
 
 
-def _read_arrays(path: Path, fingerprint: str = "") -> dict[str, np.ndarray] | None:
+def _read_arrays(path: Path, fingerprint: str | None = None) -> dict[str, np.ndarray] | None:
     """The arrays of an .npz, None where it is not there, damaged or of another fingerprint."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return dict(file) if not fingerprint or str(file["fingerprint"]) == fingerprint else None
+            return dict(file) if fingerprint is None or str(file["fingerprint"]) == fingerprint else None
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 

@@ -157,7 +157,7 @@ class Outcome:
             "device": self.timing.device,
             "temperature": temperature_of(self.calibration, self.form),
             "calibration_error": calibration_error,
-            "within_radius": percent(self.within_radius[scored]),
+            "percent_within_radius": percent(self.within_radius[scored]),
             "calibration": as_rows(table),
             "by_group": accuracy_by_group(self.index, east, north, self.own.rows[scored, 0], self.right[scored]),
             "curve": recall_curve(self.distances[self.form][scored], settings.ns),

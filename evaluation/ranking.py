@@ -185,9 +185,10 @@ class ClassRanker:
         """Metres, float32 [q, K], around the answers that hold 68 % of `probabilities`, float32 [columns] a photo."""
         radii = torch.full(rows.shape, torch.nan)
         east, north = self._centers
+        columns = self.column_of_row[rows]
         for i, (some, probability) in enumerate(zip(rows.cpu().numpy(), probabilities, strict=True)):
             for rank in radii_of(some):
-                own = self.column_of_row[some[rank]]
+                own = columns[i, rank : rank + 1]
                 apart = (east - east[own]).square_().add_((north - north[own]).square_()).sqrt_()
                 share = torch.bincount(apart.ceil_().int(), probability).cumsum(0)  # by whole metres
                 radii[i, rank] = (share < UNCERTAINTY_MASS).sum()

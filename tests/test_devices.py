@@ -250,7 +250,13 @@ def make_ranker(monkeypatch: pytest.MonkeyPatch, head: HeadKind = "AAMC", side: 
         """How many columns hold a class depends on numbers."""
         return torch.zeros(len(classes), 1, dtype=torch.int64, device=tensor.device)
 
+    def counted(metres: Tensor, weights: Tensor) -> Tensor:
+        """How many bins there are depends on numbers too."""
+        assert metres.device == weights.device == GPU
+        return torch.zeros(9, device=GPU)
+
     monkeypatch.setattr(torch, "nonzero", found)
+    monkeypatch.setattr(torch, "bincount", counted)
     classes = class_table(side)
     heads = {group: Head(head, 32, classes.count(group)) for group in classes.groups}
     return ClassRanker(heads, classes, GPU)

@@ -90,7 +90,7 @@ def test_csv_and_parquet_say_the_same_as_json(
     )
     np.testing.assert_allclose(errors, expected, rtol=1e-5)
     within = 100 * np.mean(expected <= table["uncertainty_m"].to_numpy())
-    assert float(line["within_radius"]) == row["within_radius"] == pytest.approx(within)
+    assert float(line["percent_within_radius"]) == row["percent_within_radius"] == pytest.approx(within)
     assert not (tmp_path / "report.html").exists()
 
 

@@ -76,7 +76,7 @@ def test_a_browser_shows_the_figures_the_map_and_the_galleries(report: Path, tmp
     assert [row["fitted"] for row in rows] == [True, False]  # the headline is of queries that nothing was fitted to
     assert f"Of {rows[1]['scored']} query photos {rows[1]['lr_at_1']:.1f} % are placed" in page
     assert f'data-queries-on-map="{rows[0]["scored"]}"' in page
-    assert f"said to hold 68 % of the probability for {rows[0]['within_radius']:.1f} % of the queries." in page
+    assert f"said to hold 68 % of the probability for {rows[0]['percent_within_radius']:.1f} % of the queries." in page
     body = page.split('<script type="application/json"')[0]
     assert body.count("<figure") >= 12
     assert body.count("<svg") == 3

@@ -123,12 +123,13 @@ def test_a_window_is_the_same_whether_or_not_the_run_began_before_it(dataset):
         assert (second._hold(number).window.row == windows[number].row).all()
 
 
-def test_windows_differ_and_depend_on_seed_and_first_step_alone(index):
+def test_windows_differ_and_depend_on_seed_first_step_and_turns_alone(index):
     make = partial(make_window, index, np.zeros((4, 16), int), run=4, turns={0: 16})
     first = make(seed=1, first_step=4)
     assert (make(seed=1, first_step=4).row == first.row).all()
     assert (make(seed=1, first_step=8).row != first.row).any()
     assert (make(seed=2, first_step=4).row != first.row).any()
+    assert (make(seed=1, first_step=4, turns={0: 17}).row != first.row).any()
 
 
 def test_the_windows_of_a_seed_are_those_of_earlier_versions(index):

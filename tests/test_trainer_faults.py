@@ -73,7 +73,7 @@ def test_a_run_of_which_every_step_was_skipped_has_failed(
     shards: Path, tmp_path: Path, failing: Callable[[Failing], None]
 ) -> None:
     failing(lambda step: True)
-    with pytest.raises(JobError, match="no step had a finite loss"):
+    with pytest.raises(JobError, match="no step of this start had a finite loss"):
         train_here(configure(shards, tmp_path / "r", nan_patience=99))
 
 

@@ -68,15 +68,17 @@ def launch_warning(world: World) -> str | None:
 
 def stream_warning(config: TrainConfig, classes: ClassTable) -> str | None:
     """A window of few runs for a group's classes mixes photos badly; say so, and what mixes them better."""
+    if config.read != "stream":
+        return None
     groups = classes.groups
     at_once = len(groups) if config.schedule == "joint" else 1
     runs, most = config.stream_window // (config.stream_run * at_once), max(classes.count(g) for g in groups)
-    if config.read != "stream" or most <= runs:
+    if most <= runs:
         return None
     return (
         f"warning: --read stream holds {format_count(runs, 'run')} of each group at a time where one has "
-        f"{format_count(most, 'class')}: less accurate than --read indexed; a larger --stream-window or a smaller "
-        "--stream-run mixes better"
+        f"{format_count(most, 'class')}: it may be less accurate than with --read indexed; a larger --stream-window "
+        "or a smaller --stream-run mixes better"
     )
 
 

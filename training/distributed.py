@@ -90,9 +90,12 @@ class World:
 
 
 def check_gpus(device: torch.device) -> None:
-    """JobError where this machine's processes are more than its GPUs, of which NCCL wants one for each."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device.type == "cuda" and processes > (gpus := torch.cuda.device_count()):
+    """JobError where this machine's processes are more than its GPUs, of which NCCL wants one for each.
+
+    A process that sees one GPU may have it to itself: Slurm can hide the others.
+    """
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if device.type == "cuda" and 1 < gpus < processes:
         raise JobError(
             f"{processes} processes were started here for {format_count(gpus, 'GPU')}; give --num_processes {gpus} "
             "(of several machines the sum) or, on the CPU, --cpu"
@@ -150,7 +153,7 @@ class RankGroups:
         if len(ranks) in (1, self.world.size):
             return None
         if ranks not in self.known:
-            group = dist.new_group(list(ranks))
+            group = dist.new_group(list(ranks), timeout=PATIENCE)
             self.known[ranks] = group if isinstance(group, dist.ProcessGroup) else None
         return self.known[ranks]
 
@@ -189,20 +192,32 @@ def set_running_statistics(model: nn.Module, statistics: Tensor) -> None:
 def averaged_batch_norms(model: nn.Module, world: World) -> Iterator[Tensor]:
     """Within this block the running statistics are those over all ranks, since each rank sees other samples.
 
-    Gives this rank's own, as `running_statistics`, which come back at the end. The variance of the whole is the mean of
-    the variances plus the variance of the means.
+    Gives this rank's own, as `running_statistics`, which come back at the end.
     """
     own = running_statistics(model)
     if world.size == 1 or not own.numel():
         yield own
         return
-    means, variances = own.double()
-    both = world.sum(torch.stack([means, variances + means**2])) / world.size
-    set_running_statistics(model, torch.stack([both[0], both[1] - both[0] ** 2]))
+    set_running_statistics(model, _statistics(world.sum(_moments(own)) / world.size))
     try:
         yield own
     finally:
         set_running_statistics(model, own)
+
+
+def statistics_over_ranks(of_ranks: list[Tensor]) -> Tensor:
+    """The running statistics of all ranks' samples from those of each; all as `running_statistics` gives them."""
+    return _statistics(torch.stack([_moments(own) for own in of_ranks]).mean(0))
+
+
+def _moments(statistics: Tensor) -> Tensor:
+    """Means and means of squares, which ranks may average, float64 [2, numbers]."""
+    means, variances = statistics.double()
+    return torch.stack([means, variances + means**2])
+
+
+def _statistics(moments: Tensor) -> Tensor:
+    return torch.stack([moments[0], moments[1] - moments[0] ** 2])
 
 
 def _running(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:

@@ -64,7 +64,8 @@ class Engine:
         self.optimizer = make_adam(model.parameters(), config.lr)
         self.rates = Rates(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
-        self.average = Average(self._averaged_tensors(), config.ema) if config.ema else None
+        self.averaged_tensors = self._averaged_tensors() if config.ema else {}
+        self.average = Average(self.averaged_tensors, config.ema) if config.ema else None
         self.guard = BufferGuard(model)
         self.position = {group: i for i, group in enumerate(bank.groups)}
         self.dtype = next(model.parameters()).dtype
@@ -162,13 +163,14 @@ class Engine:
         optimizers = [self.optimizer] + [self.bank.optimizers[group] for group in trained]
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
-        norm, trained_parameters = None, self.trained_parameters().values()
+        norm = None
         if self.config.grad_clip:
-            norm = float(nn.utils.clip_grad_norm_(trained_parameters, self.config.grad_clip))
+            norm = float(nn.utils.clip_grad_norm_(self.trained_parameters().values(), self.config.grad_clip))
         elif want_norm:
-            norm = float(nn.utils.get_total_norm([p.grad for p in trained_parameters if p.grad is not None]))
+            gradients = [p.grad for p in self.trained_parameters().values() if p.grad is not None]
+            norm = float(nn.utils.get_total_norm(gradients))
         head_norms = self.bank.gradient_norms(trained) if want_norm else {}
-        if self.config.grad_clip and not math.isfinite(norm or 0.0) and not self.scaler.is_enabled():
+        if self.config.grad_clip and norm is not None and not math.isfinite(norm) and not self.scaler.is_enabled():
             self._forget_gradients(trained)
             self.guard.restore()
             return False, norm, head_norms
@@ -177,7 +179,7 @@ class Engine:
         self.scaler.update()
         self._forget_gradients(trained)
         if self.average is not None:
-            self.average.update(self._averaged_tensors())
+            self.average.update(self.averaged_tensors)
             self.bank.update_averages(trained)
         return True, norm, head_norms
 
@@ -189,7 +191,7 @@ class Engine:
     def start_averages(self) -> None:
         """Let the running averages, if any are kept, begin at the weights as they are."""
         if self.average is not None:
-            self.average.load(self._averaged_tensors(), 0)
+            self.average.load(self.averaged_tensors, 0)
             self.bank.start_averages()
 
     @contextmanager
@@ -200,7 +202,7 @@ class Engine:
 
     def averaged_model(self) -> AbstractContextManager[None]:
         """`averaged` for the model alone; within it `average.tensors` are the values that training goes on with."""
-        return nullcontext() if self.average is None else self.average.swapped_in(self._averaged_tensors())
+        return nullcontext() if self.average is None else self.average.swapped_in(self.averaged_tensors)
 
 
 def seed_model_randomness(seed: int, step: int, rank: int, device: torch.device) -> None:

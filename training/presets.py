@@ -89,9 +89,10 @@ class TrainConfig:
     plateau_factor: float = 0.1
     """Factor of that cut; the run ends when the model's rate is under 1e-6."""
     grad_clip: float = 0.0
-    """Largest norm of the model's gradient; 0: no clipping."""
+    """Largest norm of the model's gradient, a step with one that is not finite is skipped; 0: no clipping."""
     ema: float = 0.0
-    """Decay of a running average of all weights, which is then validated and saved; 0: none."""
+    """Decay of a running average of all weights (and batch norms' statistics), which is then validated and saved;
+    0: none."""
 
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"
     """Arithmetic of the model (fp16 becomes fp32 where there is no GPU); heads always compute in float32."""

@@ -28,7 +28,13 @@ from training.checkpoint import (
     training_state,
     training_values,
 )
-from training.distributed import World, averaged_batch_norms, running_statistics, set_running_statistics
+from training.distributed import (
+    World,
+    averaged_batch_norms,
+    running_statistics,
+    set_running_statistics,
+    statistics_over_ranks,
+)
 from training.engine import Engine
 from training.presets import FIXED_BY_CHECKPOINT, STARTS_FROM, TrainConfig, changes, fields_that_differ
 from training.progress import Progress
@@ -107,8 +113,9 @@ def _restore(saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
     values = training_values(saved.training)
     engine.model.load_state_dict(saved.model | values["raw"])
     statistics = values.get("batch_norms", [])
-    if len(statistics) == run.world.size:
-        set_running_statistics(engine.model, statistics[run.world.rank])
+    if statistics:
+        own = len(statistics) == run.world.size
+        set_running_statistics(engine.model, statistics[run.world.rank] if own else statistics_over_ranks(statistics))
     engine.optimizer.load_state_dict(values["model_optimizer"])
     for parameter, moments in engine.optimizer.state.items():  # fused Adam pairs memory, not elements
         for name in ("exp_avg", "exp_avg_sq"):
@@ -143,7 +150,7 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
     """
     engine, world, out = run.engine, run.world, run.config.out
     heads, head_state = engine.bank.collect()
-    # Of every rank; the model's are those over all ranks.
+    # Of every rank; what is evaluated has those over all ranks.
     statistics = {"batch_norms": world.gather(running_statistics(engine.model).cpu()) if world.size > 1 else []}
 
     def write() -> None:

@@ -135,7 +135,7 @@ class Trainer:
                     f"{list_checkpoints(self.config.out)[0] if self.world.is_main else ''}; go on with --resume"
                 )
             elif 0 < self.progress.step - first_step == self.skipped_in_row:
-                self._give_up("no step had a finite loss")
+                self._give_up("no step of this start had a finite loss")
             else:
                 self._say_end(time.monotonic() - begun_at)
             self._say_replaced()

@@ -125,7 +125,7 @@ function drawReliability(view) {
   $("calibration-note").textContent = `Bars: percent of the answers of that confidence that are right; numbers: how many there are. On the dashed line ` +
     `confidence is honest. Expected calibration error: ${number(view.row.calibration_error)} points; ` +
     (view.row.temperature ? `confidence calibrated on validation queries (temperature ${number(view.row.temperature, 2)}).` : "confidence not calibrated.") +
-    ` The true place lies in the circle said to hold 68 % of the probability for ${number(view.row.within_radius)} % of the queries.`;
+    ` The true place lies in the circle said to hold 68 % of the probability for ${number(view.row.percent_within_radius)} % of the queries.`;
 }
 
 function drawGroups(view) {
