@@ -25,7 +25,7 @@ from shards.stream import WindowPlan, make_window
 from training.heads import Head
 
 DIM, PHOTOS, TEST_PHOTOS, BATCH, NOISE = 64, 48, 4, 64, 1.4
-ORDERS = [(1, 0), (8, 4096), (32, 4096), (32, 16384), (8, 65536), (16, 65536), (32, 65536)]  # run, window
+ORDERS = [(1, 0), (8, 4096), (32, 4096), (32, 8192), (32, 16384), (8, 65536), (16, 65536), (32, 65536)]  # run, window
 
 
 class Photos:
