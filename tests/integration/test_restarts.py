@@ -71,7 +71,7 @@ def test_a_signal_to_one_of_two_processes_stops_both_and_the_end_is_that_of_an_u
         assert torch.equal(tensor, ended.model[name]), name
     for name, tensor in whole.training.tensors.items():
         assert torch.equal(tensor, ended.training.tensors[name]), name
-    own = [whole.training.tensors[f"batch_norms.{rank}"][0] for rank in range(2)]
+    own = [whole.training.tensors[f"average_batch_norms.{rank}"][0] for rank in range(2)]
     assert not torch.equal(*own)
     means = torch.cat([tensor for name, tensor in whole.model.items() if name.endswith("running_mean")])
     torch.testing.assert_close(means, (own[0] + own[1]) / 2, rtol=1e-5, atol=1e-6)
