@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -147,10 +147,9 @@ class Store:
     def remove(self, names: list[str]) -> None:
         """Delete files in this order; raises `JobError` where that fails."""
         for name in names:
-            target = self._path(name)
             try:
                 with suppress(FileNotFoundError):  # gone already, such as by a request whose answer was lost
-                    self.ask(lambda path=target: self.files.rm_file(path))  # type: ignore[misc]
+                    self.ask(partial(self.files.rm_file, self._path(name)))
             except Exception as error:  # each file system has errors of its own
                 raise JobError(
                     f"{self.url}: {name} cannot be deleted ({_one_line(error)}); delete it by hand"
