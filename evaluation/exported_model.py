@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from evaluation.calibration import temperature_of
 from evaluation.localiser import Localiser
+from evaluation.ranking import LEAST_DEVIATION
 from evaluation.result_files import to_latlon
 from shards.console import JobError
 from shards.files import atomic_folder, atomic_path, atomic_write_json, atomic_write_text
@@ -76,7 +77,7 @@ class ExportedModel(nn.Module):
         if self.form == "softmax":
             return (scores * self.scale).log_softmax(1)
         deviation, mean = torch.std_mean(scores, dim=1, correction=0, keepdim=True)
-        return (scores - mean) / deviation.clamp_min(1e-12)
+        return (scores - mean) / deviation.clamp_min(LEAST_DEVIATION)
 
 
 def export_torchscript(localiser: Localiser, out: Path) -> float:

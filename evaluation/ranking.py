@@ -21,6 +21,7 @@ RANKING_FORMS: tuple[RankingForm, ...] = get_args(RankingForm)
 OWN_FORMS: tuple[RankingForm, ...] = ("raw", "cosine")
 
 UNCERTAINTY_MASS = 0.68
+LEAST_DEVIATION = 1e-12  # of a group's scores, where they are all alike
 _QUERIES_AT_ONCE = 256
 
 
@@ -306,7 +307,7 @@ class ScoredClasses:
             scores = self.ranker.in_order(self.products[:, columns], self.own, columns)
             variance, mean = torch.var_mean(scores, dim=1, correction=0)
             means.append(mean)
-            factors.append(variance.sqrt().clamp_min(1e-12).reciprocal())
+            factors.append(variance.sqrt().clamp_min(LEAST_DEVIATION).reciprocal())
         return torch.stack(means, dim=1), torch.stack(factors, dim=1)
 
     def _log_softmax(self) -> tuple[Tensor, Tensor]:
