@@ -4,6 +4,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 1.0
+_PYTHON_CLOSES_THE_PIPE = sys.version_info >= (3, 12, 1) or (3, 11, 6) <= sys.version_info < (3, 12)
 
 
 def cores_of_process() -> int:
@@ -56,8 +58,10 @@ def end_pool(pool: ProcessPoolExecutor) -> None:
 
 
 def _kill_children(calls: Any) -> None:
+    # Python 3.11.2, Debian 12's, waits for ever for the thread that puts a large task into a pipe which no worker reads
+    # any more; closed, the pipe ends that thread. Later ones close it themselves (its issue 94777), and two threads
+    # that close it at once may both do so, the second another file of the same number.
+    if not _PYTHON_CLOSES_THE_PIPE:
+        calls._reader.close()
     for process in multiprocessing.active_children():
         process.kill()
-    # Python 3.11.2, Debian 12's, waits for ever for the thread that puts a large task into a pipe which no worker reads
-    # any more; closed, the pipe ends that thread, as in Python itself from 3.11.6 and 3.12.1 on (its issue 94777).
-    calls._reader.close()

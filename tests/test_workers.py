@@ -55,6 +55,38 @@ def test_a_pool_whose_worker_is_killed_ends_also_where_a_large_task_is_on_its_wa
     assert done.stdout == "True\n", done.stderr
 
 
+CLOSED = """
+import multiprocessing, os, time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
+from shards.workers import end_pool
+
+closed, close = Counter(), Connection._close
+
+def slowly(self):
+    closed[self._handle] += 1
+    time.sleep(0.2)
+    close(self)
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    pool.submit(os.getpid).result()
+    pool.submit(time.sleep, 600)
+    reader = vars(pool)["_call_queue"]._reader.fileno()
+    Connection._close = slowly
+    end_pool(pool)
+    print(closed[reader])
+"""
+
+
+def test_the_pipe_of_a_pool_whose_workers_are_killed_is_closed_once(tmp_path):
+    script = tmp_path / "closed.py"
+    script.write_text(CLOSED)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("1\n", "")
+
+
 def test_an_idle_worker_ends_when_its_parent_is_killed():
     parent = subprocess.Popen([sys.executable, "-c", POOL], stdout=subprocess.PIPE, text=True)
     assert parent.stdout is not None
