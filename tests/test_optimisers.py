@@ -115,9 +115,9 @@ def test_the_average_follows_its_formula_and_can_be_swapped_in() -> None:
         current = float(n)
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * current
-        average.update({"w": torch.tensor([current])})
+        value.fill_(current)
+        average.update()
     assert float(average.tensors["w"]) == pytest.approx(expected, rel=1e-6)
-    live = torch.tensor([current])
-    with average.swapped_in({"w": live}):
-        assert float(live) == pytest.approx(expected, rel=1e-6)
-    assert float(live) == current
+    with average.swapped_in():
+        assert float(value) == pytest.approx(expected, rel=1e-6)
+    assert float(value) == current

@@ -64,8 +64,7 @@ class Engine:
         self.optimizer = make_adam(model.parameters(), config.lr)
         self.rates = Rates(config, self.optimizer)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
-        self.averaged_tensors = self._averaged_tensors() if config.ema else {}
-        self.average = Average(self.averaged_tensors, config.ema) if config.ema else None
+        self.average = Average(self._averaged_values(), config.ema) if config.ema else None
         self.guard = BufferGuard(model)
         self.position = {group: i for i, group in enumerate(bank.groups)}
         self.dtype = next(model.parameters()).dtype
@@ -76,7 +75,7 @@ class Engine:
         """The parameters of the model that are trained, by name."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def _averaged_tensors(self) -> dict[str, Tensor]:
+    def _averaged_values(self) -> dict[str, Tensor]:
         """What a running average is kept of: trained parameters, and the statistics of batch norms that fit them."""
         statistics = {name: b for name, b in self.model.named_buffers() if b.is_floating_point()}
         return self.trained_parameters() | statistics
@@ -179,7 +178,7 @@ class Engine:
         self.scaler.update()
         self._forget_gradients(trained)
         if self.average is not None:
-            self.average.update(self.averaged_tensors)
+            self.average.update()
             self.bank.update_averages(trained)
         return True, norm, head_norms
 
@@ -191,7 +190,7 @@ class Engine:
     def start_averages(self) -> None:
         """Let the running averages, if any are kept, begin at the weights as they are."""
         if self.average is not None:
-            self.average.load(self.averaged_tensors, 0)
+            self.average.restart()
             self.bank.start_averages()
 
     @contextmanager
@@ -202,7 +201,7 @@ class Engine:
 
     def averaged_model(self) -> AbstractContextManager[None]:
         """`averaged` for the model alone; within it `average.tensors` are the values that training goes on with."""
-        return nullcontext() if self.average is None else self.average.swapped_in(self.averaged_tensors)
+        return nullcontext() if self.average is None else self.average.swapped_in()
 
 
 def seed_model_randomness(seed: int, step: int, rank: int, device: torch.device) -> None:

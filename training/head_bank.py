@@ -144,21 +144,21 @@ class HeadBank:
 
     def start_averages(self) -> None:
         """Let the running averages, where the run keeps any, begin at the weights as they are."""
-        for group, average in self.averages.items():
-            average.load(dict(self.heads[group].named_parameters()), 0)
+        for average in self.averages.values():
+            average.restart()
 
     def update_averages(self, groups: Iterable[int]) -> None:
         """Move the running averages of these groups' heads, where the run keeps any."""
         for group in groups:
             if group in self.averages:
-                self.averages[group].update(dict(self.heads[group].named_parameters()))
+                self.averages[group].update()
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Within this block the heads hold their running averages (where the run keeps any)."""
         with ExitStack() as stack:
-            for group, average in self.averages.items():
-                stack.enter_context(average.swapped_in(dict(self.heads[group].named_parameters())))
+            for average in self.averages.values():
+                stack.enter_context(average.swapped_in())
             yield
 
     def blocks(self, form: ScoreForm) -> list[ClassBlock]:

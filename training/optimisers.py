@@ -99,23 +99,29 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 class Average:
     """A running average of tensors: average <- decay * average + (1 - decay) * value after every step.
 
-    Early on the decay is (1 + n) / (10 + n) where that is smaller, so that the random start fades at once.
+    `values` are the tensors, by name, that training changes in place; `tensors` their averages. Early on the decay is
+    (1 + n) / (10 + n) where that is smaller, so that the random start fades at once.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], decay: float) -> None:
+    def __init__(self, values: dict[str, Tensor], decay: float) -> None:
+        self.values = values
         self.decay = decay
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin at the current values."""
         self.updates = 0
-        self.tensors = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.tensors = {name: value.detach().clone() for name, value in self.values.items()}
 
     @torch.no_grad()
-    def update(self, tensors: dict[str, Tensor]) -> None:
-        """Move the average towards the current values, which bear the same names."""
+    def update(self) -> None:
+        """Move the averages towards the current values."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        torch._foreach_lerp_(list(self.tensors.values()), [tensors[name].detach() for name in self.tensors], 1 - decay)
+        torch._foreach_lerp_(list(self.tensors.values()), list(self.values.values()), 1 - decay)
 
     def to(self, device: torch.device) -> None:
-        """Move the average to a device."""
+        """Move the averages to a device."""
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
 
     @torch.no_grad()
@@ -126,17 +132,17 @@ class Average:
             average.copy_(tensors[name])
 
     @contextmanager
-    def swapped_in(self, tensors: dict[str, Tensor]) -> Iterator[None]:
-        """Within this block `tensors`, which bear the same names, hold the averages."""
-        self._swap(tensors)
+    def swapped_in(self) -> Iterator[None]:
+        """Within this block values and averages change places."""
+        self._swap()
         try:
             yield
         finally:
-            self._swap(tensors)
+            self._swap()
 
     @torch.no_grad()
-    def _swap(self, tensors: dict[str, Tensor]) -> None:
+    def _swap(self) -> None:
         for name, average in self.tensors.items():
-            kept = tensors[name].clone()
-            tensors[name].copy_(average)
+            kept = self.values[name].clone()
+            self.values[name].copy_(average)
             average.copy_(kept)
