@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import pyarrow as pa
 
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
+from shards import limits
 from shards.classes import cell_index
 from shards.console import JobError, format_bytes, format_count, is_systems, one_line, printable
 from shards.dataset import Dataset
@@ -305,11 +305,11 @@ def database_images(
 
 def _check_memory(database: str, count: int, dim: int) -> None:
     """Raise JobError where the descriptors of so many photos, and their copy in a search, are more than the memory."""
-    needed, memory = 2 * 4 * count * dim, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed, memory = 2 * 4 * count * dim, limits.memory()
     if needed > memory:
         raise JobError(
             f"{database}: the descriptors of {count:,} photos and their copy for a search take {format_bytes(needed)} "
-            f"of memory and this machine has {format_bytes(memory)}, which holds {memory // (8 * dim):,}; name fewer "
+            f"of memory, and {format_bytes(memory)} may be used here, which holds {memory // (8 * dim):,}; name fewer "
             "photos: a folder of a part of the city, or a list (.csv, .parquet)"
         )
 

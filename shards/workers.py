@@ -11,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from shards import limits
+
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 1.0
 _PYTHON_CLOSES_THE_PIPE = sys.version_info >= (3, 12, 1) or (3, 11, 6) <= sys.version_info < (3, 12)
@@ -18,7 +20,7 @@ _PYTHON_CLOSES_THE_PIPE = sys.version_info >= (3, 12, 1) or (3, 11, 6) <= sys.ve
 
 def cores_of_process() -> int:
     """The processors that this process may use, shared among this host's processes of a launch; at least 1."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, limits.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def follow_parent(parent: int) -> None:

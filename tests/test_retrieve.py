@@ -164,8 +164,8 @@ def test_a_database_whose_descriptors_exceed_the_memory_is_refused_with_figures_
     with pytest.raises(JobError) as refused:
         run_here(monkeypatch, *words)
     assert str(refused.value) == (
-        f"{database}: the descriptors of 48 photos and their copy for a search take 12.3 kB of memory and this machine "
-        "has 8.2 kB, which holds 32; name fewer photos: a folder of a part of the city, or a list (.csv, .parquet)"
+        f"{database}: the descriptors of 48 photos and their copy for a search take 12.3 kB of memory, and 8.2 kB may "
+        "be used here, which holds 32; name fewer photos: a folder of a part of the city, or a list (.csv, .parquet)"
     )
     sizes["SC_PHYS_PAGES"] = 3
     run_here(monkeypatch, *words)
