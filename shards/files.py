@@ -1,5 +1,6 @@
 """Files that appear whole or not at all (law 2 of the design): write beside, flush, rename."""
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -18,6 +19,7 @@ from shards.console import JobError, is_systems
 from shards.layout import LOCK
 
 TEMPORARY_SUFFIX = ".partial"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
 
 
 @contextmanager
@@ -56,10 +58,11 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_folder(path: Path | str) -> Iterator[Path]:
+def atomic_folder(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path`; on success flush every file and rename it to `path`.
 
-    `path` must not exist when the block ends. On an error the folder is removed; an `OSError` bears the name of a file.
+    A folder that stands there is an error, or with `replace` gives way once the new one is on disk. On an error the
+    temporary folder is removed and `path` is left as it was; an `OSError` bears the name of a file.
     """
     path = Path(path)
     partial = _partial(path)
@@ -70,11 +73,13 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
             for file in sorted(partial.rglob("*")):
                 _flush(file)
             _flush(partial)
-            os.rename(partial, path)
-    except BaseException:
+            if replace and path.exists():
+                _change_places(partial, path)
+            else:
+                os.rename(partial, path)
+            _flush(path.parent)
+    finally:
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _flush(path.parent)
 
 
 def read_table(path: Path | str, columns: list[str] | None = None) -> pa.Table:
@@ -184,6 +189,15 @@ def remove_partials(folder: Path | str) -> int:
 def _partial(path: Path) -> Path:
     """A name beside `path` that no other process uses, on this host or another."""
     return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+
+
+def _change_places(one: Path, other: Path) -> None:
+    """Let two folders take each other's names: at once where the file system can, else by way of a third name."""
+    if ctypes.CDLL(None).renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE):
+        aside = _partial(other)
+        os.rename(other, aside)
+        os.rename(one, other)
+        os.rename(aside, one)
 
 
 def _flush(path: Path) -> None:

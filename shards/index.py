@@ -8,7 +8,6 @@ import errno
 import hashlib
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -161,12 +160,11 @@ def _read_table(table: Path) -> pa.Table:
 
 def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -> None:
     try:
-        with atomic_folder(folder) as partial:
+        with atomic_folder(folder, replace=True) as partial:
             for group, arrays in groups.items():
                 for name in _ARRAYS:
                     np.save(partial / f"{group_name(group)}.{name}.npy", arrays[name])
             (partial / "state").write_text(state)
-            shutil.rmtree(folder, ignore_errors=True)
     except OSError:
         if not _is_current(folder, state):  # else another host was faster
             raise

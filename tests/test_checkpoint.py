@@ -1,6 +1,9 @@
 """Checkpoints: whole or not at all, nothing pickled, and the previous one used where the last is damaged."""
 
+import errno
 import json
+import os
+import signal
 import zlib
 from pathlib import Path
 
@@ -85,6 +88,34 @@ def test_weights_are_saved_without_a_copy_of_them_in_memory_but_for_those_that_s
     loaded = load_checkpoint(path).model
     assert torch.equal(loaded["large"], large)
     assert torch.equal(loaded["row"], large[5])
+
+
+@pytest.mark.parametrize("fault", ["full disk", "kill"])
+def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    old = save_checkpoint(tmp_path, make_checkpoint(7))
+    before = {file.name: file.read_bytes() for file in old.iterdir()}
+    after = make_checkpoint(7)
+    after.model["count"] = torch.tensor(8)
+
+    def fails(descriptor: int) -> None:
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", fails)
+        if fault == "full disk":
+            with pytest.raises(OSError, match="No space left"):
+                save_checkpoint(tmp_path, after)
+        elif (child := os.fork()) == 0:
+            save_checkpoint(tmp_path, after)
+        else:
+            assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert {file.name: file.read_bytes() for file in old.iterdir()} == before
+    assert list_checkpoints(tmp_path) == [old]
+    assert load_checkpoint(save_checkpoint(tmp_path, after)).model["count"] == 8
 
 
 def test_whoever_may_read_one_file_of_a_checkpoint_may_read_all(tmp_path: Path) -> None:

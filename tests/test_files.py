@@ -13,7 +13,7 @@ import pytest
 
 from shards.console import JobError, describe_os_error
 from shards.dataset import Dataset, Manifest
-from shards.files import atomic_folder, atomic_path, locked, named
+from shards.files import _RENAME_EXCHANGE, atomic_folder, atomic_path, locked, named
 
 UNREADABLE = Path("/proc/self/mem")  # opens, but its first bytes cannot be read: EIO, as of a bad disk
 
@@ -61,6 +61,26 @@ def test_a_folder_that_cannot_be_written_names_its_file_and_leaves_nothing(tmp_p
         (partial / "group" / "state").write_text("x")
     assert raised.value.filename == str(tmp_path / "index" / "group" / "state")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", [_RENAME_EXCHANGE, 1 << 20], ids=["at once", "where no file system can"])
+def test_a_folder_gives_way_to_a_new_one_once_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: int
+) -> None:
+    monkeypatch.setattr("shards.files._RENAME_EXCHANGE", flag)
+    old = tmp_path / "folder"
+    old.mkdir()
+    (old / "state").write_text("old")
+    with pytest.raises(OSError, match="No space left"), atomic_folder(old, replace=True):
+        Path("/dev/full").write_text("x")
+    assert (old / "state").read_text() == "old"
+    with pytest.raises(OSError, match="not empty"), atomic_folder(old) as partial:
+        (partial / "state").write_text("new")
+    with atomic_folder(old, replace=True) as partial:
+        (partial / "state").write_text("new")
+        assert (old / "state").read_text() == "old"
+    assert (old / "state").read_text() == "new"
+    assert list(tmp_path.iterdir()) == [old]
 
 
 def test_an_error_without_a_number_is_told_as_one_of_the_file(tmp_path: Path) -> None:

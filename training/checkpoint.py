@@ -132,7 +132,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     """
     path = run / "checkpoints" / checkpoint_name(checkpoint.state["step"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, replace=True) as folder:
         _save_tensors(checkpoint.model, folder / "model.safetensors")
         heads = {f"{group}.{name}": t for group, head in checkpoint.heads.items() for name, t in head.items()}
         _save_tensors(heads, folder / "heads.safetensors")
@@ -144,8 +144,6 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
         checkpoint.classes.save(folder / "classes.parquet")
         files = {file.name: _describe(file) for file in sorted(folder.iterdir())}
         atomic_write_json(folder / "files.json", {"format": FORMAT, "files": files})
-        if path.exists():
-            _delete(path)
     return path
 
 
