@@ -97,7 +97,7 @@ class AnswerQueue:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _answer_waiting(self) -> None:
-        """Answer what waits, if anything: a call is due for each photo, and may find it answered beside another."""
+        """Answer the photos that wait. Each photo schedules one call, which may find it answered beside another."""
         batch = [self._waiting.popleft() for _ in range(min(len(self._waiting), self.request.batch_size))]
         batch = [(upload, future) for upload, future in batch if future.set_running_or_notify_cancel()]
         if not batch:

@@ -87,8 +87,7 @@ class Outcome:
 
     @cached_property
     def fitted(self) -> bool:
-        """Form and confidence were fitted to these very queries, which flatters both: to a set of this name, or to the
-        same photos by another."""
+        """Whether form and confidence were fitted to these same queries, which makes both look better than they are."""
         found = self.calibration
         if found is None:
             return False

@@ -162,7 +162,7 @@ class ClassRanker:
     ) -> Iterator[ScoredClasses]:
         """The scores of some queries after the other, in the same memory."""
         size = int(np.clip(SCORES_IN_MEMORY // len(self.row_of_column), 1, _QUERIES_AT_ONCE))
-        # Made once: where a process keeps what it frees, a new one for each finds no room among what lies between.
+        # Allocated once: fresh ones would fragment memory, which the process never gives back.
         room = torch.empty(min(size, len(vectors)), len(self.row_of_column), device=self.device)
         with progress_bar(title, len(vectors), "photos") as bar:
             for first in range(0, len(vectors), size):

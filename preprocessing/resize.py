@@ -45,9 +45,9 @@ _LUMA_GAINS = (
     (0.99, 0.94, 0.90, 0.89, 0.86, 0.80, 0.72, 0.65),
     (0.84, 0.79, 0.76, 0.74, 0.73, 0.71, 0.65, 0.49),
 )
-"""By vertical and horizontal frequency, what a coefficient of luminance of the fast path's JPEGs must be multiplied by
-to be nearest, in least squares, to that of a Lanczos reduction: the cubic step weakens middle frequencies, and of the
-highest much is aliasing and rounding (tests/benchmarks/RESULTS.md). The tables that decoders multiply by say so."""
+"""By vertical and horizontal frequency, the factor on a luminance coefficient of the fast path's JPEGs that brings it
+nearest, in least squares, to that of a Lanczos reduction: the cubic step weakens middle frequencies, and of the highest
+much is aliasing and rounding (tests/benchmarks/RESULTS.md). It is applied by scaling the quantisation table."""
 
 
 class BadPhoto(Exception):
@@ -111,7 +111,7 @@ class Resizer:
     def decode(self, data: bytes) -> np.ndarray:
         """Upright pixels, uint8 [h, w, 3] RGB or [h, w, 4] RGBX; at least `size` a side where the photo has them.
 
-        They may lie where the next photo that this thread decodes will.
+        This thread's next decode may overwrite the array.
         """
         if not data:
             raise BadPhoto("empty file")

@@ -13,7 +13,7 @@ _MOST_BYTES = 1 << 26
 
 class SampleMaker:
     """Makes the samples of one shard. A panorama is read and decoded once for all of its crops in `wanted`, the
-    shard's samples: the crops wait here as small JPEGs, at most those of one shard."""
+    shard's samples: its crops wait as small JPEGs, at most one shard's worth."""
 
     def __init__(self, sources: Sequence[Source], resizer: Resizer, wanted: Sequence[str]) -> None:
         self._sources = sources

@@ -46,9 +46,9 @@ def write_shards(
 ) -> list[ShardResult]:
     """Write `tasks`; returns their results after those that are `done`.
 
-    `shards` and `images`: how many the plan has, done ones included; `photos`: how many were looked at for it, of
-    which `bad_names` were set aside before. Raises `JobError` where more photos are bad than `machinery` allows
-    besides those `accepted` when the data set was finished before.
+    `shards` and `images`: how many the plan has, done ones included; `photos`: how many were considered for it,
+    `bad_names` included. Raises `JobError` where more photos are bad than `machinery` allows on top of the `accepted`
+    ones of an earlier build.
     """
     results = list(done)
     limit = accepted + bad_limit(machinery.max_bad_share, photos)

@@ -35,7 +35,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a build will make of a plan: bytes needed and free (None where nobody can say), and seconds with a number of
+    """What a build will make of a plan: bytes needed and free (None at a URL), and seconds with a number of
     workers."""
 
     plan: Plan

@@ -29,8 +29,8 @@ class DamagedChecksums(ValueError):
 def seal(dataset: Path, manifest: "Manifest | None" = None) -> None:
     """Write `checksums.txt`; with `manifest`, of the data set whose `dataset.json` is about to be saved as that.
 
-    A file that is older than the last seal keeps the checksum it had then, so that sealing anew neither reads a large
-    data set again nor takes in what rotted since; where the clock was set back, no file does. Raises `OSError`.
+    Files older than the last seal keep their recorded checksums, so that sealing again neither reads a large data set
+    nor accepts what rotted since; where the clock was set back, every file is read. Raises `OSError`.
     """
     try:
         before = read_checksums(dataset) or {}

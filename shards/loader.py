@@ -114,7 +114,7 @@ class Loader:
             decoder.close()
 
     def blank(self, step: int) -> Batch:
-        """A batch of this rank's share of a step without photos: for a step that must be made, and is for nothing."""
+        """A batch of zeros of this rank's share: for a step that all ranks must enter but whose result is discarded."""
         count, size = len(self._slots), self._image_size
         images, labels = torch.zeros((count, size, size, 3), dtype=torch.uint8), torch.zeros(count, dtype=torch.int64)
         return Batch(step, images, labels, np.asarray(self._schedule(step))[self._slots], 0.0)

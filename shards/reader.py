@@ -30,7 +30,7 @@ class ShardReader:
         self._most = _OPEN_FILES if allowed == resource.RLIM_INFINITY else min(_OPEN_FILES, max(1, allowed // 4))
 
     def expect(self, groups: np.ndarray, rows: np.ndarray) -> None:
-        """Told which photos (both int [b]) are read soon; nothing that a disk's reader could use."""
+        """Take a hint which photos (both int [b]) will be read soon; a local disk needs none."""
 
     def read(self, group: int, row: int) -> bytes:
         """The JPEG in `row` of a group's index; raises `OSError` where it cannot be read or fails its checksum."""

@@ -2,10 +2,10 @@
 
 Shards are class-major, and within a class photos lie in a seeded random order, so a run of neighbours is a random
 sample of its class. The global batches of some consecutive steps form a window: runs of `run` photos are read from
-as many classes as it takes, and the photos handed out shuffled. A group's classes take turns in a random order that
-is new in each round, and a class goes on in each round where its run of the round before ended, from a random place
-in the first. So every slot's class and photo are uniform, as in `shards.sampler`, and classes and photos come up more
-evenly than there. Up to `run` photos of a class lie together in a window, so that a large window mixes better.
+as many classes as it takes, and the photos handed out shuffled. Each round visits all classes of a group in a new
+random order. A class goes on where its last run ended; its first run starts at a random photo. So every slot's class
+and photo are uniform, as in `shards.sampler`, and classes and photos come up more evenly than there. Up to `run`
+photos of a class share a window, so that larger windows mix better.
 The first windows are smaller, each half the next, since the first batch waits for all of the first one. A window is a
 pure function of seed, schedule, number and settings: a resumed run counts the runs of those before, 0.7 s for each
 100,000 steps of 64, and reads its window again.

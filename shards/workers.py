@@ -33,7 +33,7 @@ def follow_parent(parent: int) -> None:
 @contextmanager
 def ctrl_c_held_back() -> Iterator[None]:
     """Hold Ctrl-C back within this block: processes that start in it inherit that, and leave it to this process."""
-    came = []  # through another thread, which does not hold it back
+    came = []  # filled where another thread, which does not block the signal, receives it
     before = signal.signal(signal.SIGINT, lambda *of: came.append(of))
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -48,8 +48,8 @@ def ctrl_c_held_back() -> Iterator[None]:
 def end_pool(pool: ProcessPoolExecutor) -> None:
     """Drop what a pool has not begun and leave its workers a moment to end what they have; then they are killed.
 
-    Cancel no future before: one that is cancelled by others than the pool itself ends the pool's own thread with an
-    error when a worker dies, and the process may wait for that thread for ever.
+    Do not cancel futures first: where a worker then dies, the pool's own thread fails and the process may wait for it
+    for ever.
     """
     calls = vars(pool)["_call_queue"]  # Python has no other way to it
     killer = threading.Timer(_GRACE_SECONDS, _kill_children, (calls,))

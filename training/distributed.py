@@ -227,7 +227,7 @@ def _running(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
 
 
 class BufferGuard:
-    """Keeps a copy of a model's buffers, so that a step that came to nothing leaves no trace in batch norms."""
+    """Keeps a copy of a model's buffers, so that a skipped step does not change batch norms."""
 
     def __init__(self, model: nn.Module) -> None:
         by_type: dict[torch.dtype, list[Tensor]] = {}  # a GPU copies tensors of one type at once, of several one by one

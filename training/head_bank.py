@@ -30,8 +30,8 @@ from training.sharded_head import ShardedHead
 class HeadBank:
     """One head and one Adam per group. `heads` is keyed by group id; so is all that follows.
 
-    `holders` are the ranks that train a head; a rank that is none of them has it with its initial weights and
-    without an optimiser. `heads[group].part` says which of the group's classes this rank's head covers.
+    `holders` are the ranks that train a head; the others keep it at its initial weights, without an optimiser.
+    `heads[group].part` says which of the group's classes this rank's head covers.
     """
 
     def __init__(self, classes: ClassTable, config: TrainConfig, dim: int, world: World) -> None:

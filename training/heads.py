@@ -69,8 +69,10 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _without_tf32() -> Iterator[None]:
-    """No TF32 in matrix products, by torch's old setting and by that of 2.9 and later: where the two contradict each
-    other, whatever asks for the old one fails, some products on a GPU among it."""
+    """Turn TF32 off for matrix products by torch's old setting and by that of 2.9 and later.
+
+    Where the two disagree, torch raises as soon as the old one is read, as some products on a GPU do.
+    """
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
     if precision is not None:

@@ -50,7 +50,7 @@ class Interruption:
 
     @contextmanager
     def ends_wait(self) -> Iterator[None]:
-        """Within this block a signal raises `AskedToStop`, also one that came before it: for what may never come."""
+        """Within this block a signal, also one received earlier, raises `AskedToStop`: for waits without an end."""
         self._waits = True
         try:
             if self.received is not None:

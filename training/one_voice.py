@@ -22,9 +22,9 @@ _LAUNCHER_SECONDS = 3.0  # in which the launcher ends the others once one proces
 
 @contextmanager
 def one_voice() -> Iterator[None]:
-    """Let the first process that a `JobError` stops tell it; others of the launch exit without a word.
+    """Only the first process of a launch that fails with a `JobError` prints it; the others exit silently.
 
-    They are told apart in the launcher's store; where that cannot be reached, every process tells it.
+    The launcher's store says which is the first; where it cannot be reached, every process prints its own.
     """
     try:
         yield

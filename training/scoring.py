@@ -171,10 +171,11 @@ def rank_classes(
 
 
 def _top_of_block(descriptors: Tensor, block: ClassBlock, top_k: int, room: Tensor) -> tuple[Tensor, Tensor]:
-    """The best of a block: its table rows and scores [q, k]. K are in the K strips with the highest maxima.
+    """The best classes of a block: table rows and scores, both [q, k].
 
-    Pieces of the block are scored and their strips' maxima taken while they are in cache. `room` float32 [q or more,
-    the block's whole strips or more] holds the scores meanwhile.
+    The k best lie in the k strips with the highest maxima, so that only those are searched. Pieces of the block are
+    scored and their strips' maxima taken while they are in cache. `room` float32 [q or more, columns of the block's
+    whole strips or more] holds the scores meanwhile.
     """
     strips = -(-block.count // STRIP)
     scores = room[: len(descriptors), : strips * STRIP]

@@ -150,7 +150,7 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
     """
     engine, world, out = run.engine, run.world, run.config.out
     heads, head_state = engine.bank.collect()
-    # Of every rank; what is evaluated has those over all ranks.
+    # Each rank's own; the saved model holds those over all ranks.
     statistics = {"batch_norms": world.gather(running_statistics(engine.model).cpu()) if world.size > 1 else []}
 
     def write() -> None:
