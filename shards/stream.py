@@ -29,7 +29,7 @@ from shards.sampler import ROUND_KEY, WINDOW_KEY, Draws, IndexedSampler, Schedul
 
 _LANES = 8
 _FIRST_WINDOW = 4096  # photos
-_OVERDUE = 8  # steps into a window after which no batch under way needs the one before
+_UNDER_WAY = 8  # at least as many batches as are drawn and not yet decoded
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,8 @@ class Stream:
         if attempt:
             return self._single.draw(step, slots, groups, attempt)
         number, place = self._plan.find(step)
-        window = self._advance(number, place).window
+        oldest, _ = self._plan.find(max(0, step - _UNDER_WAY))
+        window = self._advance(oldest, number).window
         crop = uniforms(self._seed, step, slots)[:, 2:]
         return Draws(np.asarray(groups, np.int64), window.label[place, slots], window.row[place, slots], crop)
 
@@ -194,12 +195,11 @@ class Stream:
             pool.shutdown(wait=True)
         self._held.clear()
 
-    def _advance(self, number: int, place: int) -> _Held:
-        """Hold a window and, soon, the next one; drop those that no batch under way needs any more."""
+    def _advance(self, oldest: int, number: int) -> _Held:
+        """Hold a window and, soon, the next one; drop those before the oldest that a batch under way needs."""
         for wanted in (number, number + 1):
             if wanted not in self._held:
                 self._held[wanted] = self._drawing.submit(self._hold, wanted)
-        oldest = number - (place < _OVERDUE)
         for old in [n for n in self._held if not oldest <= n <= number + 1]:
             del self._held[old]
         return self._held[number].result()

@@ -40,7 +40,7 @@ def make_loader(dataset, *, batch_size=16, joint=False, **options) -> Loader:
 
     return Loader(
         dataset, schedule, batch_size=batch_size, image_size=48, seed=4, mode="stream",
-        stream=StreamSettings(run=5, window=64), **{"decoder": "cpu", **options},
+        **{"decoder": "cpu", "stream": StreamSettings(run=5, window=64), **options},
     )  # fmt: skip
 
 
@@ -228,7 +228,8 @@ def test_each_run_is_one_request_and_read_by_one_rank_alone(dataset, monkeypatch
     assert alone.total() <= runs
 
 
-def test_every_photo_of_many_windows_comes_from_memory(dataset, monkeypatch):
+@pytest.mark.parametrize("window", [64, 16], ids=["windows of four steps", "windows of one step"])
+def test_every_photo_of_many_windows_comes_from_memory(dataset, monkeypatch, window):
     read, single = ShardReader.read, []
 
     def read_and_count(self, *photo):
@@ -236,7 +237,7 @@ def test_every_photo_of_many_windows_comes_from_memory(dataset, monkeypatch):
         return read(self, *photo)
 
     monkeypatch.setattr(ShardReader, "read", read_and_count)
-    loader = make_loader(dataset)
+    loader = make_loader(dataset, stream=StreamSettings(run=5, window=window))
     take(loader, 0, 60)
     loader.close()
     assert not single
