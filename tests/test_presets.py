@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from shards.console import JobError, entry
-from training.presets import PRESETS, TrainConfig, changes, read_config
+from training.presets import PRESETS, TrainConfig, read_config
 
 PLACES = ["--shards", "d", "--out", "r"]
 
@@ -77,7 +77,3 @@ def test_a_value_out_of_range_names_its_flag() -> None:
 def test_numbers_that_are_not_finite_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(JobError, match=f"--{name.replace('_', '-')} {value}: must be a finite number"):
         TrainConfig(**{name: value})  # type: ignore[arg-type]
-
-
-def test_changes_name_the_flag_and_both_values() -> None:
-    assert changes(TrainConfig(s=1.0), TrainConfig(s=2.0)) == ["--s 1.0 -> 2.0"]

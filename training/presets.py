@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -262,22 +261,3 @@ def read_config(arguments: Sequence[str] | None = None) -> TrainConfig:
     if preset is not None and preset not in PRESETS:
         raise WrongArguments(f"--preset {preset}: is none of {', '.join(sorted(PRESETS))}")
     return parse_arguments(TrainConfig, arguments, default=PRESETS[preset or "paper-b0"])
-
-
-def changes(before: TrainConfig, now: TrainConfig) -> list[str]:
-    """What differs between two configurations, as `--flag before -> now`."""
-    old, new = before.to_json(), now.to_json()
-    return [
-        f"--{name.replace('_', '-')} {json.dumps(old[name])} -> {json.dumps(new[name])}"
-        for name in new
-        if old[name] != new[name]
-    ]
-
-
-STARTS_FROM = ("weights", "init_from")
-FIXED_BY_CHECKPOINT = ("backbone", "head", "descriptor_dim", "freeze_until")
-
-
-def fields_that_differ(before: TrainConfig, now: TrainConfig, names: Sequence[str]) -> list[str]:
-    """Those of `names` whose values differ between two configurations."""
-    return [name for name in names if getattr(before, name) != getattr(now, name)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,13 @@ from training.distributed import (
     statistics_over_ranks,
 )
 from training.engine import Engine
-from training.presets import FIXED_BY_CHECKPOINT, STARTS_FROM, TrainConfig, changes, fields_that_differ
+from training.presets import TrainConfig
 from training.progress import Progress
 from training.run_folder import LossFile
 
 HEAD_STATE = "heads."
+_STARTS_FROM = ("weights", "init_from")
+_FIXED_BY_CHECKPOINT = ("backbone", "head", "descriptor_dim", "freeze_until")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -82,11 +85,13 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
     if (before.val_queries is None) != (config.val_queries is None):  # LR@1 and loss are no two values of one measure
         progress.best = None
     say(f"goes on from {path} after step {progress.step:,}")
-    for name in fields_that_differ(before, config, STARTS_FROM):
-        say(f"--{name.replace('_', '-')} has no effect: the run goes on from its own weights")
-    kept = {name: getattr(before, name) for name in ("resume", *STARTS_FROM)}
-    for change in changes(before, replace(config, **kept)):
-        say(f"changed since then: {change}")
+    for name in changed_fields(before, config):
+        flag = f"--{name.replace('_', '-')}"
+        if name in _STARTS_FROM:
+            say(f"{flag} has no effect: the run goes on from its own weights")
+        elif name != "resume":
+            values = [json.dumps(of.to_json()[name]) for of in (before, config)]
+            say(f"changed since then: {flag} {' -> '.join(values)}")
     if not np.array_equal(saved.classes.images, run.classes.images):
         then, now = int(saved.classes.images.sum()), int(run.classes.images.sum())
         say(f"changed since then: the data set, {then:,} -> {now:,} photos; from here on others are drawn")
@@ -95,17 +100,23 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
     return progress
 
 
+def changed_fields(before: TrainConfig, now: TrainConfig) -> list[str]:
+    """The names of the fields that two configurations differ in."""
+    return [field.name for field in fields(now) if getattr(before, field.name) != getattr(now, field.name)]
+
+
 def _check_fits(path: Path, saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
     if saved.classes.fingerprint() != run.classes.fingerprint():
         raise JobError(
             f"{path}: a checkpoint of another class map than {run.config.shards}; "
             f"start a new run with --init-from {run.config.out} to carry its weights over"
         )
-    for name in fields_that_differ(before, run.config, FIXED_BY_CHECKPOINT):
-        raise JobError(
-            f"{path}: was trained with --{name.replace('_', '-')} {getattr(before, name)}, not "
-            f"{getattr(run.config, name)}; give that, or another --out"
-        )
+    for name in changed_fields(before, run.config):
+        if name in _FIXED_BY_CHECKPOINT:
+            raise JobError(
+                f"{path}: was trained with --{name.replace('_', '-')} {getattr(before, name)}, not "
+                f"{getattr(run.config, name)}; give that, or another --out"
+            )
 
 
 def _restore(saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
