@@ -22,11 +22,11 @@ from training.assembly import (
     make_loader,
     make_profiler,
     make_world,
-    memory_in_use,
     profile_folder,
     stream_warning,
 )
 from training.checkpoint import best_checkpoint, list_checkpoints
+from training.curves import epoch_curves, step_curves
 from training.distributed import averaged_batch_norms, to_device
 from training.engine import StepOutcome
 from training.interruption import AskedToStop, Interruption
@@ -223,9 +223,7 @@ class Trainer:
         groups = "all groups" if config.schedule == "joint" else f"group {next(iter(progress.counts), '-')}"
         loss, accuracy = progress.mean_loss(), progress.accuracy()
         rate, wait_share = self.timing.rate(), self.timing.wait_share()
-        values = {f"epoch/loss/group-{g:02d}": progress.losses[g] / n for g, n in progress.counts.items()}
-        values |= {f"epoch/accuracy/group-{g:02d}": 100 * progress.hits[g] / n for g, n in progress.counts.items()}
-        values |= {"epoch/loss/all": loss, "epoch/accuracy/all": accuracy, "epoch/skipped_steps": progress.skipped}
+        values = epoch_curves(progress)
         recall, last = None, progress.step >= self.total_steps or self.engine.rates.ends_after(loss)
         if self.validator is not None and (last or (epoch + 1) % config.val_every == 0):
             recall, stopped = self._validate(values)
@@ -300,26 +298,7 @@ class Trainer:
         save_run(self.run_state, self.progress, self.loss_file, best_by=metric if best else None)
 
     def _log_step(self, step: int, batch: Batch, outcome: StepOutcome) -> None:
-        engine, timing = self.engine, self.timing
-        values = {"rate/model": engine.rates.model_rate, "speed/images_per_second": timing.rate()}
-        values["speed/data_wait_share"] = timing.wait_share()
-        values["speed/bytes_all_reduced"] = float(engine.bytes_reduced)
-        for group, optimizer in engine.bank.optimizers.items():
-            values[f"rate/head-{group:02d}"] = float(optimizer.param_groups[0]["lr"])
-        slots = self.schedule(step)
-        for i, group in enumerate(self.groups):
-            count = int(np.count_nonzero(slots == group))
-            if count and outcome.finite:
-                values[f"loss/group-{group:02d}"] = float(outcome.losses[i]) / count
-                values[f"accuracy/group-{group:02d}"] = 100 * float(outcome.hits[i]) / count
-        if outcome.finite:
-            values["loss/all"] = outcome.loss / self.config.batch_size
-        if outcome.grad_norm is not None:
-            values["gradient_norm/model"] = outcome.grad_norm
-        values |= {f"gradient_norm/head-{group:02d}": norm for group, norm in outcome.head_norms.items()}
-        if engine.scaler.is_enabled():
-            values["rate/fp16_scale"] = float(engine.scaler.get_scale())
-        values |= memory_in_use(self.world.device)
+        values = step_curves(self.engine, outcome, self.schedule(step), self.timing)
         self.tracker.scalars(values, step + 1)
         if step % self.config.iterations_per_epoch == 0:
             self.tracker.picture("batch", batch_picture(batch.images), step + 1)
