@@ -21,6 +21,7 @@ from evaluation.result_files import Row, format_table, prepare_folder, write_csv
 from evaluation.sample_photos import SamplePhotos
 from shards.console import JobError, describe_os_error, format_count, printable
 from shards.provenance import provenance
+from training.checkpoint import validation_photos
 from training.distributed import PATIENCE, World, check_gpus
 from training.queries import Queries, SetAside
 
@@ -156,6 +157,10 @@ def _calibrate(localiser: Localiser, path: Path, notes: Results, world: World) -
     if source is None:
         return
     queries = _list(source, localiser, world)
+    if notes.job.val_queries is None and isinstance(queries, Queries):
+        known = validation_photos(localiser.path)
+        if known and queries.fingerprint() != known:
+            queries = f"{source}: other photos than the training's validation queries (--val-queries)"
     fitted = calibrate(localiser, queries, notes.job.settings, world) if isinstance(queries, Queries) else None
     if fitted is None:
         reason = queries if isinstance(queries, str) else f"{source}: no readable query with coordinates"

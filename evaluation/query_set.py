@@ -88,12 +88,7 @@ class Outcome:
     @cached_property
     def fitted(self) -> bool:
         """Whether form and confidence were fitted to these same queries, which makes both look better than they are."""
-        found = self.calibration
-        if found is None:
-            return False
-        return (
-            self.queries.source.resolve() == Path(found.queries).resolve() or self.queries.fingerprint() == found.photos
-        )
+        return self.calibration is not None and self.calibration.photos == self.queries.fingerprint()
 
     @property
     def own(self) -> Answers:

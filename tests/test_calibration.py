@@ -12,6 +12,7 @@ from tiny_run import evaluate_here, write_run
 from evaluation.calibration import TEMPERATURES, Calibration, fit
 from evaluation.ranking import RANKING_FORMS
 from shards.console import JobError
+from training.queries import list_queries
 
 
 def answers_of(seed: int, too_sure: float, count: int = 20_000) -> tuple[np.ndarray, np.ndarray]:
@@ -152,6 +153,28 @@ def test_a_training_whose_validation_queries_are_not_here_says_that_nothing_is_c
     capsys.readouterr()
     assert evaluate_here(monkeypatch, *words) == 0
     assert "not here" not in capsys.readouterr().err
+
+
+def test_other_photos_at_the_place_of_the_validation_queries_are_not_taken_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained_with = write_queries(tmp_path / "val")
+    photos = list_queries(trained_with, 0).fingerprint()
+    run = write_run(tmp_path / "run", val_queries=Path("val"), val_photos=photos)
+    other = tmp_path / "elsewhere"
+    write_queries(other / "val", size=48)
+    monkeypatch.chdir(other)
+    words = ["--checkpoints", run, "--queries", "val", "--no-report", "--out", "o"]
+    assert evaluate_here(monkeypatch, *words) == 0
+    assert "val: other photos than the training's validation queries (--val-queries)" in capsys.readouterr().err
+    assert not list(run.rglob("calibration.json"))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate_here(monkeypatch, *words) == 0
+    assert list(run.rglob("calibration.json"))
+    assert json.loads(Path("o/results.json").read_text())["rows"][0]["fitted"] is True
+    monkeypatch.chdir(other)
+    assert evaluate_here(monkeypatch, *words) == 0
+    assert json.loads(Path("o/results.json").read_text())["rows"][0]["fitted"] is False
 
 
 def test_queries_that_the_confidence_was_fitted_to_are_told_from_others(

@@ -29,6 +29,7 @@ def write_run(
     head: HeadKind = "AAMC",
     form: ScoreForm = "cosine",
     val_queries: Path | None = None,
+    val_photos: str = "",
 ) -> Path:
     """Write a run with one checkpoint, whose heads know every class of `classes` (default: those of `tiny`)."""
     classes = classes or class_table()
@@ -56,7 +57,7 @@ def write_run(
             classes=classes,
             config=config.to_json(),
             training=TrainingState({}, {}),
-            state={"step": 7},
+            state={"step": 7, "progress": {"val_photos": val_photos}},
             provenance=provenance(),
         ),
     )

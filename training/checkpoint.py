@@ -231,6 +231,14 @@ def load_for_evaluation(path: Path) -> EvaluationWeights:
     raise CheckpointError(reasons[0] if reasons else f"{path}: the run holds no checkpoint")
 
 
+def validation_photos(path: Path) -> str:
+    """The fingerprint of the queries that a checkpoint's training was validated with; "" where it tells of none."""
+    try:
+        return str(json.loads(read_bytes(path / "state.json"))["progress"]["val_photos"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
