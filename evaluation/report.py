@@ -106,6 +106,7 @@ def _answers(outcome: Outcome) -> dict[str, Any]:
     own = outcome.own
     return {
         "readable": outcome.readable.astype(int).tolist(),
+        "right": outcome.right.astype(int).tolist(),
         "error": _rounded(np.where(outcome.readable, outcome.errors.astype(np.float64), np.nan), 1),
         "confidence": _rounded(own.confidence[:, 0] * 100.0, 1),
         "uncertainty": _rounded(own.uncertainty[:, 0].astype(np.float64), 1),

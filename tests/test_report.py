@@ -24,7 +24,7 @@ from evaluation.pages import to_script
 from evaluation.sample_photos import SamplePhotos
 from evaluation.thumbnails import data_url, thumbnails
 from shards.layout import shard_tables
-from shards.names import PhotoName, format_name
+from shards.names import PhotoName, format_name, parse_name
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -38,6 +38,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     good = next(queries.iterdir()).read_bytes()
     (odd / f"@{WEST + 300}@{SOUTH + 300}@{ZONE}@S@{HOSTILE}.jpg").write_bytes(good)
     (odd / "plain.jpg").write_bytes(good)
+    known = parse_name(next(queries.iterdir()).name)
+    east, north = (int(metres) // 20 * 20 + 10 for metres in (known.east, known.north))
+    for step in range(8):  # all around the centre of its cell, 25.03 m from it: wrong by less than is shown
+        x, y = 25.03 * np.cos(step * np.pi / 4), 25.03 * np.sin(step * np.pi / 4)
+        (odd / f"@{east + x:.3f}@{north + y:.3f}@{ZONE}@S@edge.jpg").write_bytes(good)
     (odd / f"@{WEST}@{SOUTH}@empty.jpg").write_bytes(b"")
     shards = write_dataset(folder / "shards").path
     words = ["--checkpoints", run, "--queries", queries, odd, "--out", folder / "out", "--shards", shards, "--cpu"]
@@ -94,6 +99,22 @@ def page(report: Path, tmp_path: Path) -> Iterator[Page]:
         assert not page.problems
     finally:
         page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+def test_map_and_histogram_count_as_right_what_the_results_count(report: Path, page: Page) -> None:
+    for number, row in enumerate(json.loads((report.parent / "results.json").read_text())["rows"]):
+        page.evaluate(f"openRow({number})")
+        right = round(row["lr_at_1"] / 100 * row["scored"])
+        assert page.evaluate("view.scored.filter(view.isRight).length") == right
+        bars = "[...$('histogram').querySelectorAll('rect')].filter((bar) => Number(bar.getAttribute('height')))"
+        counts = "[...$('histogram').querySelectorAll('text.value')].map((label) => Number(label.textContent))"
+        green = page.evaluate(f"{bars}.map((bar) => bar.getAttribute('fill') === RIGHT)")
+        numbers = page.evaluate(counts)
+        assert sum(numbers) == row["scored"]
+        assert sum(n for n, is_right in zip(numbers, green, strict=True) if is_right) == right
+    assert page.evaluate("view.answers.error.filter((metres) => metres === 25).length") == 8
 
 
 @pytest.mark.slow

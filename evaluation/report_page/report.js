@@ -67,9 +67,10 @@ function drawHistogram(view) {
   const edges = [0, ...[...steps, threshold].sort((a, b) => a - b)];
   const used = edges.filter((edge, i) => i < 2 || edge < largest);
   const counts = used.map(() => 0);
+  const within = (i, edge) => (edge === threshold ? view.isRight(i) : view.answers.error[i] <= edge);
   for (const i of view.scored) {
     let bin = used.length - 1;
-    while (bin > 0 && view.answers.error[i] <= used[bin]) bin--;
+    while (bin > 0 && within(i, used[bin])) bin--;
     counts[bin]++;
   }
   const svg = chart(), left = 44, right = 494, top = 18, bottom = 222, total = Math.max(view.scored.length, 1);
@@ -254,7 +255,7 @@ function openRow(index) {
   const row = data.rows[index], answers = data.answers[index], set = data.sets[answers.set], cells = data.cells[answers.cells];
   cells.center ??= (k) => [cells.east[k] * cells.M + Math.floor(cells.M / 2), cells.north[k] * cells.M + Math.floor(cells.M / 2)];
   const scored = set.photos.map((_, i) => i).filter((i) => answers.error[i] !== null);
-  const isRight = (i) => answers.error[i] !== null && answers.error[i] <= row.threshold_m;
+  const isRight = (i) => Boolean(answers.right[i]); // errors are rounded
   view = { row, answers, set, cells, scored, isRight };
   drawHistogram(view); drawCurve(view); drawReliability(view); drawGroups(view);
   drawGallery(view, "confident", answers.confident, "No mistakes.");
