@@ -94,13 +94,15 @@ def _check_all_there(plan: Plan, out: Output, count: int | None) -> None:
         )
 
 
-def dry_run(source: Source, out: Output | Path, settings: Settings, *, workers: int, rescan: bool = False) -> Forecast:
+def dry_run(
+    source: Source, out: Output | Path, settings: Settings, machinery: Machinery, *, rescan: bool = False
+) -> Forecast:
     """What `build` would make, after a short trial. Writes nothing but the list of photos, which the build reuses."""
     out = Output.of(out)
     _prepare(source, out.folder, settings)
-    _, plan = _plan(source, out.folder, settings, rescan)
+    listing, plan = _plan(source, out.folder, settings, rescan)
     out.share()
-    return forecast(plan, source, None if out.store else out.folder, settings.resizer(), workers)
+    return forecast(plan, listing, source, None if out.store else out.folder, machinery)
 
 
 def _prepare(source: Source, out: Path, settings: Settings) -> None:

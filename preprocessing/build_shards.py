@@ -14,6 +14,7 @@ if __name__ == "__main__":
     quit_on_ctrl_c()
 
 import signal
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -43,8 +44,9 @@ class Arguments:
     out: str
     """Folder or URL (s3://bucket/city) of the data set: a new one, or one that this command began."""
     source: str | None = None
-    """Folder of photos (.jpg, .jpeg, .png in all folders below; a path or a URL that fsspec knows), or a list: CSV or
-    Parquet with the columns path and east, north (zone) or latitude, longitude; heading and timestamp where known."""
+    """Folder of photos (.jpg, .jpeg, .png, .webp in all folders below; a path or any URL that fsspec knows), or a list:
+    CSV or Parquet with the columns path and east, north (zone) or latitude, longitude; heading and timestamp where
+    known."""
     root: str | None = None
     """Folder or URL that the paths in a list are relative to (default: the list's own)."""
     M: Annotated[int, tyro.conf.arg(name="M")] = 20
@@ -121,6 +123,11 @@ def main() -> None:
     settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
     machinery = Machinery(arguments.workers, arguments.max_bad_share, ENGINES[arguments.engine])
     source = Source.of(arguments.add or arguments.source or ".", arguments.root, arguments.crops)
+    if sets := source.query_sets():
+        print(
+            f"warning: {source.place} holds {', '.join(sets)} beside train/: queries would be trained on",
+            file=sys.stderr,
+        )
     with Output.open(arguments.out) as out, damaged_tables_named(out.place):
         _run(arguments, source, out, settings, machinery)
 
@@ -128,7 +135,7 @@ def main() -> None:
 def _run(arguments: Arguments, source: Source, out: Output, settings: Settings, machinery: Machinery) -> None:
     rescan, index, count = arguments.rescan, arguments.task_index, arguments.task_count
     if arguments.dry_run:
-        print_forecast(dry_run(source, out, settings, workers=arguments.workers, rescan=rescan), out.place)
+        print_forecast(dry_run(source, out, settings, machinery, rescan=rescan), out.place)
     elif arguments.add:
         print_gain(add(source, out, machinery), out.place)
     elif arguments.retry_quarantined:

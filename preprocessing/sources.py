@@ -65,6 +65,12 @@ class Source:
         if not self.is_list and out.resolve().is_relative_to(place.resolve()):
             raise JobError(f"{out}: lies inside the source {place}; choose another folder")
 
+    def query_sets(self) -> list[str]:
+        """Folders of queries that lie beside train/ in the source, as in the folder around the sets of SF-XL."""
+        place = Path(self.place)
+        sets = [name for name in ("val", "test") if (place / name).is_dir()]
+        return [f"{name}/" for name in sets] if (place / "train").is_dir() else []
+
     def photos(
         self, cache: Path | None, zone: int, progress: Callable[[int], None], as_recorded: bool = False
     ) -> Listing:

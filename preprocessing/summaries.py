@@ -8,6 +8,7 @@ from preprocessing.photos import list_reasons, reasons_of
 from preprocessing.plan import Plan
 from preprocessing.trial import Forecast
 from shards.console import format_bytes, format_count, format_duration
+from shards.names import PHOTO_EXTENSIONS
 
 _LISTED_CLASSES = 20
 
@@ -19,8 +20,7 @@ def print_summary(summary: Summary, out: str) -> None:
     print(f"skipped     {format_count(made.skipped, 'photo')} in cells with fewer than {made.min_images} photos")
     reasons = list_reasons(summary.reasons)
     print(f"set aside   {format_count(made.quarantined, 'bad photo')}{f' ({reasons})' if reasons else ''}")
-    if summary.other_files:
-        print(f"ignored     {format_count(summary.other_files, 'file')} of other kinds")
+    _print_ignored(summary.other_files)
     print(
         f"bytes       {format_bytes(summary.source_bytes)} of photos -> {format_bytes(made.bytes)} in "
         f"{format_count(made.shards, 'shard')} ({summary.jpeg_bytes / max(made.images, 1):,.0f} bytes of JPEG a photo)"
@@ -42,6 +42,12 @@ def print_forecast(made: Forecast, out: str) -> None:
         f"trial       {format_count(trial.tried, 'image')} ({reasons}), "
         f"{trial.images_per_second:,.0f} a second with one worker"
     )
+    if made.bad > made.bad_limit:
+        print(
+            f"bad         about {made.bad:,.0f} of {format_count(plan.photos, 'photo')}: TOO MANY, more than "
+            f"{made.bad_limit:,.0f} stop a build (--max-bad-share)"
+        )
+    _print_ignored(made.other_files)
     print(f"reads       about {format_bytes(trial.source_bytes_per_image * len(plan.order))} of photos")
     free = ""
     if made.bytes_free is not None:
@@ -84,6 +90,11 @@ def print_gain(done: tuple[Summary, Gain] | None, out: str) -> None:
         print(f"            group {group}, label {label}: the cell at {east} east, {north} north")
     if (more := len(gain.classes) - _LISTED_CLASSES) > 0:
         print(f"            and {format_count(more)} more, the last labels in classes.parquet")
+
+
+def _print_ignored(files: int) -> None:
+    if files:
+        print(f"ignored     {format_count(files, 'file')} of other kinds ({', '.join(PHOTO_EXTENSIONS)} are photos)")
 
 
 def _describe_small_cells(plan: Plan) -> str:

@@ -9,10 +9,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from preprocessing.photos import list_reasons
+from preprocessing.photos import Listing, list_reasons
 from preprocessing.plan import Plan
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.samples import SampleMaker
+from preprocessing.shard_run import Machinery, bad_limit
 from preprocessing.sources import Source
 from shards.console import JobError, format_bytes, format_count
 from shards.writer import TAR_BLOCK
@@ -35,31 +36,42 @@ class Trial:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a build will make of a plan: bytes needed and free (None at a URL), and seconds with a number of
-    workers."""
+    """What a build will make of a plan: bad photos expected, and how many would stop it; files that are no photos;
+    bytes needed and free (None at a URL), and seconds with a number of workers."""
 
     plan: Plan
     trial: Trial
+    bad: float
+    bad_limit: float
+    other_files: int
     bytes_needed: float
     bytes_free: int | None
     seconds: float
     workers: int
 
 
-def forecast(plan: Plan, source: Source, out: Path | None, resizer: Resizer, workers: int) -> Forecast:
+def forecast(plan: Plan, listing: Listing, source: Source, out: Path | None, machinery: Machinery) -> Forecast:
     """Try a few hundred photos of a plan, in memory, and tell what building all of it takes. `out`: None at a URL.
 
     Raises `JobError` where none of those photos can be used.
     """
-    trial = try_photos(plan, source, resizer, 400)
+    trial = try_photos(plan, source, plan.settings.resizer(), 400)
     if trial.bad.total() == trial.tried:
         root = "; --root is the folder that a list's paths are relative to" if source.is_list else ""
         raise JobError(
             f"{source.root}: none of {trial.tried} photos that were tried can be used ({list_reasons(trial.bad)}){root}"
         )
-    seconds = len(plan.order) / (trial.images_per_second * workers) if trial.images_per_second else 0.0
+    images, rate = len(plan.order), trial.images_per_second * machinery.workers
     return Forecast(
-        plan, trial, trial.bytes_per_image * len(plan.order), None if out is None else free_bytes(out), seconds, workers
+        plan,
+        trial,
+        bad=len(plan.bad) + images * trial.bad.total() / trial.tried,
+        bad_limit=bad_limit(machinery.max_bad_share, plan.photos),
+        other_files=listing.others,
+        bytes_needed=trial.bytes_per_image * images,
+        bytes_free=None if out is None else free_bytes(out),
+        seconds=images / rate if rate else 0.0,
+        workers=machinery.workers,
     )
 
 

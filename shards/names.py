@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-PHOTO_EXTENSIONS = (".jpg", ".jpeg", ".png")
+PHOTO_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 """What the names of files that are taken for photos end in, in any case."""
 
 _BAND = re.compile("[C-HJ-NP-X]")

@@ -292,14 +292,14 @@ def test_a_listing_is_that_of_its_root_alone_and_rescan_reads_the_folders_again(
     source, out = tmp_path / "photos", tmp_path / "out"
     write_photos(source)
     shutil.copytree(source, tmp_path / "copy")
-    dry_run(Source.of(source), out, SETTINGS, workers=1)
+    dry_run(Source.of(source), out, SETTINGS, Machinery(1))
     assert list_photos(source, out / LISTING, lambda n: None).fresh is False
     assert list_photos(tmp_path / "copy", out / LISTING, lambda n: None).fresh
     before = source.stat().st_mtime_ns
     (source / name_at(500001, 4180003, 99)).write_bytes(jpeg(96, 99))
     os.utime(source, ns=(before, before))  # as on a file system whose folders keep no time
-    assert len(dry_run(Source.of(source), out, SETTINGS, workers=1).plan.paths) == 48
-    assert len(dry_run(Source.of(source), out, SETTINGS, workers=1, rescan=True).plan.paths) == 49
+    assert len(dry_run(Source.of(source), out, SETTINGS, Machinery(1)).plan.paths) == 48
+    assert len(dry_run(Source.of(source), out, SETTINGS, Machinery(1), rescan=True).plan.paths) == 49
 
 
 def test_a_plan_depends_on_names_alone_and_the_seed_shuffles_within_classes(tmp_path):

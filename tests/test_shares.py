@@ -14,7 +14,9 @@ from test_build import COMMAND, contents
 
 from preprocessing.build import assemble, build, build_share, dry_run
 from preprocessing.build_shards import main
+from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
+from preprocessing.summaries import print_forecast
 from shards.console import JobError, entry
 from shards.dataset import Dataset
 
@@ -93,13 +95,44 @@ def test_tasks_that_race_for_an_empty_folder_make_the_bytes_of_one_build(photos,
 
 def test_a_dry_run_tells_counts_disk_and_time_and_leaves_only_the_list(photos, tmp_path):
     out = tmp_path / "out"
-    made = dry_run(Source.of(photos), out, SMALL, workers=2)
+    made = dry_run(Source.of(photos), out, SMALL, Machinery(2))
     built = build(photos, tmp_path / "real", SMALL, HERE).manifest
     assert [p.name for p in out.iterdir()] == ["listing.parquet"]
     assert (len(made.plan.order), len(made.plan.skipped), made.trial.bad.total()) == (48, 1, 0)
     assert built.bytes * 0.5 < made.bytes_needed < built.bytes * 1.5
     assert made.seconds > 0
     assert made.bytes_free == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+
+
+@pytest.mark.parametrize("share", [None, 0.7])
+def test_a_dry_run_says_that_a_build_would_stop_for_its_bad_photos(photos, tmp_path, capsys, share):
+    source = shutil.copytree(photos, tmp_path / "photos")
+    for number, photo in enumerate(sorted(source.iterdir())):
+        if number % 4:
+            photo.write_bytes(photo.read_bytes()[:400])
+    (source / "notes.txt").write_text("")
+    made = dry_run(Source.of(source), tmp_path / "out", SMALL, Machinery(1, share))
+    print_forecast(made, "out")
+    said = capsys.readouterr().out
+    assert "bad         about 36 of 49 photos: TOO MANY, more than " in said
+    assert f"{'34' if share else '25'} stop a build (--max-bad-share)" in said
+    assert "ignored     1 file of other kinds (.jpg, .jpeg, .png, .webp are photos)" in said
+    with pytest.raises(JobError, match="36 of 49 photos are bad"):
+        build(source, tmp_path / "out", SMALL, replace(HERE, max_bad_share=share))
+    print_forecast(dry_run(Source.of(source), tmp_path / "o", SMALL, Machinery(1, 0.8)), "o")
+    assert "TOO MANY" not in capsys.readouterr().out
+
+
+def test_a_source_that_holds_queries_beside_training_photos_is_told(photos, tmp_path):
+    for name in ("train/database", "test/queries"):
+        shutil.copytree(photos, tmp_path / "city" / name)
+    told = {}
+    for source in (tmp_path / "city", tmp_path / "city" / "train"):
+        words = ["--source", source, "--out", tmp_path / "out", "--image-size", "64", "--dry-run"]
+        words += ["--max-bad-share", "1"]
+        told[source.name] = subprocess.run([*COMMAND[:2], *words], capture_output=True, text=True).stderr
+    assert f"warning: {tmp_path / 'city'} holds test/ beside train/: queries would be trained on\n" in told["city"]
+    assert "warning" not in told["train"]
 
 
 def test_the_command_prints_a_forecast(photos, whole, tmp_path):

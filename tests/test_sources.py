@@ -22,6 +22,7 @@ from preprocessing.engine import Job
 from preprocessing.photos import list_photos
 from preprocessing.plan import make_plan
 from preprocessing.resize import Resizer
+from preprocessing.shard_run import Machinery
 from preprocessing.shard_task import write_shard
 from preprocessing.sources import Source, list_named
 from preprocessing.summaries import print_forecast
@@ -267,7 +268,7 @@ def test_a_dry_run_tells_of_small_cells_and_of_rows_without_a_place(tmp_path, ca
     names = write_listed(tmp_path, 30)
     east = [500003.0] * 20 + [500023.0] * 6 + [500043.0] * 2 + [None] * 2
     place = write_csv(tmp_path / "list.csv", path=names, east=east, north=[4180003.0] * 30)
-    print_forecast(dry_run(Source.of(place), tmp_path / "out", SETTINGS, workers=1), "out")
+    print_forecast(dry_run(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1)), "out")
     said = capsys.readouterr().out
     assert "8 photos in 2 cells with fewer than 10; --min-images 5 makes classes of 1 of these cells" in said
     assert "set aside   2 photos by names or list (2 no coordinates)" in said
@@ -277,7 +278,7 @@ def test_a_dry_run_over_a_list_whose_photos_lie_elsewhere_names_root(tmp_path):
     names = write_listed(tmp_path / "photos", 20)
     place = write_csv(tmp_path / "list.csv", path=names, east=[500003.0] * 20, north=[4180003.0] * 20)
     with pytest.raises(JobError, match=r"none of 20 photos that were tried can be used \(20 missing\); --root is"):
-        dry_run(Source.of(place), tmp_path / "out", SETTINGS, workers=1)
+        dry_run(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
 
 
 def test_photos_whose_names_say_nothing_are_told_of_lists(tmp_path):

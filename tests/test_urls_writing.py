@@ -191,7 +191,7 @@ def test_tasks_of_several_machines_and_a_finish_make_the_bytes_of_one_build(phot
 
 def test_a_dry_run_leaves_only_the_list(photos, memory):
     with Output.open(memory) as out:
-        assert dry_run(Source.of(photos), out, SMALL, workers=1).bytes_free is None
+        assert dry_run(Source.of(photos), out, SMALL, Machinery(1)).bytes_free is None
     assert list(Store.at(memory).sizes()) == ["listing.parquet"]
 
 

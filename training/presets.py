@@ -69,7 +69,7 @@ class TrainConfig:
     """Images of a step, over all processes; batch norms see those of one process."""
     accumulate: int = 1
     """Parts that a process cuts its share of the batch into, to fit memory; the step is the same but for batch norms,
-    which see a part at a time."""
+    which see a part at a time, and for what stochastic depth draws."""
     image_size: int = 224
     """Side of the training crops in pixels; queries get 256/224 of it as their shorter side."""
 
