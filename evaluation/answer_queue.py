@@ -18,7 +18,8 @@ from evaluation.answer_photos import AnsweredPhoto, Request, name_places
 from evaluation.localiser import Localiser
 from evaluation.places import KnownPosition, known_position
 from evaluation.uploads import Limits, Refused, check_photo, unreadable
-from training.queries import UNREADABLE, QueryBatch, decode_query
+from shards.upright import UnreadablePhoto
+from training.queries import QueryBatch, decode_query
 from training.scoring import describe_batches
 
 
@@ -74,8 +75,8 @@ class AnswerQueue:
         check_photo(content, self.limits)
         try:
             image = decode_query(io.BytesIO(content), self.localiser.shorter_side)
-        except UNREADABLE as error:
-            raise unreadable(error) from error
+        except UnreadablePhoto as error:
+            raise unreadable(error, self.limits) from error
         classes = self.localiser.classes
         known = known_position(Path(name), classes.zone, southern=classes.southern, content=io.BytesIO(content))
         return Upload(name, image, known)

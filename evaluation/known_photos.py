@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from evaluation.places import Place
-from evaluation.sample_photos import SamplePhotos
+from evaluation.sample_photos import SamplePhoto, SamplePhotos
 from evaluation.thumbnails import data_url
 from shards.classes import ClassTable
 from shards.console import JobError
@@ -43,26 +43,34 @@ class KnownPhotos:
     ) -> list[dict[str, Any]]:
         """Photos of the place's cell, the most alike first, ready for JSON; `query` is a descriptor float32 [D].
 
-        Compared are up to 24 photos of the cell. Each comes as a small JPEG in a `data:` URL, with its UTM metres,
-        heading in degrees, timestamp, and likeness (cosine of the descriptors). Raises OSError where shards cannot
-        be read, or hold no photo where one should be.
+        Compared are up to 24 photos of the cell, those that can be read. Each comes as a small JPEG in a `data:` URL,
+        with its UTM metres, heading in degrees, timestamp, and likeness (cosine of the descriptors). Raises OSError
+        for a damaged table of samples, and where none of the photos can be read.
         """
         M = self.classes.M
         cell = (math.floor(place.east / M) * M, math.floor(place.north / M) * M)
-        photos = self.samples.some_of_cell(cell, M, _COMPARED)
-        if not photos:
+        found: list[tuple[SamplePhoto, bytes, np.ndarray]] = []
+        damage: OSError | None = None
+        for photo in self.samples.some_of_cell(cell, M, _COMPARED):
+            try:
+                jpeg = photo.read()
+                found.append((photo, jpeg, decode_query(io.BytesIO(jpeg), shorter_side)))
+            except OSError as error:
+                damage = error
+        if damage and not found:
+            raise damage
+        if not found:
             return []
-        images = [decode_query(io.BytesIO(photo.jpeg), shorter_side) for photo in photos]
-        likeness = (describe(images).result() @ query).tolist()
-        best = sorted(range(len(photos)), key=lambda i: -likeness[i])[:_SHOWN]
+        likeness = (describe([image for _, _, image in found]).result() @ query).tolist()
+        best = sorted(zip(likeness, found, strict=True), key=lambda pair: -pair[0])[:_SHOWN]
         return [
             {
-                "picture": data_url(photos[i].jpeg, _PIXELS),
-                "likeness": likeness[i],
-                "east": photos[i].east,
-                "north": photos[i].north,
-                "heading": photos[i].heading,
-                "timestamp": photos[i].timestamp,
+                "picture": data_url(jpeg, _PIXELS),
+                "likeness": alike,
+                "east": photo.east,
+                "north": photo.north,
+                "heading": photo.heading,
+                "timestamp": photo.timestamp,
             }
-            for i in best
+            for alike, (photo, jpeg, _) in best
         ]

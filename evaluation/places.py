@@ -9,14 +9,13 @@ from typing import BinaryIO
 
 import numpy as np
 import utm
-from PIL import Image
 
 from evaluation.ranking import Answers
 from evaluation.result_files import to_latlon
 from shards.classes import ClassTable
 from shards.names import BadName, parse_name
 from shards.plane import on_map
-from training.queries import UNREADABLE
+from shards.upright import open_photo
 
 _GPS_TAG = 0x8825
 _EARTH_RADIUS = 6_371_008.8
@@ -117,11 +116,11 @@ def known_position(
 def exif_position(photo: Path | BinaryIO) -> KnownPosition | None:
     """The GPS position in a photo's EXIF data; None where there is none that makes sense."""
     try:
-        with Image.open(photo) as image:
+        with open_photo(photo) as image:
             gps = image.getexif().get_ifd(_GPS_TAG)
         latitude = _degrees(gps[2]) * {"N": 1, "S": -1}[_letter(gps[1])]
         longitude = _degrees(gps[4]) * {"E": 1, "W": -1}[_letter(gps[3])]
-    except (*UNREADABLE, KeyError, ZeroDivisionError):
+    except Exception:  # Pillow raises anything on hostile bytes; none of it may stop a long job
         return None
     if not (abs(latitude) <= 90 and abs(longitude) <= 180) or latitude == longitude == 0:
         return None

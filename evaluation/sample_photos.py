@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,17 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.classes import ClassTable
+from shards.console import is_systems
 from shards.dataset import Dataset
 from shards.layout import shard_numbers, shard_tables
 
 _FACTS = ("east", "north", "heading", "timestamp")
+_PLACE = ("offset", "size", "crc32")
 
 
 @dataclass(frozen=True)
 class SamplePhoto:
-    """A training photo as JPEG: UTM metres, heading in degrees (NaN: unknown), and a timestamp ("": unknown)."""
+    """A training photo: UTM metres, heading in degrees (NaN: unknown), and a timestamp ("": unknown).
 
-    jpeg: bytes
+    `read` gives its JPEG; raises OSError where it cannot be read or fails its checksum.
+    """
+
+    read: Callable[[], bytes]
     east: float
     north: float
     heading: float
@@ -61,7 +67,7 @@ class SamplePhotos:
         """A JPEG of the cell with this lower-left corner (metres) and side `M`; None where there is none.
 
         Of the cell's photos in one shard, the one whose heading (degrees) is next to `heading`. Raises OSError
-        where a shard cannot be read.
+        where a shard cannot be read or the photo fails its checksum.
         """
         for table, tar in self._photos(cell, M):
             headings = table["heading"].to_numpy().astype(np.float64)
@@ -70,17 +76,22 @@ class SamplePhotos:
         return None
 
     def some_of_cell(self, cell: tuple[int, int], M: int, most: int) -> list[SamplePhoto]:
-        """Up to `most` photos of the cell, spread evenly over those that there are; raises OSError as `of_cell`."""
+        """Up to `most` photos of the cell, spread evenly; raises OSError for a damaged table."""
         found = [(table, tar, i) for table, tar in self._photos(cell, M) for i in range(len(table))]
         spread = np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int)
         return [
-            SamplePhoto(self._read(table, tar, i), *(table[name][i].as_py() for name in _FACTS))
+            SamplePhoto(partial(self._read, table, tar, i), *(table[name][i].as_py() for name in _FACTS))
             for table, tar, i in (found[at] for at in spread)
         ]
 
     def _read(self, table: pa.Table, tar: Path, i: int) -> bytes:
         assert self.dataset is not None
-        return self.dataset.jpeg(tar, table["offset"][i].as_py(), table["size"][i].as_py())
+        try:
+            return self.dataset.jpeg(tar, *(table[name][i].as_py() for name in _PLACE))
+        except OSError as error:
+            if is_systems(error):
+                raise
+            raise OSError(f"{tar}: {error}") from error
 
     def _photos(self, cell: tuple[int, int], M: int) -> Iterator[tuple[pa.Table, Path]]:
         """The cell's samples of each shard that has some, and the shard's tar."""
@@ -95,7 +106,7 @@ class SamplePhotos:
         for path, (lowest, highest) in zip(tables, self.spans[group], strict=True):
             if lowest <= label <= highest:
                 with _damage_named(path):
-                    table = pq.read_table(path, columns=[*_FACTS, "offset", "size"], filters=[("label", "==", label)])
+                    table = pq.read_table(path, columns=[*_FACTS, *_PLACE], filters=[("label", "==", label)])
                 if len(table):
                     yield table, path.with_suffix(".tar")
 

@@ -8,10 +8,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image
-
-from shards.upright import upright_rgb
-from training.queries import UNREADABLE
+from shards.upright import UnreadablePhoto, open_photo, upright_rgb
 
 _SIZES = ((1500, 120, 72), (4000, 88, 65), (10**9, 56, 50))  # up to this many photos: pixels, JPEG quality
 
@@ -23,11 +20,11 @@ def data_url(source: Path | bytes, side: int, quality: int = 75) -> str:
     try:
         if isinstance(source, Path) and not source.is_file():
             return ""
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+        with open_photo(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
             opened.draft("RGB", (side, side))
             image = upright_rgb(opened)
             image.thumbnail((side, side))
-    except UNREADABLE:
+    except UnreadablePhoto:
         return ""
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=quality, optimize=True)

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import PurePosixPath
 
-from PIL import Image, UnidentifiedImageError
-
 from shards.console import one_line
-from training.queries import UNREADABLE
+from shards.upright import UnreadablePhoto, open_photo
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 
@@ -57,18 +55,10 @@ def check_photo(content: bytes, limits: Limits) -> None:
     if not content:
         raise Refused(HTTPStatus.BAD_REQUEST, "The file is empty.")
     try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        with open_photo(io.BytesIO(content), FORMATS) as image:
             width, height = image.size
-    except Image.DecompressionBombError:
-        raise Refused(
-            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The photo has more pixels than {_megapixels(limits)}."
-        ) from None
-    except UnidentifiedImageError:
-        raise Refused(
-            HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"This is no photo of a known format ({', '.join(FORMATS)})."
-        ) from None
-    except UNREADABLE as error:
-        raise unreadable(error) from error
+    except UnreadablePhoto as error:
+        raise unreadable(error, limits) from error
     if width * height > limits.pixels:
         raise Refused(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -81,8 +71,12 @@ def check_photo(content: bytes, limits: Limits) -> None:
         raise Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"The photo is coded in more than {_SCANS} scans.")
 
 
-def unreadable(error: Exception) -> Refused:
+def unreadable(error: UnreadablePhoto, limits: Limits) -> Refused:
     """The refusal of a photo that cannot be decoded."""
+    if error.reason == "not an image":
+        return Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, f"This is {error}.")
+    if error.reason == "too large":
+        return Refused(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The photo has more pixels than {_megapixels(limits)}.")
     return Refused(HTTPStatus.UNPROCESSABLE_ENTITY, f"The photo is damaged and cannot be read ({one_line(error)}).")
 
 

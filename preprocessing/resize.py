@@ -17,9 +17,9 @@ from typing import ClassVar, Literal, NamedTuple
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from shards.upright import upright_rgb
+from shards.upright import UnreadablePhoto, open_photo, upright_rgb
 
 ResizeFilter = Literal["fast", "bicubic", "lanczos"]
 
@@ -191,18 +191,12 @@ class Resizer:
         _check_png(data)
         try:
             with warnings.catch_warnings(action="ignore"):
-                image: Image.Image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP", "TIFF"))
+                image = open_photo(io.BytesIO(data))
                 self._check_size(*image.size)
                 return np.asarray(upright_rgb(image))
-        except UnidentifiedImageError:
-            raise BadPhoto("not an image", f"begins with {data[:12]!r}") from None
-        except Image.DecompressionBombError as error:
-            raise BadPhoto("too large", str(error)) from None
-        except BadPhoto:
-            raise
-        except Exception as error:  # Pillow raises anything on hostile bytes; none of it may stop a long job
-            truncated = "truncated" in str(error).lower() or "premature" in str(error).lower()
-            raise BadPhoto("truncated" if truncated else "unreadable", str(error)) from None
+        except UnreadablePhoto as error:
+            seen = f"begins with {data[:12]!r}" if error.reason == "not an image" else str(error)
+            raise BadPhoto(error.reason, seen) from None
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > MAX_PIXELS:
@@ -272,7 +266,7 @@ def _segments(jpeg: bytes) -> tuple[int, bool, bool]:
 def _orientation(jpeg: bytes) -> int:
     try:
         with warnings.catch_warnings(action="ignore"):  # Pillow's, of odd metadata, would break up the progress line
-            return Image.open(io.BytesIO(jpeg)).getexif().get(_ORIENTATION_TAG, 1)
+            return open_photo(io.BytesIO(jpeg)).getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # as above; damaged metadata around a sound picture
         return 1
 

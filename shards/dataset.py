@@ -12,7 +12,7 @@ from shards.index import GroupIndex
 from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST
 from shards.mirror import mirror, named_by_url
 from shards.range_reader import RangeReader
-from shards.reader import ShardReader
+from shards.reader import ShardReader, checked
 from shards.store import Store, is_url
 
 
@@ -105,16 +105,17 @@ class Dataset:
         """The folder or the URL, for messages."""
         return self.store.url if self.store else str(self.path)
 
-    def jpeg(self, tar: Path, offset: int, size: int) -> bytes:
-        """The bytes of a photo in a shard (`tar`: its path below `path`), unchecked.
+    def jpeg(self, tar: Path, offset: int, size: int, crc32: int) -> bytes:
+        """The bytes of a photo in a shard (`tar`: its path below `path`), by what the shard's sample table says.
 
-        Raises `OSError` where it cannot be read, `JobError` where the store of the data set is out of reach.
+        Raises `OSError` where it cannot be read or fails its checksum, `JobError` where the store of the data set is
+        out of reach.
         """
         if self.store:
-            return self.store.read_range(tar.relative_to(self.path).as_posix(), offset, size)
+            return checked(self.store.read_range(tar.relative_to(self.path).as_posix(), offset, size), size, crc32)
         with tar.open("rb") as file:
             file.seek(offset)
-            return file.read(size)
+            return checked(file.read(size), size, crc32)
 
     def reader(self, index: dict[int, GroupIndex]) -> ShardReader:
         """What reads the photos of an index of this data set."""

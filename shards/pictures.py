@@ -13,6 +13,7 @@ from shards.console import format_count, printable
 from shards.dataset import Dataset
 from shards.index import GroupIndex, open_index
 from shards.reader import ShardReader
+from shards.upright import open_photo, upright_rgb
 
 _INK, _FAINT, _PAPER, _LINE = (32, 33, 36), (110, 115, 122), (255, 255, 255), (222, 224, 228)
 _PALETTE = ["#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#ee8833", "#777777"]
@@ -214,8 +215,7 @@ def _photos(index: GroupIndex, reader: ShardReader, label: int, count: int) -> l
     shown = []
     for row in np.unique(np.linspace(first, last - 1, count).astype(np.int64)).tolist():
         try:
-            photo = Image.open(io.BytesIO(reader.read(index.group, row)))
-            photo.load()
+            photo = upright_rgb(open_photo(io.BytesIO(reader.read(index.group, row))))
         except OSError:
             shown.append(_Shown(None, ""))
         else:

@@ -46,11 +46,11 @@ class ShardReader:
     def check(self, group: int, row: int, data: bytes) -> bytes:
         """`data`, where it is what `row` of a group's index should hold; else raises `OSError`."""
         index = self._index[group]
-        if len(data) == index.size[row] and zlib.crc32(data) == index.crc32[row]:
-            return data
-        self._forget(index.shards[index.shard[row]])
-        short = len(data) < index.size[row]
-        raise OSError("the shard ends within the photo" if short else "the photo fails its checksum")
+        try:
+            return checked(data, int(index.size[row]), int(index.crc32[row]))
+        except OSError:
+            self._forget(index.shards[index.shard[row]])
+            raise
 
     def _span(self, group: int, row: int, end: int) -> tuple[Path, int, int]:
         """The tar that holds the rows up to, not including, `end`, and where they lie in it: first byte, and bytes."""
@@ -92,6 +92,13 @@ class ShardReader:
         """Open a file anew at its next read: a repair may have replaced it by then, and on NFS it may be stale."""
         with self._lock:
             self._files.pop(path, None)
+
+
+def checked(data: bytes, size: int, crc32: int) -> bytes:
+    """`data` of a shard, where it is a photo of that size and checksum; else raises `OSError`."""
+    if len(data) == size and zlib.crc32(data) == crc32:
+        return data
+    raise OSError("the shard ends within the photo" if len(data) < size else "the photo fails its checksum")
 
 
 class _File:

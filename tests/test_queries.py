@@ -12,6 +12,7 @@ import torchvision.transforms.functional as F
 import utm
 from PIL import Image
 
+from evaluation.places import exif_position
 from evaluation.thumbnails import data_url
 from shards.console import JobError
 from shards.names import PhotoName, format_name
@@ -305,6 +306,40 @@ def test_corrupt_photos_are_reported_and_the_rest_goes_on(tmp_path: Path) -> Non
     assert sorted(failures) == [0, 2, 3]
     assert all(failures.values())
     assert np.concatenate([batch.indices for batch in batches]).tolist() == [1]
+
+
+@pytest.mark.parametrize("form", ["EPS", "GIF", "PPM"])
+def test_other_formats_are_no_photos_and_no_program_is_started_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    ghostscript = tmp_path / "bin" / "gs"
+    ghostscript.parent.mkdir()
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\nexit 1\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(ghostscript.parent), prepend=os.pathsep)
+    paths = [save(tmp_path / "a.jpg", format=form), save(tmp_path / "b.jpg")]
+    batches, failures = read(paths)
+    assert failures == {0: "no photo of a known format (JPEG, PNG, WEBP, BMP, TIFF)"}
+    assert [batch.indices.tolist() for batch in batches] == [[1]]
+    assert exif_position(paths[0]) is None
+    assert data_url(paths[0], 64) == ""
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("error", [MemoryError, RuntimeError("damaged")])
+def test_whatever_pillow_raises_a_photo_is_reported_and_the_rest_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def transpose(image: Image.Image, **options: bool) -> None:
+        if image.width == 41:
+            raise error
+
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", transpose)
+    paths = [save(tmp_path / "a.jpg", width=41), save(tmp_path / "b.jpg")]
+    batches, failures = read(paths)
+    assert failures in ({0: "MemoryError"}, {0: "damaged"})
+    assert [batch.indices.tolist() for batch in batches] == [[1]]
+    assert data_url(paths[0], 64) == ""
 
 
 def test_a_photo_that_is_gone_is_reported_in_words_without_its_path_once_more(tmp_path: Path) -> None:

@@ -7,20 +7,25 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import simplejpeg
+import torch
 from browser import BROWSER, FLAGS, Page
 from tiny import SOUTH, WEST, ZONE, class_table, photo, write_dataset, write_queries
 from tiny_run import evaluate_here, write_run
 
 from evaluation import evaluate
+from evaluation.known_photos import KnownPhotos
 from evaluation.pages import to_script
+from evaluation.places import Place
 from evaluation.sample_photos import SamplePhotos
 from evaluation.thumbnails import data_url, thumbnails
 from shards.layout import shard_tables
@@ -243,7 +248,38 @@ def test_photos_of_a_cell_come_from_a_data_set_at_a_url_as_from_a_folder(
     assert there.of_cell(cell, dataset.classes.M, 90) == local
     some, expected = (photos.some_of_cell(cell, dataset.classes.M, 4) for photos in (there, here))
     assert len(expected) == 4
-    assert [photo.jpeg for photo in some] == [photo.jpeg for photo in expected]
+    assert [photo.read() for photo in some] == [photo.read() for photo in expected]
+
+
+def test_damaged_photos_are_not_shown_beside_answers(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "city")
+    samples, classes = SamplePhotos(dataset), dataset.classes
+    table = pq.read_table(shard_tables(dataset.path)[0], filters=[("label", "==", 0)])
+    row = int(np.flatnonzero((classes.group == 0) & (classes.label == 0))[0])
+    cell = (int(classes.cell_east[row]), int(classes.cell_north[row]))
+    place = Place(None, None, cell[0] + 10, cell[1] + 10, 0, 0, 1.0, 1.0, None)
+
+    def describe(images: Sequence[np.ndarray]) -> Future[torch.Tensor]:
+        done: Future[torch.Tensor] = Future()
+        done.set_result(torch.ones(len(images), 1))
+        return done
+
+    def nearest() -> list[dict[str, Any]]:
+        return KnownPhotos(samples, classes).nearest(place, torch.ones(1), 64, describe)
+
+    def damage(offsets: list[int]) -> None:
+        with shard_tables(dataset.path)[0].with_suffix(".tar").open("r+b") as tar:
+            for offset in offsets:
+                tar.seek(offset + 40)
+                tar.write(b"damaged")
+
+    first, *others = table["offset"].to_pylist()
+    damage(others)
+    assert len(nearest()) == 1
+    damage([first])
+    for read in (nearest, lambda: samples.of_cell(cell, classes.M)):
+        with pytest.raises(OSError, match=r"group-00-000000.tar: the photo fails its checksum"):
+            read()
 
 
 def test_thumbnails_stay_within_their_budget_and_cover_the_list_evenly(tmp_path: Path) -> None:

@@ -30,6 +30,16 @@ from training.scoring import Descriptors, describe_batches
 METHODS = ("exhaustive", "ivf", "hnsw", "best-of-cells", "within-cells")
 
 
+_FLAGS, _METHOD = 8, 10  # where a zip's directory has an entry's flags (1: encrypted) and way of compression
+
+
+def unreadable_zip(path: Path, field: int) -> bytes:
+    """A zip file with a bit of a field in its directory flipped, so that `zipfile` refuses to read its first entry."""
+    damaged = bytearray(path.read_bytes())
+    damaged[damaged.index(b"PK\x01\x02") + field] ^= 1
+    return bytes(damaged)
+
+
 def run_here(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     monkeypatch.setattr(sys, "argv", ["retrieve.py", *map(str, words), "--methods", *METHODS])
     retrieve.main()
@@ -108,6 +118,19 @@ def test_photos_of_a_linked_folder_are_described_again_once_they_change(
     photos[0].unlink()
     run_here(monkeypatch, *words)
     assert json.loads((tmp_path / "out" / "retrieval.json").read_text())["rows"][0]["images"] == 47
+    assert "made before" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", [_METHOD, _FLAGS])
+def test_descriptors_whose_file_was_damaged_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], field: int
+) -> None:
+    run, database = write_run(tmp_path / "run"), write_queries(tmp_path / "photos")
+    words = ["--checkpoint", run, "--database", database, "--queries", database, "--out", tmp_path / "out"]
+    run_here(monkeypatch, *words)
+    made = tmp_path / "out" / "database.npz"
+    made.write_bytes(unreadable_zip(made, field))
+    run_here(monkeypatch, *words)
     assert "made before" not in capsys.readouterr().err
 
 
@@ -237,9 +260,11 @@ def test_files_that_hold_no_descriptors_are_clear_errors(tmp_path: Path) -> None
     np.savez(tmp_path / "g.npz", descriptors=np.array([[1.0, 2.0], [np.nan, 1.0]]), names=two)
     np.savez(tmp_path / "h.npz", descriptors=np.zeros((0, 3)), names=two[:0])
     (tmp_path / "i.npz").write_bytes((tmp_path / "g.npz").read_bytes()[:300])
+    (tmp_path / "l.npz").write_bytes(unreadable_zip(tmp_path / "c.npz", _METHOD))
+    (tmp_path / "m.npz").write_bytes(unreadable_zip(tmp_path / "c.npz", _FLAGS))
     (tmp_path / "j.npy").write_bytes(b"")
     (tmp_path / "k.jpg").write_bytes(b"a photo")
-    for name in ("a.npz", "b.npy", "c.npz", "d.npz", "e.npz", "f.npz", "g.npz", "h.npz", "i.npz", "j.npy", "k.jpg"):
+    for name in (*(f"{letter}.npz" for letter in "acdefghilm"), "b.npy", "j.npy", "k.jpg"):
         with pytest.raises(JobError, match=name):
             read_descriptors(tmp_path / name)
     with pytest.raises(JobError, match=r"the descriptor of @3@4@.jpg"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,18 +13,14 @@ from typing import BinaryIO, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from shards.console import JobError, one_line, printable
 from shards.names import PHOTO_EXTENSIONS, parse_utm
 from shards.photo_list import is_list, read_list
 from shards.photo_tree import walk_photos
 from shards.plane import Places, into_zone, join_at_equator
-from shards.upright import upright_rgb
-
-# What Pillow raises for a photo that is damaged, EXIF data included, or a decompression bomb.
-UNREADABLE = (OSError, ValueError, SyntaxError, TypeError, struct.error, Image.DecompressionBombError)
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of half that size, which is read as any other
+from shards.upright import UnreadablePhoto, open_photo, upright_rgb
 
 
 @dataclass(frozen=True)
@@ -208,9 +202,9 @@ def decode_query(photo: Path | BinaryIO, shorter_side: int) -> np.ndarray:
     """One query photo as uint8 [H, W, 3] RGB, upright by its EXIF tag, its shorter side `shorter_side` pixels.
 
     Aspect kept; PIL's bilinear filter with antialiasing and torchvision's rounding, as the reference. Raises
-    one of UNREADABLE for a photo that cannot be decoded to its last row.
+    `UnreadablePhoto` for a photo that cannot be decoded to its last row.
     """
-    with Image.open(photo) as opened:
+    with open_photo(photo) as opened:
         image = upright_rgb(opened)
     width, height = image.size
     if min(width, height) != shorter_side:
@@ -277,9 +271,9 @@ def _decode_or_reason(photo: Photo, shorter_side: int) -> np.ndarray | str:
         with photo.open("rb") as file:
             try:
                 return decode_query(file, shorter_side)
-            except UnidentifiedImageError:
-                return "not an image" if file.seek(0, os.SEEK_END) else "an empty file"
-    except UNREADABLE as error:
+            except UnreadablePhoto as error:
+                return one_line(error) if file.seek(0, os.SEEK_END) else "an empty file"
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in a list's path
         return one_line(error)
 
 
