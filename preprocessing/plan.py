@@ -205,7 +205,7 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
         row[usable] = part.row
     label = np.where(row >= 0, part.classes.label[np.maximum(row, 0)], row)
     southern = half_of(part.classes.cell_north) if zone else None
-    southern = is_southern(listing.paths, places) if southern is None else southern
+    southern = is_southern(places) if southern is None else southern
     classes = replace(part.classes, images=part.classes.images * crops, southern=southern)
     sizes = np.bincount(classes.group, weights=classes.images, minlength=settings.N**2).astype(np.int64)
     starts = np.cumsum(sizes) - sizes

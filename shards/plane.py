@@ -1,14 +1,11 @@
 """Where photos were taken, brought into one plane: that of a UTM zone."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import utm
-
-from shards.names import parse_name
 
 # UTM northings beyond the first are of the southern hemisphere alone, those below the second of the northern (84
 # degrees north is 9.33 million metres, 80 degrees south 1.12 million); the equator is 0 in one and 1e7 in the other.
@@ -18,13 +15,13 @@ _SOUTHERN_ALONE, _NORTHERN_ALONE, _EQUATOR = 9.4e6, 1.1e6, 1e7
 @dataclass
 class Places:
     """Where and when photos were taken, row by row, [n]: `east` and `north` in metres (float64, NaN where unusable),
-    `zones` (int8, 0 where unknown), `southern` (bool), `heading` in degrees (float32, NaN where unknown) and
-    `timestamp` (string). None: the names say it."""
+    `zones` (int8, 0 where unknown), `southern` (bool, False where unknown), `heading` in degrees (float32, NaN where
+    unknown) and `timestamp` (string). None: the names say it."""
 
     east: np.ndarray
     north: np.ndarray
     zones: np.ndarray
-    southern: np.ndarray | None = None
+    southern: np.ndarray
     heading: np.ndarray | None = None
     timestamp: pa.Array | None = None
 
@@ -80,20 +77,17 @@ def join_at_equator(places: Places, southern: bool | None = None) -> None:
         places.north[south] -= _EQUATOR
 
 
-def into_zone(places: Places, paths: Sequence[str] | pa.Array, zone: int) -> Moves:
+def into_zone(places: Places, zone: int) -> Moves:
     """Carry photos of the neighbouring zones into the plane of `zone`, in place, each in its hemisphere.
 
-    The easting of those that cannot be carried becomes NaN. `paths` tells the hemisphere where `places` do not.
+    The easting of those that cannot be carried becomes NaN.
     """
     east, north, zones = places.east, places.north, places.zones
     others = np.flatnonzero((zones != 0) & (zones != zone))
     others = others[np.isfinite(east[others])]
     near = zones_apart(zones[others], zone) == 1
     far, near = others[~near], others[near]
-    if places.southern is not None:
-        southern = places.southern[near]
-    else:
-        southern = np.array([parse_name(str(paths[row])).band < "N" for row in near], bool)
+    southern = places.southern[near]
     for other in np.unique(zones[near]).tolist():
         for half in (True, False):
             rows = near[(zones[near] == other) & (southern == half)]

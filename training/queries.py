@@ -176,7 +176,7 @@ def _in_zone(
     unplaced: dict[int, str],
 ) -> Queries:
     """The queries but for the `unfit` (why, by row) and those that cannot be brought into `zone` (0: as they are)."""
-    reprojected, elsewhere = bring_into_zone(names, places, zone, southern)
+    reprojected, elsewhere = bring_into_zone(places, zone, southern)
     unfit |= elsewhere
     kept = [row for row in range(len(names)) if row not in unfit]
     return Queries(
@@ -191,12 +191,12 @@ def _in_zone(
     )
 
 
-def bring_into_zone(names: Sequence[str], places: Places, zone: int, southern: bool) -> tuple[int, dict[int, str]]:
+def bring_into_zone(places: Places, zone: int, southern: bool) -> tuple[int, dict[int, str]]:
     """Carry `places` of neighbouring zones and, near the equator, of the other hemisphere into the plane of `zone` in
     place (0: leave them as they are): how many of other zones, and why others cannot be, by row."""
     if not zone:
         return 0, {}
-    moves = into_zone(places, names, zone)
+    moves = into_zone(places, zone)
     join_at_equator(places, southern)
     far = {int(row): f"UTM zone {places.zones[row]}, the classes lie in zone {zone}" for row in moves.far}
     return len(moves.carried), far | {
