@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from preprocessing.photos import Bad, Listing
 from shards.console import printable
 from shards.names import BadName, hash_names, parse_name, parse_utm
-from shards.plane import Places, into_zone, join_at_equator
+from shards.plane import Places, into_zone, join_at_equator, nowhere_in
 
 
 def locate(listing: Listing, zone: int, southern: bool | None = None) -> tuple[Places, int, np.ndarray, list[Bad]]:
@@ -63,14 +63,14 @@ def _without_coordinates(paths: pa.Array, east: np.ndarray) -> list[Bad]:
 
 
 def _unify_zones(paths: pa.Array, places: Places, zone: int) -> list[Bad]:
-    """Carry photos of the neighbouring zones into `zone`'s plane, in place; set those of farther zones aside."""
+    """Carry photos of the neighbouring zones into `zone`'s plane, in place; set those of farther zones, and those that
+    lie nowhere, aside."""
     moves = into_zone(places, zone)
     bad = [
         Bad(paths[row].as_py(), "zone mismatch", f"UTM zone {places.zones[row]} where most photos are in zone {zone}")
         for row in moves.far
     ]
-    nowhere = f"nowhere in UTM zone {zone}"
-    return bad + [Bad(paths[row].as_py(), "coordinates out of range", nowhere) for row in moves.nowhere]
+    return bad + [Bad(paths[row].as_py(), "coordinates out of range", nowhere_in(zone)) for row in moves.nowhere]
 
 
 def _duplicates(listing: Listing, east: np.ndarray, names: np.ndarray) -> list[Bad]:

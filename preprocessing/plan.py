@@ -20,7 +20,7 @@ from preprocessing.partition import Partition, make_partition
 from preprocessing.photos import Bad, Listing
 from preprocessing.resize import ResizeFilter, Resizer
 from preprocessing.sources import turns
-from shards.classes import ClassTable
+from shards.classes import ClassTable, number_within
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
 from shards.names import PHOTO_EXTENSIONS, string_bytes
@@ -264,7 +264,7 @@ def _district(part: Partition, images: float) -> Partition:
     count = max(1, int(np.searchsorted(np.cumsum(classes.images[nearest]), images, side="right")))
     chosen = np.sort(nearest[:count])
     kept = classes.take(chosen)
-    kept = replace(kept, label=(np.arange(count) - np.searchsorted(kept.group, kept.group)).astype(np.int32))
+    kept = replace(kept, label=number_within(kept.group).astype(np.int32))
     new_row = np.full(len(classes) + 1, -2, np.int32)
     new_row[chosen] = np.arange(count, dtype=np.int32)
     new_row[-1] = -1

@@ -1,12 +1,14 @@
 """Zones of UTM, and photos carried from one into another."""
 
+import math
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import utm
 
 from shards.names import parse_utm
-from shards.plane import Places, into_zone, zone_of
+from shards.plane import Places, in_plane, into_zone, zone_of
 
 
 def test_zones_agree_with_the_utm_package_everywhere() -> None:
@@ -57,3 +59,31 @@ def test_photos_of_far_zones_and_photos_off_the_map_are_told_apart() -> None:
     assert places.east[[0, 4]].tolist() == [5e5, 5e5]
     alone = Places(np.array([5e5]), np.array([9.9e7]), np.array([11], np.int8), np.array([False]))
     assert [rows.tolist() for rows in into_zone(alone, 10)] == [[], [], [0]]
+
+
+@pytest.mark.parametrize(
+    ("east", "north", "zoned", "expected"),
+    [
+        (166_000, 0, True, True),
+        (-505_000, -600_000, True, True),  # the next zone's, at the equator; of the other hemisphere
+        (1_505_000, 11_100_000, True, True),
+        (54_438_851, 4_172_700, True, False),  # a lost decimal point
+        (544_388, 417_270_000, True, False),
+        (2_600_000, 1_200_000, False, True),  # a plane of one's own, such as Switzerland's
+        (999_999_999_999, 0, False, False),
+        (0, -1e11, False, False),
+        (math.nan, 0, False, False),
+    ],
+)
+def test_what_no_plane_holds_is_told_from_what_one_does(east: float, north: float, zoned: bool, expected: bool) -> None:
+    assert in_plane(np.array([east]), np.array([north]), zoned=zoned).tolist() == [expected]
+    assert in_plane(np.array([east]), np.array([north]), zoned=np.array([zoned])).tolist() == [expected]
+
+
+def test_photos_beyond_any_plane_are_nowhere_in_a_zone_and_without_one() -> None:
+    east = [5e5, 5.4e7, 2.6e6, 1e11]  # a lost decimal point, a plane of one's own, and beyond any
+    for zone, zones, lost in ((10, [10, 10, 0, 11], [1, 2, 3]), (0, [0, 11, 0, 0], [3])):
+        places = Places(np.array(east), np.full(4, 4e6), np.array(zones, np.int8), np.zeros(4, bool))
+        moves = into_zone(places, zone)
+        assert [rows.tolist() for rows in moves] == [[], [], lost]
+        assert np.flatnonzero(np.isnan(places.east)).tolist() == lost

@@ -15,6 +15,7 @@ import utm
 from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
 from present import present
+from test_build import quarantine
 
 from preprocessing.build import build, dry_run
 from preprocessing.coordinates import _rows_of, locate
@@ -226,6 +227,31 @@ def test_rows_without_usable_values_are_set_aside_with_their_reason(tmp_path):
         "a": "no coordinates", "b": "no coordinates", "f": "no coordinates", "c": "coordinates out of range",
         "d": "coordinates out of range", "e": "zone mismatch", "row 27": "no path",
     }  # fmt: skip
+
+
+def test_names_with_places_that_no_plane_holds_are_set_aside_and_stop_nothing(tmp_path):
+    good = write_photos(tmp_path / "photos")
+    far = ["@999999999999@999999999999@10@S@a@.jpg", "@99999999999.5@4180003.00@11@S@b@.jpg", "@7e9@1@10@S@c@.jpg"]
+    lost_point = [f"@50000312@4180003@10@S@{i}@.jpg" for i in range(12)]
+    for i, name in enumerate([*far, *lost_point]):
+        (tmp_path / "photos" / name).write_bytes(jpeg(96, i))
+    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
+    reasons = dict.fromkeys([*far, *lost_point], "coordinates out of range") | {far[2]: "no coordinates"}
+    assert quarantine(tmp_path / "out") == reasons
+    made = Dataset.open(tmp_path / "out")
+    assert (made.manifest.classes, made.manifest.images) == (4, len(good))
+    with pytest.raises(JobError, match=r"15 of 63 photos are bad \(14 coordinates out of range, 1 no coordinates"):
+        build(Source.of(tmp_path / "photos"), tmp_path / "strict", SETTINGS, replace(HERE, max_bad_share=0.1))
+
+
+def test_a_plane_of_ones_own_may_lie_where_no_zone_does(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(13):
+        (tmp_path / "photos" / f"@{2600000 + i if i < 12 else 10**9}@-9000000@{i}@.jpg").write_bytes(jpeg(96, i))
+    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
+    made = Dataset.open(tmp_path / "out")
+    assert (made.manifest.utm_zone, made.classes.cell_east.tolist(), made.manifest.images) == (0, [2600000], 12)
+    assert set(quarantine(tmp_path / "out").values()) == {"coordinates out of range"}
 
 
 def test_several_zones_in_metres_are_carried_into_one_plane_south_of_the_equator_too(tmp_path):

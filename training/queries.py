@@ -21,7 +21,7 @@ from shards.console import JobError, one_line, printable
 from shards.names import PHOTO_EXTENSIONS, parse_utm
 from shards.photo_list import is_list, read_list
 from shards.photo_tree import walk_photos
-from shards.plane import Places, into_zone, join_at_equator
+from shards.plane import Places, into_zone, join_at_equator, nowhere_in
 from shards.upright import upright_rgb
 
 # What Pillow raises for a photo that is damaged, EXIF data included, or a decompression bomb.
@@ -193,15 +193,13 @@ def _in_zone(
 
 def bring_into_zone(places: Places, zone: int, southern: bool) -> tuple[int, dict[int, str]]:
     """Carry `places` of neighbouring zones and, near the equator, of the other hemisphere into the plane of `zone` in
-    place (0: leave them as they are): how many of other zones, and why others cannot be, by row."""
-    if not zone:
-        return 0, {}
+    place (0: leave them as they are): how many of other zones, and why others cannot be compared, by row."""
     moves = into_zone(places, zone)
-    join_at_equator(places, southern)
+    if zone:
+        join_at_equator(places, southern)
     far = {int(row): f"UTM zone {places.zones[row]}, the classes lie in zone {zone}" for row in moves.far}
-    return len(moves.carried), far | {
-        int(row): f"nowhere in UTM zone {zone}, that of the classes" for row in moves.nowhere
-    }
+    nowhere = f"{nowhere_in(zone)}{', that of the classes' if zone else ''}"
+    return len(moves.carried), far | {int(row): nowhere for row in moves.nowhere}
 
 
 def decode_query(photo: Path | BinaryIO, shorter_side: int) -> np.ndarray:
