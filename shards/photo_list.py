@@ -26,7 +26,8 @@ _LIST_EXTENSIONS = (".csv", ".parquet")
 _COLUMNS = ("path", "east", "north", "zone", "latitude", "longitude", "heading", "timestamp")
 _NUMBERS = ("east", "north", "latitude", "longitude", "heading")
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
-_ZONE = r"^\s*(?P<number>[1-9]|0[1-9]|[1-5]\d|60)\s*(?P<band>[C-HJ-NP-Xc-hj-np-x]?)\s*$"
+# Tables that read whole numbers with gaps as decimal ones write the zone 10 as 10.0.
+_ZONE = r"^\s*(?P<number>[1-9]|0[1-9]|[1-5]\d|60)(?:[.,]0+)?\s*(?P<band>[C-HJ-NP-Xc-hj-np-x]?)\s*$"
 _LONGEST_HEAD = 1 << 16
 
 

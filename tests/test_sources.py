@@ -270,6 +270,15 @@ def test_several_zones_in_metres_are_carried_into_one_plane_south_of_the_equator
     assert (made.manifest.utm_zone, made.manifest.classes, made.manifest.images) == (55, 1, 30)
 
 
+def test_a_zone_may_be_written_as_a_decimal_number(tmp_path):
+    names = write_listed(tmp_path, 4)
+    (tmp_path / "list.csv").write_text(f"path;east;north;zone\n{names[0]};5e5;4e6;10.0\n{names[1]};5e5;4e6;10,0\n"
+                                       f"{names[2]};5e5;4e6;\n{names[3]};5e5;4e6;10.5\n")  # fmt: skip
+    listing = list_named(tmp_path / "list.csv", tmp_path, 0)
+    assert present(listing.places).zones.tolist() == [10, 10, 0]
+    assert {b.source: b.reason for b in listing.bad} == {names[3]: "no UTM zone"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
