@@ -9,6 +9,8 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -104,9 +106,9 @@ class Plan:
     """Everything that is decided before a photo is read.
 
     `order` int64 [planned]: samples by group, label and a seeded shuffle within the class; a sample is a row of
-    `paths`, or row * crops + crop. `label` int32 [n]: of each photo, below 0 without a class. `group_starts` maps a
-    group to where it begins in `order`; `skipped`: rows in cells with too few photos. `photos`: how many were listed
-    (crops, of panoramas), those set aside by name or by their row in a list included.
+    `paths`, or row * crops + crop. `label` int32 [n]: of each photo, below 0 without a class. `group_starts` maps each
+    group, ascending, to where it begins in `order`; `skipped`: rows in cells with too few photos. `photos`: how many
+    were listed (crops, of panoramas), those set aside by name or by their row in a list included.
     """
 
     settings: Settings
@@ -121,16 +123,17 @@ class Plan:
     fingerprint: str
     photos: int
 
-    def group_size(self, group: int) -> int:
-        """Planned samples of a group."""
-        later = [start for start in self.group_starts.values() if start > self.group_starts[group]]
-        return min(later, default=len(self.order)) - self.group_starts[group]
+    @cached_property
+    def group_sizes(self) -> dict[int, int]:
+        """Planned samples of every group, in order of group."""
+        bounds = [*self.group_starts.values(), len(self.order)]
+        return {group: end - start for group, (start, end) in zip(self.group_starts, pairwise(bounds), strict=True)}
 
     def shards(self) -> list[tuple[int, int, int]]:
         """Group, number and planned samples of every shard, in order."""
         return [
             (group, number, min(SHARD_SAMPLES, size - number * SHARD_SAMPLES))
-            for group, size in ((g, self.group_size(g)) for g in self.group_starts)
+            for group, size in self.group_sizes.items()
             for number in range(math.ceil(size / SHARD_SAMPLES))
         ]
 
@@ -142,9 +145,8 @@ class Plan:
         """One shard to write."""
         first = number * SHARD_SAMPLES
         start = self.group_starts[group] + first
-        return self.task_of(
-            group, first, self.order[start : start + min(SHARD_SAMPLES, self.group_size(group) - first)]
-        )
+        size = min(SHARD_SAMPLES, self.group_sizes[group] - first)
+        return self.task_of(group, first, self.order[start : start + size])
 
     def task_of(self, group: int, first: int, samples: np.ndarray) -> ShardTask:
         """A task of planned `samples` (values of `order`), of which the first is number `first` of its group."""
