@@ -418,6 +418,7 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
 def test_photos_behind_a_url_make_the_bytes_of_a_folder(tmp_path):
     write_photos(tmp_path / "photos" / "37.70")
     (tmp_path / "photos" / "README.txt").write_text("hello")
+    (tmp_path / "photos" / "37.70" / f"._{name_at(500003, 4180003, 0)}").write_bytes(b"\0\5\x16\7")  # macOS's
     build(tmp_path / "photos", tmp_path / "expected", SETTINGS, HERE)
     summary = build(Source.of(f"file://{tmp_path}/photos"), tmp_path / "out", SETTINGS, HERE)
     tars = [t.with_suffix(".tar") for t in shard_tables(tmp_path / "expected")]
@@ -425,7 +426,8 @@ def test_photos_behind_a_url_make_the_bytes_of_a_folder(tmp_path):
     assert [(tmp_path / "out" / t.relative_to(tmp_path / "expected")).read_bytes() for t in tars] == [
         t.read_bytes() for t in tars
     ]
-    assert summary.other_files == 1
+    assert summary.other_files == 2
+    assert summary.manifest.quarantined == 0
 
 
 def test_a_list_may_name_objects_below_a_url_and_those_that_are_gone_are_set_aside(tmp_path):
