@@ -236,7 +236,7 @@ def read_descriptors(path: Path, zone: int = 0, *, southern: bool = False) -> Im
             parse_name(names[row])
         except BadName as error:
             raise JobError(f"{path}: {printable(names[row])}: {error}") from error
-    _, unfit = bring_into_zone(names, places, zone, southern)
+    _, unfit = bring_into_zone(places, zone, southern)
     if unfit:
         first = min(unfit)
         raise JobError(f"{path}: {printable(names[first])}: {unfit[first]}")

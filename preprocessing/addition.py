@@ -1,7 +1,7 @@
 """Plans what new photos change in a finished data set: which join classes, which cells become classes, what stays
 skipped. Labels that exist stay; new classes follow those of their group, sorted among themselves."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +10,12 @@ import pyarrow.compute as pc
 
 from preprocessing.coordinates import locate
 from preprocessing.finishing import State
+from preprocessing.partition import CellBox, make_classes
 from preprocessing.photos import Bad, Listing
 from preprocessing.plan import class_order, headings_and_timestamps
 from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, read_bad
 from preprocessing.sources import Source, prefix, split_sample, turns
-from shards.classes import ClassTable, cell_index, group_of
+from shards.classes import ClassTable, cell_index, number_within
 from shards.files import read_table
 from shards.layout import QUARANTINE, SHARD_SAMPLES, SKIPPED, group_name, shard_tables
 from shards.names import hash_names
@@ -74,53 +75,41 @@ def plan_samples(samples: pa.Table, seed: int, out: Path) -> pa.Table:
     _, row = np.unique(group << 32 | label, return_inverse=True)
     order = class_order(row.astype(np.int32), hash_names(_large(samples["source"])), seed, 1)
     samples, group = samples.take(pa.array(order)), group[order]
-    position = np.arange(len(group)) - np.searchsorted(group, group)
     shards = {g: len(list((out / group_name(g)).glob("group-*.parquet"))) for g in np.unique(group).tolist()}
     first = np.array([shards[g] for g in group.tolist()], np.int64)
-    numbers = pa.array((first + position // SHARD_SAMPLES).astype(np.int32))
+    numbers = pa.array((first + number_within(group) // SHARD_SAMPLES).astype(np.int32))
     return samples.set_column(PLANNED.names.index("number"), PLANNED.field("number"), numbers)
 
 
 def _classify(candidates: pa.Table, crops: np.ndarray, state: State) -> tuple[np.ndarray, ClassTable, ClassTable]:
     """The row of each candidate in the class table from now on (-1: in none), that table, and what is new in it."""
     old, M, N = state.classes, state.settings.M, state.settings.N
-    code = _cell_code(*(cell_index(candidates[axis].to_numpy(), M) for axis in ("east", "north")))
-    codes, of_candidate = np.unique(code, return_inverse=True)
+    own = _grid(candidates["east"].to_numpy(), candidates["north"].to_numpy(), M)
+    of_old = _grid(old.cell_east, old.cell_north, M)
+    box = CellBox.around(*(np.concatenate(pair) for pair in zip(own, of_old, strict=True)))
+    codes, of_candidate = np.unique(box.codes(*own), return_inverse=True)
     images = np.bincount(of_candidate, weights=crops, minlength=len(codes))
-    is_new = (images >= state.settings.min_images) & ~np.isin(
-        codes, _cell_code(old.cell_east // M, old.cell_north // M)
-    )
-    east_index, north_index = codes[is_new] >> 32, (codes[is_new] & 0xFFFFFFFF) - (1 << 31)
-    group = group_of(east_index, north_index, N)
-    by_group = np.argsort(group, kind="stable")
-    group = group[by_group]
-    rank = np.arange(len(group)) - np.searchsorted(group, group)
-    added = ClassTable(
-        M,
-        N,
-        old.zone,
-        group.astype(np.int32),
-        (np.array([old.count(g) for g in group.tolist()], np.int64) + rank).astype(np.int32),
-        east_index[by_group] * M,
-        north_index[by_group] * M,
-        np.zeros(len(group), np.int64),
-    )
+    is_new = (images >= state.settings.min_images) & ~np.isin(codes, box.codes(*of_old))
+    cells = box.indices(codes[is_new])
+    added, _ = make_classes(*cells, np.zeros(len(cells[0]), np.int64), M=M, N=N, zone=old.zone)
+    first = np.array([old.count(g) for g in added.group.tolist()], np.int32)
+    added = replace(added, label=first + added.label)
     names = ("group", "label", "cell_east", "cell_north", "images")
     columns = {name: np.concatenate([getattr(old, name), getattr(added, name)]) for name in names}
     order = np.lexsort((columns["label"], columns["group"]))
     classes = ClassTable(
         M, N, old.zone, **{name: values[order] for name, values in columns.items()}, southern=old.southern
     )
-    class_codes = _cell_code(classes.cell_east // M, classes.cell_north // M)
+    class_codes = box.codes(*_grid(classes.cell_east, classes.cell_north, M))
     sorted_rows = np.argsort(class_codes)
     at = sorted_rows[np.minimum(np.searchsorted(class_codes[sorted_rows], codes), len(classes) - 1)]
     row_of_cell = np.where(class_codes[at] == codes, at, -1)
     return row_of_cell[of_candidate], classes, added
 
 
-def _cell_code(east_index: np.ndarray, north_index: np.ndarray) -> np.ndarray:
-    """One number for each cell, in order of (east, north)."""
-    return (east_index << 32) + north_index + (1 << 31)
+def _grid(east: np.ndarray, north: np.ndarray, M: int) -> tuple[np.ndarray, np.ndarray]:
+    """In which cells of the grid points or corners of cells (metres, [n]) are, int64 [n] both."""
+    return cell_index(east, M), cell_index(north, M)
 
 
 def _samples(candidates: pa.Table, row: np.ndarray, classes: ClassTable, crops: np.ndarray) -> pa.Table:

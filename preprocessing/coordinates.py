@@ -1,7 +1,6 @@
 """Brings the photos of a source into one plane: UTM metres of one zone, from names or from a list."""
 
 from dataclasses import replace
-from itertools import islice
 
 import numpy as np
 import pyarrow as pa
@@ -10,9 +9,7 @@ import pyarrow.compute as pc
 from preprocessing.photos import Bad, Listing
 from shards.console import printable
 from shards.names import BadName, hash_names, parse_name, parse_utm
-from shards.plane import Places, into_zone, join_at_equator
-
-_BANDS_SOUGHT = 1000
+from shards.plane import Places, into_zone, join_at_equator, nowhere_in
 
 
 def locate(listing: Listing, zone: int, southern: bool | None = None) -> tuple[Places, int, np.ndarray, list[Bad]]:
@@ -41,14 +38,10 @@ def hash_identities(listing: Listing) -> np.ndarray:
     return hash_names(listing.paths if listing.places is None else pc.replace_substring(listing.paths, "/", "\\"))
 
 
-def is_southern(paths: pa.Array, places: Places) -> bool:
-    """Whether the plane lies south of the equator, as most photos of a list say, or the first name with a band."""
-    usable = np.isfinite(places.east)
-    if places.southern is not None:
-        return bool(np.count_nonzero(places.southern & usable) * 2 > np.count_nonzero(usable))
-    rows = islice((row for row in range(len(usable)) if usable[row]), _BANDS_SOUGHT)  # all rows would take 8 bytes each
-    bands = (parse_name(paths[row].as_py()).band for row in rows)
-    return next((band < "N" for band in bands if band), False)
+def is_southern(places: Places) -> bool:
+    """Whether the plane lies south of the equator, as most photos that know their zone say."""
+    usable = np.isfinite(places.east) & (places.zones != 0)
+    return bool(np.count_nonzero(places.southern & usable) * 2 > np.count_nonzero(usable))
 
 
 def _common_zone(zones: np.ndarray, east: np.ndarray) -> int:
@@ -70,14 +63,14 @@ def _without_coordinates(paths: pa.Array, east: np.ndarray) -> list[Bad]:
 
 
 def _unify_zones(paths: pa.Array, places: Places, zone: int) -> list[Bad]:
-    """Carry photos of the neighbouring zones into `zone`'s plane, in place; set those of farther zones aside."""
-    moves = into_zone(places, paths, zone)
+    """Carry photos of the neighbouring zones into `zone`'s plane, in place; set those of farther zones, and those that
+    lie nowhere, aside."""
+    moves = into_zone(places, zone)
     bad = [
         Bad(paths[row].as_py(), "zone mismatch", f"UTM zone {places.zones[row]} where most photos are in zone {zone}")
         for row in moves.far
     ]
-    nowhere = f"nowhere in UTM zone {zone}"
-    return bad + [Bad(paths[row].as_py(), "coordinates out of range", nowhere) for row in moves.nowhere]
+    return bad + [Bad(paths[row].as_py(), "coordinates out of range", nowhere_in(zone)) for row in moves.nowhere]
 
 
 def _duplicates(listing: Listing, east: np.ndarray, names: np.ndarray) -> list[Bad]:

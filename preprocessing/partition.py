@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.classes import ClassTable, cell_index, group_of
+from shards.classes import ClassTable, cell_index, group_of, number_within
 from shards.console import JobError
 
 _DENSE_CELLS = 1 << 26
@@ -22,34 +22,53 @@ class Partition:
     row: np.ndarray
 
 
-def make_partition(east: np.ndarray, north: np.ndarray, *, M: int, N: int, min_images: int, zone: int) -> Partition:
-    """Deal photos at `east`, `north` (metres, float64 [n], finite) out to classes and groups.
+@dataclass(frozen=True)
+class CellBox:
+    """A box of cells, `columns` from west to east and `rows` from south to north, that numbers them in this order."""
 
-    Cells with fewer than `min_images` photos are left out. Labels follow (cell east, cell north) within a group.
-    """
-    cell_east, cell_north = cell_index(east, M), cell_index(north, M)
-    first_east, first_north = (int(c.min()) if len(c) else 0 for c in (cell_east, cell_north))
-    rows = int(cell_north.max(initial=first_north)) - first_north + 1
-    columns = int(cell_east.max(initial=first_east)) - first_east + 1
-    if rows * columns >= 1 << 62:
-        raise JobError("the photos' coordinates span more than any plane holds; check the names")
-    cell_east -= first_east
-    cell_east *= rows
-    cell_east += cell_north
-    cell_east -= first_north
-    code = cell_east
-    del cell_north
-    if rows * columns <= _DENSE_CELLS:
-        counts = np.bincount(code, minlength=rows * columns)
-        codes = np.flatnonzero(counts)
-        position = np.empty(rows * columns, np.int32)
-        position[codes] = np.arange(len(codes), dtype=np.int32)
-        of_photo = position[code]
-        counts = counts[codes]
-    else:
-        codes, of_photo, counts = np.unique(code, return_inverse=True, return_counts=True)
-    kept = np.flatnonzero(counts >= min_images)
-    east_index, north_index = codes[kept] // rows + first_east, codes[kept] % rows + first_north
+    first_east: int
+    first_north: int
+    columns: int
+    rows: int
+
+    @staticmethod
+    def around(east_index: np.ndarray, north_index: np.ndarray) -> "CellBox":
+        """The box that holds cells (int64 [n] both, by their position in the grid of cells).
+
+        Raises `JobError` where it has more of them than can be numbered.
+        """
+        first_east, first_north = (int(index.min()) if len(index) else 0 for index in (east_index, north_index))
+        columns = int(east_index.max(initial=first_east)) - first_east + 1
+        rows = int(north_index.max(initial=first_north)) - first_north + 1
+        if columns * rows >= 1 << 62:
+            raise JobError("the photos' coordinates span more than any plane holds; check the names")
+        return CellBox(first_east, first_north, columns, rows)
+
+    @property
+    def cells(self) -> int:
+        """How many cells the box has."""
+        return self.columns * self.rows
+
+    def codes(self, east_index: np.ndarray, north_index: np.ndarray) -> np.ndarray:
+        """The numbers of cells in the box, int64 [n], ascending with (east, north). They take the place of
+        `east_index`, since 41 million photos leave no memory to waste."""
+        code = east_index
+        code -= self.first_east
+        code *= self.rows
+        code += north_index
+        code -= self.first_north
+        return code
+
+    def indices(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the cells with these numbers lie in the grid of cells, int64 [n] both."""
+        return codes // self.rows + self.first_east, codes % self.rows + self.first_north
+
+
+def make_classes(
+    east_index: np.ndarray, north_index: np.ndarray, images: np.ndarray, *, M: int, N: int, zone: int
+) -> tuple[ClassTable, np.ndarray]:
+    """Classes of cells (int64 [n] all three, ascending with (east, north)), labelled from 0 in each group in this
+    order; and which of the cells each of them is, int64 [n]."""
     group = group_of(east_index, north_index, N)
     order = np.argsort(group, kind="stable")
     group = group[order]
@@ -58,11 +77,34 @@ def make_partition(east: np.ndarray, north: np.ndarray, *, M: int, N: int, min_i
         N,
         zone,
         group=group.astype(np.int32),
-        label=(np.arange(len(group)) - np.searchsorted(group, group)).astype(np.int32),
+        label=number_within(group).astype(np.int32),
         cell_east=east_index[order] * M,
         cell_north=north_index[order] * M,
-        images=counts[kept][order].astype(np.int64),
+        images=images[order].astype(np.int64),
     )
+    return classes, order
+
+
+def make_partition(east: np.ndarray, north: np.ndarray, *, M: int, N: int, min_images: int, zone: int) -> Partition:
+    """Deal photos at `east`, `north` (metres, float64 [n], finite) out to classes and groups.
+
+    Cells with fewer than `min_images` photos are left out. Labels follow (cell east, cell north) within a group.
+    """
+    cell_east, cell_north = cell_index(east, M), cell_index(north, M)
+    box = CellBox.around(cell_east, cell_north)
+    code = box.codes(cell_east, cell_north)
+    del cell_east, cell_north
+    if box.cells <= _DENSE_CELLS:
+        counts = np.bincount(code, minlength=box.cells)
+        codes = np.flatnonzero(counts)
+        position = np.empty(box.cells, np.int32)
+        position[codes] = np.arange(len(codes), dtype=np.int32)
+        of_photo = position[code]
+        counts = counts[codes]
+    else:
+        codes, of_photo, counts = np.unique(code, return_inverse=True, return_counts=True)
+    kept = np.flatnonzero(counts >= min_images)
+    classes, order = make_classes(*box.indices(codes[kept]), counts[kept], M=M, N=N, zone=zone)
     row_of_cell = np.full(len(codes), -1, np.int32)
     row_of_cell[kept[order]] = np.arange(len(order), dtype=np.int32)
     return Partition(classes, row_of_cell[of_photo])

@@ -9,6 +9,8 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from preprocessing.partition import Partition, make_partition
 from preprocessing.photos import Bad, Listing
 from preprocessing.resize import ResizeFilter, Resizer
 from preprocessing.sources import turns
-from shards.classes import ClassTable
+from shards.classes import ClassTable, number_within
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
 from shards.names import PHOTO_EXTENSIONS, string_bytes
@@ -104,9 +106,9 @@ class Plan:
     """Everything that is decided before a photo is read.
 
     `order` int64 [planned]: samples by group, label and a seeded shuffle within the class; a sample is a row of
-    `paths`, or row * crops + crop. `label` int32 [n]: of each photo, below 0 without a class. `group_starts` maps a
-    group to where it begins in `order`; `skipped`: rows in cells with too few photos. `photos`: how many were listed
-    (crops, of panoramas), those set aside by name or by their row in a list included.
+    `paths`, or row * crops + crop. `label` int32 [n]: of each photo, below 0 without a class. `group_starts` maps each
+    group, ascending, to where it begins in `order`; `skipped`: rows in cells with too few photos. `photos`: how many
+    were listed (crops, of panoramas), those set aside by name or by their row in a list included.
     """
 
     settings: Settings
@@ -121,16 +123,17 @@ class Plan:
     fingerprint: str
     photos: int
 
-    def group_size(self, group: int) -> int:
-        """Planned samples of a group."""
-        later = [start for start in self.group_starts.values() if start > self.group_starts[group]]
-        return min(later, default=len(self.order)) - self.group_starts[group]
+    @cached_property
+    def group_sizes(self) -> dict[int, int]:
+        """Planned samples of every group, in order of group."""
+        bounds = [*self.group_starts.values(), len(self.order)]
+        return {group: end - start for group, (start, end) in zip(self.group_starts, pairwise(bounds), strict=True)}
 
     def shards(self) -> list[tuple[int, int, int]]:
         """Group, number and planned samples of every shard, in order."""
         return [
             (group, number, min(SHARD_SAMPLES, size - number * SHARD_SAMPLES))
-            for group, size in ((g, self.group_size(g)) for g in self.group_starts)
+            for group, size in self.group_sizes.items()
             for number in range(math.ceil(size / SHARD_SAMPLES))
         ]
 
@@ -142,9 +145,8 @@ class Plan:
         """One shard to write."""
         first = number * SHARD_SAMPLES
         start = self.group_starts[group] + first
-        return self.task_of(
-            group, first, self.order[start : start + min(SHARD_SAMPLES, self.group_size(group) - first)]
-        )
+        size = min(SHARD_SAMPLES, self.group_sizes[group] - first)
+        return self.task_of(group, first, self.order[start : start + size])
 
     def task_of(self, group: int, first: int, samples: np.ndarray) -> ShardTask:
         """A task of planned `samples` (values of `order`), of which the first is number `first` of its group."""
@@ -205,7 +207,7 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
         row[usable] = part.row
     label = np.where(row >= 0, part.classes.label[np.maximum(row, 0)], row)
     southern = half_of(part.classes.cell_north) if zone else None
-    southern = is_southern(listing.paths, places) if southern is None else southern
+    southern = is_southern(places) if southern is None else southern
     classes = replace(part.classes, images=part.classes.images * crops, southern=southern)
     sizes = np.bincount(classes.group, weights=classes.images, minlength=settings.N**2).astype(np.int64)
     starts = np.cumsum(sizes) - sizes
@@ -264,7 +266,7 @@ def _district(part: Partition, images: float) -> Partition:
     count = max(1, int(np.searchsorted(np.cumsum(classes.images[nearest]), images, side="right")))
     chosen = np.sort(nearest[:count])
     kept = classes.take(chosen)
-    kept = replace(kept, label=(np.arange(count) - np.searchsorted(kept.group, kept.group)).astype(np.int32))
+    kept = replace(kept, label=number_within(kept.group).astype(np.int32))
     new_row = np.full(len(classes) + 1, -2, np.int32)
     new_row[chosen] = np.arange(count, dtype=np.int32)
     new_row[-1] = -1

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from preprocessing.photos import Listing, load_listing
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
-from shards.names import PHOTO_EXTENSIONS
+from shards.photo_tree import is_photo
 from shards.store import Store
 
 _witnesses: dict[str, str] = {}  # by URL: the photo that this process read last
@@ -27,7 +27,7 @@ def list_remote(url: str, cache: Path | None, progress: Callable[[int], None]) -
     except Exception as error:  # each file system has errors of its own
         raise store.lost(error) from None
     below = [name.removeprefix(store.root).lstrip("/") for name in found]
-    photos = [name for name in below if name.lower().endswith(PHOTO_EXTENSIONS)]
+    photos = [name for name in below if is_photo(name)]
     progress(len(photos))
     return Listing(url, pa.array(photos, pa.large_string()), [], len(below) - len(photos), fresh=True)
 

@@ -40,6 +40,11 @@ def group_of(east_index: np.ndarray, north_index: np.ndarray, N: int) -> np.ndar
     return (east_index % N) * N + north_index % N
 
 
+def number_within(group: np.ndarray) -> np.ndarray:
+    """The number of each entry among those of its group, int64 [n]; `group` (int [n]) ascends."""
+    return np.arange(len(group)) - np.searchsorted(group, group)
+
+
 @dataclass(frozen=True, eq=False)
 class ClassTable:
     """All classes of a city, sorted by (group, label).

@@ -19,15 +19,15 @@ import utm
 
 from shards.console import JobError, describe_os_error, one_line, printable
 from shards.names import string_bytes
-from shards.plane import Places, on_map, zone_of, zones_apart
+from shards.plane import Places, in_plane, on_map, zone_of, zones_apart
 from shards.store import is_url
 
 _LIST_EXTENSIONS = (".csv", ".parquet")
 _COLUMNS = ("path", "east", "north", "zone", "latitude", "longitude", "heading", "timestamp")
 _NUMBERS = ("east", "north", "latitude", "longitude", "heading")
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
-_ZONE = r"^\s*(?P<number>[1-9]|0[1-9]|[1-5]\d|60)\s*(?P<band>[C-HJ-NP-Xc-hj-np-x]?)\s*$"
-_LARGEST_METRES = 1e8
+# Tables that read whole numbers with gaps as decimal ones write the zone 10 as 10.0.
+_ZONE = r"^\s*(?P<number>[1-9]|0[1-9]|[1-5]\d|60)(?:[.,]0+)?\s*(?P<band>[C-HJ-NP-Xc-hj-np-x]?)\s*$"
 _LONGEST_HEAD = 1 << 16
 
 
@@ -185,7 +185,6 @@ def _paths(table: pa.Table) -> pa.Array:
 def _from_metres(table: pa.Table, zone: int, northern: bool | None) -> tuple[Places, dict[str, np.ndarray]]:
     east, north = _numbers(table, "east"), _numbers(table, "north")
     missing = ~(np.isfinite(east) & np.isfinite(north))
-    outside = ~missing & ((abs(east) > _LARGEST_METRES) | (abs(north) > _LARGEST_METRES))
     zones, southern = np.full(len(table), zone, np.int8), np.zeros(len(table), bool)
     if "zone" in table.column_names:
         text = _text(table, "zone")
@@ -195,11 +194,10 @@ def _from_metres(table: pa.Table, zone: int, northern: bool | None) -> tuple[Pla
         zones = np.where(known, np.asarray(numbers), 0).astype(np.int8)
         band = pc.fill_null(pc.utf8_upper(pc.struct_field(parts, "band")), "")
         southern = np.asarray(pc.less(pc.if_else(pc.equal(band, ""), "M" if northern is False else "N", band), "N"))
-        unknown = (
-            ~known & np.asarray(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(text)), 0)) & ~missing & ~outside
-        )
+        unknown = ~known & np.asarray(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(text)), 0)) & ~missing
     else:
         unknown = np.zeros(len(table), bool)
+    outside = ~missing & ~unknown & ~in_plane(east, north, zoned=zones != 0)
     east[outside | unknown | missing] = np.nan
     reasons = {"no coordinates": missing, "coordinates out of range": outside, "no UTM zone": unknown}
     return Places(east, north, zones, southern), reasons

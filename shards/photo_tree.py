@@ -16,6 +16,13 @@ class _Folder(NamedTuple):
     entries: Iterator[os.DirEntry[str]]
 
 
+def is_photo(name: str) -> bool:
+    """Whether a file (any path; only its base name counts) is taken for a photo: by its extension, and not hidden as
+    what macOS leaves beside each file on foreign disks, `._photo.jpg`, is."""
+    base = name.rpartition("/")[2]
+    return base.lower().endswith(PHOTO_EXTENSIONS) and not base.startswith(".")
+
+
 def walk_photos(root: Path, folders: dict[str, int] | None = None) -> Iterator[tuple[str, str]]:
     """Yield (kind, path relative to `root`) of every file below `root`, folder by folder in sorted order.
 
@@ -37,7 +44,7 @@ def walk_photos(root: Path, folders: dict[str, int] | None = None) -> Iterator[t
         except OSError:  # a link that leads nowhere
             is_folder, is_regular = False, False
         if not is_folder:
-            yield _kind(entry.name, path, is_regular), path
+            yield _kind(path, is_regular), path
             continue
         folder = _open(root, path)
         if all(folder.identity != above.identity for above in way):
@@ -54,8 +61,8 @@ def _open(root: Path, path: str) -> _Folder:
     return _Folder(path, (status.st_dev, status.st_ino), status.st_mtime_ns, iter(entries))
 
 
-def _kind(name: str, path: str, is_regular: bool) -> str:
-    if not name.lower().endswith(PHOTO_EXTENSIONS) or name.startswith("."):
+def _kind(path: str, is_regular: bool) -> str:
+    if not is_photo(path):
         return "other"
     if not is_regular:
         return "not a regular file"

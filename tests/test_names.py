@@ -60,7 +60,7 @@ NUMBERS = st.one_of(
 NAMES = st.builds(
     lambda folder, fields, tail: folder + "@".join(["", *fields]) + tail,
     st.sampled_from(["", "a/", "a@b/", "x.y/z/"]),
-    st.lists(st.one_of(NUMBERS, st.sampled_from(["10", "61", "S", "I", "7"])), max_size=8),
+    st.lists(st.one_of(NUMBERS, st.sampled_from(["10", "61", "S", "M", "N", "I", "7"])), max_size=8),
     st.sampled_from([".jpg", "@.jpg", "@", "", "@\u00e9.jpg"]),
 )
 
@@ -68,14 +68,14 @@ NAMES = st.builds(
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(NAMES, min_size=1, max_size=8))
 def test_the_fast_path_agrees_with_the_plain_one(names):
-    east, north, zone = parse_utm(pa.array(names, pa.large_string()))
+    east, north, zone, southern = parse_utm(pa.array(names, pa.large_string()))
     for i, name in enumerate(names):
         try:
             plain = parse_name(name)
-            expected = (plain.east, plain.north, plain.zone or 0)
+            expected = (plain.east, plain.north, plain.zone or 0, "" < plain.band < "N")
         except BadName:
-            expected = (math.nan, math.nan, 0)
-        np.testing.assert_array_equal((east[i], north[i], zone[i]), expected, err_msg=name)
+            expected = (math.nan, math.nan, 0, False)
+        np.testing.assert_array_equal((east[i], north[i], zone[i], southern[i]), expected, err_msg=name)
 
 
 @settings(deadline=None)
@@ -87,24 +87,24 @@ def test_a_full_name_with_one_other_character_is_read_as_the_plain_path_reads_it
         for name, found in zip(some, read, strict=True):
             try:
                 plain = parse_name(name)
-                expected = (plain.east, plain.north, plain.zone or 0)
+                expected = (plain.east, plain.north, plain.zone or 0, "" < plain.band < "N")
             except BadName:
-                expected = (math.nan, math.nan, 0)
+                expected = (math.nan, math.nan, 0, False)
             np.testing.assert_array_equal(found, expected, err_msg=name)
 
 
 def test_the_fast_path_agrees_over_many_names_and_a_slice():
     rng = np.random.default_rng(0)
     names = [
-        f"37.70/@{e:010.2f}@{n:010.2f}@{z:02d}@S@037.7@-122.4@id{i}@@210@@@@201606@@.jpg"
+        f"37.70/@{e:010.2f}@{n:010.2f}@{z:02d}@{'MNS'[i % 3]}@037.7@-122.4@id{i}@@210@@@@201606@@.jpg"
         for i, (e, n, z) in enumerate(
             zip(rng.uniform(1e5, 9e5, 40_000), rng.uniform(0, 1e7, 40_000), rng.integers(1, 61, 40_000), strict=True)
         )
     ]
-    east, north, zone = parse_utm(pa.array(names, pa.large_string()).slice(7))
+    east, north, zone, southern = parse_utm(pa.array(names, pa.large_string()).slice(7))
     for i in range(0, len(east), 501):
         plain = parse_name(names[i + 7])
-        assert (east[i], north[i], zone[i]) == (plain.east, plain.north, plain.zone)
+        assert (east[i], north[i], zone[i], southern[i]) == (plain.east, plain.north, plain.zone, plain.band < "N")
 
 
 def test_hashes_depend_on_the_whole_base_name_and_on_nothing_else():

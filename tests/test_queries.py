@@ -87,6 +87,15 @@ def test_a_query_of_a_far_zone_is_set_aside_with_its_reason(tmp_path: Path) -> N
     assert "zone 54" in queries.set_aside[0].reason
 
 
+@pytest.mark.parametrize(("zone", "reason"), [(10, "nowhere in UTM zone 10, that of the classes"), (0, "farther from")])
+def test_a_query_where_no_plane_is_is_set_aside(tmp_path: Path, zone: int, reason: str) -> None:
+    save(tmp_path / "@544388@4178000@10@S@a@.jpg")
+    save(tmp_path / "@99999999999@4178000@10@S@b@.jpg")
+    queries = list_queries(tmp_path, zone)
+    assert queries.east.tolist() == [544388]
+    assert [aside.reason[: len(reason)] for aside in queries.set_aside] == [reason]
+
+
 def test_queries_without_coordinates_are_kept_and_not_located(tmp_path: Path) -> None:
     save(tmp_path / "holiday.jpg")
     save(named(tmp_path, 544000.0, 4180000.0, None))

@@ -15,6 +15,7 @@ import utm
 from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
 from present import present
+from test_build import quarantine
 
 from preprocessing.build import build, dry_run
 from preprocessing.coordinates import _rows_of, locate
@@ -229,6 +230,31 @@ def test_rows_without_usable_values_are_set_aside_with_their_reason(tmp_path):
     }  # fmt: skip
 
 
+def test_names_with_places_that_no_plane_holds_are_set_aside_and_stop_nothing(tmp_path):
+    good = write_photos(tmp_path / "photos")
+    far = ["@999999999999@999999999999@10@S@a@.jpg", "@99999999999.5@4180003.00@11@S@b@.jpg", "@7e9@1@10@S@c@.jpg"]
+    lost_point = [f"@50000312@4180003@10@S@{i}@.jpg" for i in range(12)]
+    for i, name in enumerate([*far, *lost_point]):
+        (tmp_path / "photos" / name).write_bytes(jpeg(96, i))
+    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
+    reasons = dict.fromkeys([*far, *lost_point], "coordinates out of range") | {far[2]: "no coordinates"}
+    assert quarantine(tmp_path / "out") == reasons
+    made = Dataset.open(tmp_path / "out")
+    assert (made.manifest.classes, made.manifest.images) == (4, len(good))
+    with pytest.raises(JobError, match=r"15 of 63 photos are bad \(14 coordinates out of range, 1 no coordinates"):
+        build(Source.of(tmp_path / "photos"), tmp_path / "strict", SETTINGS, replace(HERE, max_bad_share=0.1))
+
+
+def test_a_plane_of_ones_own_may_lie_where_no_zone_does(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for i in range(13):
+        (tmp_path / "photos" / f"@{2600000 + i if i < 12 else 10**9}@-9000000@{i}@.jpg").write_bytes(jpeg(96, i))
+    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
+    made = Dataset.open(tmp_path / "out")
+    assert (made.manifest.utm_zone, made.classes.cell_east.tolist(), made.manifest.images) == (0, [2600000], 12)
+    assert set(quarantine(tmp_path / "out").values()) == {"coordinates out of range"}
+
+
 def test_several_zones_in_metres_are_carried_into_one_plane_south_of_the_equator_too(tmp_path):
     names = write_listed(tmp_path, 30)
     longitude = 150 + (np.arange(30) - 20.5) * 1e-6  # zones 55 and 56
@@ -243,6 +269,15 @@ def test_several_zones_in_metres_are_carried_into_one_plane_south_of_the_equator
     build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
     made = Dataset.open(tmp_path / "out")
     assert (made.manifest.utm_zone, made.manifest.classes, made.manifest.images) == (55, 1, 30)
+
+
+def test_a_zone_may_be_written_as_a_decimal_number(tmp_path):
+    names = write_listed(tmp_path, 4)
+    (tmp_path / "list.csv").write_text(f"path;east;north;zone\n{names[0]};5e5;4e6;10.0\n{names[1]};5e5;4e6;10,0\n"
+                                       f"{names[2]};5e5;4e6;\n{names[3]};5e5;4e6;10.5\n")  # fmt: skip
+    listing = list_named(tmp_path / "list.csv", tmp_path, 0)
+    assert present(listing.places).zones.tolist() == [10, 10, 0]
+    assert {b.source: b.reason for b in listing.bad} == {names[3]: "no UTM zone"}
 
 
 @pytest.mark.parametrize(
@@ -384,6 +419,7 @@ def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):
 def test_photos_behind_a_url_make_the_bytes_of_a_folder(tmp_path):
     write_photos(tmp_path / "photos" / "37.70")
     (tmp_path / "photos" / "README.txt").write_text("hello")
+    (tmp_path / "photos" / "37.70" / f"._{name_at(500003, 4180003, 0)}").write_bytes(b"\0\5\x16\7")  # macOS's
     build(tmp_path / "photos", tmp_path / "expected", SETTINGS, HERE)
     summary = build(Source.of(f"file://{tmp_path}/photos"), tmp_path / "out", SETTINGS, HERE)
     tars = [t.with_suffix(".tar") for t in shard_tables(tmp_path / "expected")]
@@ -391,7 +427,8 @@ def test_photos_behind_a_url_make_the_bytes_of_a_folder(tmp_path):
     assert [(tmp_path / "out" / t.relative_to(tmp_path / "expected")).read_bytes() for t in tars] == [
         t.read_bytes() for t in tars
     ]
-    assert summary.other_files == 1
+    assert summary.other_files == 2
+    assert summary.manifest.quarantined == 0
 
 
 def test_a_list_may_name_objects_below_a_url_and_those_that_are_gone_are_set_aside(tmp_path):

@@ -190,6 +190,19 @@ def test_an_addition_after_the_clock_was_set_back_is_sound(begun, tmp_path):
     sound(begun)
 
 
+def test_an_addition_of_photos_where_no_plane_is_makes_no_class_of_them(begun, tmp_path):
+    before = Dataset.open(begun).classes
+    names = [f"@99999999999.{i:02d}@4180003.00@10@S@{i}@.jpg" for i in range(12)]
+    (tmp_path / "more").mkdir()
+    for i, name in enumerate(names):
+        (tmp_path / "more" / name).write_bytes(jpeg(96, i))
+    _, gain = present(add(Source.of(tmp_path / "more"), begun, HERE))
+    assert (gain.new, gain.images, len(gain.classes)) == (0, 0, 0)
+    assert Dataset.open(begun).classes.fingerprint() == before.fingerprint()
+    assert quarantine(begun) == {f"//1/{name}": "coordinates out of range" for name in names}
+    sound(begun)
+
+
 def test_adding_again_changes_nothing_and_what_the_folder_gained_since_is_added(begun, tmp_path):
     write_cell(tmp_path / "more", 0, 3, first=100)
     (tmp_path / "more" / "nowhere.jpg").write_bytes(b"x")

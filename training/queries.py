@@ -19,7 +19,7 @@ from shards.console import JobError, one_line, printable
 from shards.names import PHOTO_EXTENSIONS, parse_utm
 from shards.photo_list import is_list, read_list
 from shards.photo_tree import walk_photos
-from shards.plane import Places, into_zone, join_at_equator
+from shards.plane import Places, into_zone, join_at_equator, nowhere_in
 from shards.upright import UnreadablePhoto, open_photo, upright_rgb
 
 
@@ -170,7 +170,7 @@ def _in_zone(
     unplaced: dict[int, str],
 ) -> Queries:
     """The queries but for the `unfit` (why, by row) and those that cannot be brought into `zone` (0: as they are)."""
-    reprojected, elsewhere = bring_into_zone(names, places, zone, southern)
+    reprojected, elsewhere = bring_into_zone(places, zone, southern)
     unfit |= elsewhere
     kept = [row for row in range(len(names)) if row not in unfit]
     return Queries(
@@ -185,17 +185,15 @@ def _in_zone(
     )
 
 
-def bring_into_zone(names: Sequence[str], places: Places, zone: int, southern: bool) -> tuple[int, dict[int, str]]:
+def bring_into_zone(places: Places, zone: int, southern: bool) -> tuple[int, dict[int, str]]:
     """Carry `places` of neighbouring zones and, near the equator, of the other hemisphere into the plane of `zone` in
-    place (0: leave them as they are): how many of other zones, and why others cannot be, by row."""
-    if not zone:
-        return 0, {}
-    moves = into_zone(places, names, zone)
-    join_at_equator(places, southern)
+    place (0: leave them as they are): how many of other zones, and why others cannot be compared, by row."""
+    moves = into_zone(places, zone)
+    if zone:
+        join_at_equator(places, southern)
     far = {int(row): f"UTM zone {places.zones[row]}, the classes lie in zone {zone}" for row in moves.far}
-    return len(moves.carried), far | {
-        int(row): f"nowhere in UTM zone {zone}, that of the classes" for row in moves.nowhere
-    }
+    nowhere = f"{nowhere_in(zone)}{', that of the classes' if zone else ''}"
+    return len(moves.carried), far | {int(row): nowhere for row in moves.nowhere}
 
 
 def decode_query(photo: Path | BinaryIO, shorter_side: int) -> np.ndarray:

@@ -304,7 +304,7 @@ def measure_partition(count: int) -> dict[str, object]:
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
         before = resource_bytes("VmRSS")
         begin = time.perf_counter()
-        east, north, _ = parse_utm(names)
+        east, north, _, _ = parse_utm(names)
         made = make_partition(east, north, M=20, N=2, min_images=2, zone=10)
         seconds.append(time.perf_counter() - begin)
         peak = max(peak, resource_bytes("VmHWM") - before)
