@@ -1,10 +1,9 @@
 """Local copies of the small files of a data set at a URL: everything that reading it takes but the tars.
 
-They lie below DIVIDE_AND_CLASSIFY_CACHE, or divide-and-classify in XDG_CACHE_HOME or ~/.cache; any of it may be
-deleted while no program uses it.
+They lie below the folder DIVIDE_AND_CLASSIFY_CACHE, or divide-and-classify in XDG_CACHE_HOME or ~/.cache; any of it
+may be deleted while no program uses it.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -12,14 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from shards.checksums import DamagedChecksums, checksum, parse_checksums
 from shards.console import JobError
-from shards.files import atomic_path, atomic_write_bytes, locked
+from shards.files import atomic_path, atomic_write_bytes
 from shards.layout import (
     CHECKSUMS,
     CLASSES,
@@ -32,6 +31,7 @@ from shards.layout import (
     TOP_FILES,
     shard_tables,
 )
+from shards.locks import folder_locked
 from shards.store import PARALLEL, Store
 
 _BELOW = re.compile(rf"(group-\d{{2,}}|{INDEX}|{REVISIONS})/[\w-][\w.-]*")  # none of these leads out of the folder
@@ -55,7 +55,7 @@ def mirror(store: Store) -> Path:
     name = re.sub(r"[^\w-]", "-", store.url.rpartition("/")[2])[:40]
     folder = cache_root() / "mirrors" / f"{name}-{hashlib.sha256(store.url.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with folder_locked(folder):
         _refresh(store, folder)
     return folder
 
@@ -151,19 +151,20 @@ def scratch_folder() -> Iterator[Path]:
     """A new folder in the cache, gone at the end; those that killed programs left go too."""
     root = cache_root() / "scratch"
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root):
-        for old in root.iterdir():
-            _remove_if_left(old)
-        folder = Path(tempfile.mkdtemp(dir=root))
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    inner = folder / "inner"  # of its own, so that a command can lock it as it locks any output
-    inner.mkdir()
-    try:
-        yield inner
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+    with ExitStack() as held:
+        with folder_locked(cache_root()):
+            for old in root.iterdir():
+                _remove_if_left(old)
+            folder = Path(tempfile.mkdtemp(dir=root))
+            held.enter_context(folder_locked(folder))
+        inner = folder / "inner"  # of its own, so that a command can lock it as it locks any output
+        inner.mkdir()
+        try:
+            yield inner
+        finally:
+            shutil.rmtree(inner, ignore_errors=True)
+            held.close()  # NFS keeps a file that is open
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -176,14 +177,6 @@ def named_by_url(store: Store, folder: Path) -> Iterator[None]:
 
 
 def _remove_if_left(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:  # its owner was just done with it
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:  # its owner is alive
-        pass
-    finally:
-        os.close(descriptor)
+    with suppress(OSError), folder_locked(folder, wait=False) as free:  # its owner may just be done with it
+        if free:  # else that one is alive
+            shutil.rmtree(folder, ignore_errors=True)

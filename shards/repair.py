@@ -21,7 +21,6 @@ from shards.console import JobError, format_count
 from shards.dataset import GPU_CODEC, Manifest
 from shards.files import (
     TEMPORARY_SUFFIX,
-    at_work,
     atomic_write_bytes,
     atomic_write_json,
     read_bytes,
@@ -40,6 +39,7 @@ from shards.layout import (
     REVISIONS,
     SKIPPED,
 )
+from shards.locks import at_work
 from shards.provenance import provenance
 from shards.soundness import index_of_table, read_sample_table
 from shards.verification import Report
