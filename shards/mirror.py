@@ -76,7 +76,7 @@ def _refresh(store: Store, folder: Path) -> None:
         raise JobError(
             f"{store.url}: is being changed, or a change was interrupted; wait for it, or run that command again"
         )
-    names = sums or store.sizes()
+    names = sums.keys() or store.names()
     wanted = [n for n in names if n in (CLASSES, QUARANTINE) or _TABLE.fullmatch(n)]
     have = {n for n in wanted if n in sums and (folder / n).is_file() and checksum(folder / n) == sums[n]}
     fetch_all(store, [n for n in wanted if n not in have], folder, sums)

@@ -76,7 +76,7 @@ def main() -> int:
 
 def _verify_at_url(store: Store, workers: int) -> int:
     with scratch_folder() as folder, named_by_url(store, folder):
-        fetch_all(store, store.sizes(), folder, {})
+        fetch_all(store, store.names(), folder, {})
         report = verify(folder, workers, print_problem, store)
     print_summary(report, store.url)
     return 1 if report.problems else 0
