@@ -69,15 +69,16 @@ def _refresh(store: Store, folder: Path) -> None:
             "(the same command again finishes an interrupted one)"
         ) from None
     seal = _read_if_there(store, CHECKSUMS)
-    if manifest == _local(folder / MANIFEST) and seal == _local(folder / CHECKSUMS):
-        return
     sums = _sums(store, seal)
+    here = manifest == _local(folder / MANIFEST) and seal == _local(folder / CHECKSUMS)
+    if here and all((folder / name).is_file() for name in sums if _is_mirrored(name)):
+        return
     if sums and sums.get(MANIFEST) != hashlib.sha256(manifest).hexdigest():
         raise JobError(
             f"{store.url}: is being changed, or a change was interrupted; wait for it, or run that command again"
         )
     names = sums.keys() or store.names()
-    wanted = [n for n in names if n in (CLASSES, QUARANTINE) or _TABLE.fullmatch(n)]
+    wanted = [name for name in names if _is_mirrored(name)]
     have = {n for n in wanted if n in sums and (folder / n).is_file() and checksum(folder / n) == sums[n]}
     fetch_all(store, [n for n in wanted if n not in have], folder, sums)
     for table in shard_tables(folder):
@@ -123,6 +124,10 @@ def fetch_all(store: Store, names: Iterable[str], folder: Path, sums: dict[str, 
 def is_small(name: str) -> bool:
     """Whether a name, from a listing or a list of checksums, is that of a data set's file, and of none of its tars."""
     return name in TOP_FILES + OPTIONAL_TOP_FILES or (_BELOW.fullmatch(name) is not None and not name.endswith(".tar"))
+
+
+def _is_mirrored(name: str) -> bool:
+    return name in (CLASSES, QUARANTINE) or _TABLE.fullmatch(name) is not None
 
 
 def _read_if_there(store: Store, name: str) -> bytes | None:
