@@ -19,8 +19,9 @@ from preprocessing.sources import Source
 from preprocessing.trial import Forecast, check_space, forecast
 from preprocessing.updates import complete_revisions
 from shards.console import JobError, format_count
-from shards.files import TEMPORARY_SUFFIX, at_work, remove_partials
+from shards.files import TEMPORARY_SUFFIX, remove_partials
 from shards.layout import LISTING, PLAN, QUARANTINE, REVISIONS, SHARD_SAMPLES, shard_stem
+from shards.locks import at_work
 
 
 def build(

@@ -10,7 +10,18 @@ from preprocessing.shard_task import ShardResult, finished_shard
 from shards.checksums import files_below, read_checksums
 from shards.console import JobError
 from shards.files import is_partial
-from shards.layout import CHECKSUMS, INDEX, LISTING, MANIFEST, PLAN, shard_numbers, shard_stem, shard_tables
+from shards.layout import (
+    CHECKSUMS,
+    INDEX,
+    LISTING,
+    MANIFEST,
+    PLAN,
+    REVISION_FILES,
+    REVISIONS,
+    shard_numbers,
+    shard_stem,
+    shard_tables,
+)
 from shards.mirror import fetch_all, is_small, named_by_url, scratch_folder
 from shards.store import PARALLEL, Store, is_url
 
@@ -70,16 +81,24 @@ class Output:
             )
 
     def share(self) -> None:
-        """Bring what changed in the folder to the store, but for shards; the manifest last, after its checksums."""
+        """Bring what changed in the folder to the store, but for shards.
+
+        The plan goes first, which says whose place it is. A revision's files go one after another, as they are
+        written: one says "begun" of all. The manifest goes last, after its checksums.
+        """
         if self.store is None:
             return
         changed = [n for n in files_below(self.folder) if is_small(n) and not _of_shard(n) and self._changed(n)]
         index = [n for n in changed if n.startswith(f"{INDEX}/")]
         if index and self._index_is_there():
             changed = [n for n in changed if n not in index]
-        last = [n for n in (_INDEX_STATE, CHECKSUMS, MANIFEST) if n in changed]
+        first = [PLAN] if PLAN in changed else []
+        last = sorted((n for n in changed if n.startswith(f"{REVISIONS}/")), key=_turn)
+        last += [n for n in (_INDEX_STATE, CHECKSUMS, MANIFEST) if n in changed]
+        for name in first:
+            self._put(name)
         with ThreadPoolExecutor(PARALLEL) as pool:
-            list(pool.map(self._put, [n for n in changed if n not in last]))
+            list(pool.map(self._put, [n for n in changed if n not in first + last]))
         for name in last:
             self._put(name)
 
@@ -129,6 +148,11 @@ class Output:
     def _stamp(self, name: str) -> tuple[int, int]:
         status = (self.folder / name).stat()
         return status.st_size, status.st_mtime_ns
+
+
+def _turn(name: str) -> int:
+    """When a file of a revision is put among the others."""
+    return next(turn for turn, end in enumerate(REVISION_FILES) if name.endswith(end))
 
 
 def _of_shard(name: str) -> bool:

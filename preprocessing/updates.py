@@ -21,8 +21,9 @@ from preprocessing.shard_task import finished_shard
 from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import Manifest
-from shards.files import at_work, remove_partials
+from shards.files import remove_partials
 from shards.layout import MANIFEST, QUARANTINE, shard_stem
+from shards.locks import at_work
 from shards.names import PHOTO_EXTENSIONS
 
 

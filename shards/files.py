@@ -2,21 +2,19 @@
 
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.console import JobError, is_systems
-from shards.layout import LOCK
+from shards.console import is_systems
 
 TEMPORARY_SUFFIX = ".partial"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # renameat2(2)
@@ -108,66 +106,6 @@ def atomic_write_text(path: Path | str, text: str) -> None:
 def atomic_write_json(path: Path | str, value: Any) -> None:
     """Write `value` as indented JSON with sorted keys to `path`, whole or not at all."""
     atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-@contextmanager
-def at_work(out: Path, *, beside_others: bool = False) -> Iterator[None]:
-    """Hold the folder `out` for one command, or for one of several tasks of a plan (`beside_others`).
-
-    Raises `JobError` where another command holds it. The kernel lets go when the holder dies. NFS locks no folder:
-    there the lock is on a file in it, of which every task locks a byte. Without any locks nobody is kept out.
-    """
-    descriptor = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
-    held = JobError(f"{out}: another command is at work on it; wait for that one, or stop it")
-    try:
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if beside_others else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise held from None
-        except OSError:  # EBADF of NFS; ENOLCK, ENOSYS
-            if not beside_others:
-                with open(out / LOCK, "a") as file:
-                    if try_lock(file) is False:
-                        raise held from None
-                    yield
-                return
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def try_lock(file: TextIO, byte: int | None = None) -> bool | None:
-    """Lock a byte of a file that is open for writing, or all of it, without waiting: True where it is locked now, False
-    where another process has it, None on a file system without locks.
-
-    This form of lock crosses NFS; the kernel, or the server, drops it with the process, however that ends, and a
-    child that outlives the process does not keep it.
-    """
-    length, start = (0, 0) if byte is None else (1, byte)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # ENOLCK, ENOSYS, EOPNOTSUPP
-        return None
-    return True
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process is in such a block for the file or folder `path`, which must exist.
-
-    The kernel frees the lock when its holder dies. NFS locks files that may be written, for all machines, and no
-    folders. Where nothing can be locked nobody waits.
-    """
-    writing = os.O_RDWR if path.is_file() and os.access(path, os.W_OK) else os.O_RDONLY
-    descriptor = os.open(path, writing | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def is_partial(name: str) -> bool:

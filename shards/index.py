@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from shards.classes import ClassTable
 from shards.console import JobError, is_systems, one_line
-from shards.files import atomic_folder, locked, named, read_bytes, read_table
+from shards.files import atomic_folder, named, read_bytes, read_table
 from shards.layout import CLASSES, INDEX, group_name, shard_tables
+from shards.locks import locked
 
 _COLUMNS = {"shard": np.uint32, "offset": np.uint64, "size": np.uint32, "crc32": np.uint32}
 _ARRAYS = ("starts", *_COLUMNS)

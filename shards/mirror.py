@@ -1,10 +1,9 @@
 """Local copies of the small files of a data set at a URL: everything that reading it takes but the tars.
 
-They lie below DIVIDE_AND_CLASSIFY_CACHE, or divide-and-classify in XDG_CACHE_HOME or ~/.cache; any of it may be
-deleted while no program uses it.
+They lie below the folder DIVIDE_AND_CLASSIFY_CACHE, or divide-and-classify in XDG_CACHE_HOME or ~/.cache; any of it
+may be deleted while no program uses it.
 """
 
-import fcntl
 import hashlib
 import os
 import re
@@ -12,14 +11,14 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from tqdm import tqdm
 
 from shards.checksums import DamagedChecksums, checksum, parse_checksums
 from shards.console import JobError
-from shards.files import atomic_path, atomic_write_bytes, locked
+from shards.files import atomic_path, atomic_write_bytes
 from shards.layout import (
     CHECKSUMS,
     CLASSES,
@@ -32,6 +31,7 @@ from shards.layout import (
     TOP_FILES,
     shard_tables,
 )
+from shards.locks import folder_locked
 from shards.store import PARALLEL, Store
 
 _BELOW = re.compile(rf"(group-\d{{2,}}|{INDEX}|{REVISIONS})/[\w-][\w.-]*")  # none of these leads out of the folder
@@ -55,7 +55,7 @@ def mirror(store: Store) -> Path:
     name = re.sub(r"[^\w-]", "-", store.url.rpartition("/")[2])[:40]
     folder = cache_root() / "mirrors" / f"{name}-{hashlib.sha256(store.url.encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with folder_locked(folder):
         _refresh(store, folder)
     return folder
 
@@ -69,15 +69,16 @@ def _refresh(store: Store, folder: Path) -> None:
             "(the same command again finishes an interrupted one)"
         ) from None
     seal = _read_if_there(store, CHECKSUMS)
-    if manifest == _local(folder / MANIFEST) and seal == _local(folder / CHECKSUMS):
-        return
     sums = _sums(store, seal)
+    here = manifest == _local(folder / MANIFEST) and seal == _local(folder / CHECKSUMS)
+    if here and all((folder / name).is_file() for name in sums if _is_mirrored(name)):
+        return
     if sums and sums.get(MANIFEST) != hashlib.sha256(manifest).hexdigest():
         raise JobError(
             f"{store.url}: is being changed, or a change was interrupted; wait for it, or run that command again"
         )
-    names = sums or store.sizes()
-    wanted = [n for n in names if n in (CLASSES, QUARANTINE) or _TABLE.fullmatch(n)]
+    names = sums.keys() or store.names()
+    wanted = [name for name in names if _is_mirrored(name)]
     have = {n for n in wanted if n in sums and (folder / n).is_file() and checksum(folder / n) == sums[n]}
     fetch_all(store, [n for n in wanted if n not in have], folder, sums)
     for table in shard_tables(folder):
@@ -125,6 +126,10 @@ def is_small(name: str) -> bool:
     return name in TOP_FILES + OPTIONAL_TOP_FILES or (_BELOW.fullmatch(name) is not None and not name.endswith(".tar"))
 
 
+def _is_mirrored(name: str) -> bool:
+    return name in (CLASSES, QUARANTINE) or _TABLE.fullmatch(name) is not None
+
+
 def _read_if_there(store: Store, name: str) -> bytes | None:
     try:
         return store.read(name)
@@ -151,19 +156,20 @@ def scratch_folder() -> Iterator[Path]:
     """A new folder in the cache, gone at the end; those that killed programs left go too."""
     root = cache_root() / "scratch"
     root.mkdir(parents=True, exist_ok=True)
-    with locked(root):
-        for old in root.iterdir():
-            _remove_if_left(old)
-        folder = Path(tempfile.mkdtemp(dir=root))
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    inner = folder / "inner"  # of its own, so that a command can lock it as it locks any output
-    inner.mkdir()
-    try:
-        yield inner
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+    with ExitStack() as held:
+        with folder_locked(cache_root()):
+            for old in root.iterdir():
+                _remove_if_left(old)
+            folder = Path(tempfile.mkdtemp(dir=root))
+            held.enter_context(folder_locked(folder))
+        inner = folder / "inner"  # of its own, so that a command can lock it as it locks any output
+        inner.mkdir()
+        try:
+            yield inner
+        finally:
+            shutil.rmtree(inner, ignore_errors=True)
+            held.close()  # NFS keeps a file that is open
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -176,14 +182,6 @@ def named_by_url(store: Store, folder: Path) -> Iterator[None]:
 
 
 def _remove_if_left(folder: Path) -> None:
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:  # its owner was just done with it
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:  # its owner is alive
-        pass
-    finally:
-        os.close(descriptor)
+    with suppress(OSError), folder_locked(folder, wait=False) as free:  # its owner may just be done with it
+        if free:  # else that one is alive
+            shutil.rmtree(folder, ignore_errors=True)

@@ -21,7 +21,6 @@ from shards.console import JobError, format_count
 from shards.dataset import GPU_CODEC, Manifest
 from shards.files import (
     TEMPORARY_SUFFIX,
-    at_work,
     atomic_write_bytes,
     atomic_write_json,
     read_bytes,
@@ -40,8 +39,10 @@ from shards.layout import (
     REVISIONS,
     SKIPPED,
 )
+from shards.locks import at_work
 from shards.provenance import provenance
 from shards.soundness import index_of_table, read_sample_table
+from shards.store import is_url
 from shards.verification import Report
 
 BUILD = Path(__file__).resolve().parent.parent / "preprocessing" / "build_shards.py"
@@ -49,13 +50,13 @@ _FINISHED_BY_BUILD = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, LISTING)
 _NOT_SETTINGS = ("fingerprint", "source", "codec")
 
 
-def repair(dataset: Path, report: Report, source: Path | None, workers: int) -> None:
+def repair(dataset: Path, report: Report, source: Path | str | None, workers: int) -> None:
     """Rebuild what `report` (of `shards.verification.verify`) found broken; the caller verifies again.
 
-    `source` are the photos that the data set was made from. Nothing is deleted that could not be made again: files
-    that do not belong to the data set move to a folder beside it. Raises `JobError` where photos are needed and not
-    given or are others than those, where plan and manifest or a revision are lost, or where the build fails; then the
-    same command goes on from there.
+    `source`: the photos that the data set was made from, a path or URL. Nothing is deleted that could not be made
+    again: files that do not belong to the data set move to a folder beside it. Raises `JobError` where photos are
+    needed and not given or are others than those, where plan and manifest or a revision are lost, or where the build
+    fails; then the same command goes on from there.
     """
     broken = {problem.file for problem in report.problems if problem.kind != "extra"}
     plans = sorted(name for name in broken if name.startswith(f"{REVISIONS}/"))
@@ -104,16 +105,16 @@ def _rebuild_dali_index(path: Path) -> None:
     print(f"{path.name}: rebuilt from its table")
 
 
-def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | None, workers: int) -> None:
+def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | str | None, workers: int) -> None:
     """Take away the broken shards and run the build, which makes them and finishes."""
     if source is None:
         what = format_count(len(stems), "shard") if stems else ", ".join(sorted(broken & set(_FINISHED_BY_BUILD)))
         raise JobError(
             f"{dataset}: rebuilding {what} takes the photos it was made from; name them with --source PHOTOS"
         )
-    if not source.exists():
+    if not is_url(source) and not Path(source).exists():
         raise JobError(f"{source}: no such photos; --source takes those that the data set was made from")
-    plan, before = _settings(dataset, broken, source)
+    plan, before = _settings(dataset, broken)
     if PLAN in broken:
         atomic_write_json(dataset / PLAN, plan)
     if LISTING in broken:
@@ -158,14 +159,13 @@ def _out_of_the_way(dataset: Path, names: list[str]) -> Iterator[None]:
                 os.rename(place, path)
 
 
-def _settings(dataset: Path, broken: set[str], source: Path) -> tuple[dict[str, Any], Manifest | None]:
+def _settings(dataset: Path, broken: set[str]) -> tuple[dict[str, Any], Manifest | None]:
     """The plan's facts (from the manifest where the plan is lost), and the manifest where it is sound."""
     before = None if MANIFEST in broken else Manifest.load(dataset / MANIFEST)
     if before is not None and PLAN in broken:
         counts = ("format_version", "revision", "utm_zone", "groups", "classes", "shards", "images", "skipped",
                   "quarantined", "bytes")  # fmt: skip
-        facts = {name: value for name, value in asdict(before).items() if name not in counts}
-        return facts | {"source": source.resolve().name}, before
+        return {name: value for name, value in asdict(before).items() if name not in counts}, before
     # Where the manifest is missing, the plan may be broken only in that an interrupted rebuild from photos in another
     # place noted that place after the data set was sealed; the build compares it with its fingerprint.
     with suppress(FileNotFoundError, ValueError, AttributeError):

@@ -5,7 +5,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -115,8 +115,21 @@ class Store:
         except Exception as error:  # each file system has errors of its own
             raise self.lost(error) from None
 
+    def names(self) -> set[str]:
+        """Every file below the URL, as they are now; raises `JobError` where listing them fails."""
+        return set(self._listed())
+
     def sizes(self) -> dict[str, int]:
         """Bytes of every file below the URL, by name, as they are now; raises `JobError` where listing them fails."""
+        listed = self._listed()
+        sizes = {name: size for name, size in listed.items() if size is not None}
+        unknown = [name for name in listed if name not in sizes]
+        with ThreadPoolExecutor(PARALLEL) as pool:
+            sizes.update(zip(unknown, pool.map(self._size, unknown), strict=True))
+        return sizes
+
+    def _listed(self) -> dict[str, int | None]:
+        """Every file below the URL with its bytes, which a listing over HTTP leaves out."""
         self.files.invalidate_cache()
         try:
             found = self.ask(lambda: self.files.find(self.root, detail=True))
@@ -125,7 +138,16 @@ class Store:
         except Exception as error:  # each file system has errors of its own
             raise self.lost(error) from None
         files = {path.removeprefix(self.root).lstrip("/"): info for path, info in found.items()}
-        return {name: info["size"] for name, info in files.items() if name and info["type"] == "file"}
+        return {n: info["size"] for n, info in files.items() if info["type"] == "file" and not _no_file(n)}
+
+    def _size(self, name: str) -> int:
+        try:
+            size = self.ask(lambda: self.files.info(self._path(name)))["size"]
+        except Exception as error:  # each file system has errors of its own
+            raise self.lost(error) from None
+        if size is None:
+            raise JobError(f"{self.url}/{name}: the server does not tell its size; use one that does")
+        return size
 
     def put(self, path: Path, name: str) -> None:
         """Copy a local file to `name`, whole or not at all; raises `JobError` where that fails."""
@@ -191,6 +213,11 @@ class Store:
         return JobError(
             f"{self.url}: cannot be read ({_one_line(error)}); bring it back and run the same command again"
         )
+
+
+def _no_file(name: str) -> bool:
+    """Whether a name in a list is that of the listed folder, or of a link by which a web server sorts the list."""
+    return not name or name.rpartition("/")[2].startswith("?")
 
 
 def _one_line(error: Exception) -> str:

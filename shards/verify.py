@@ -40,8 +40,8 @@ class Arguments:
     """Processes that check shards; the default is one for each core."""
     repair: bool = False
     """Rebuild what is broken, then verify again. Files that do not belong there move to a folder beside."""
-    source: Path | None = None
-    """The photos that the data set was made from; --repair needs them for anything but an index."""
+    source: str | None = None
+    """The photos that the data set was made from (a path or URL); --repair needs them for anything but an index."""
     seal: bool = False
     """Write checksums.txt for a data set that is sound and has none, so that damage to a table can be found later."""
 
@@ -76,7 +76,7 @@ def main() -> int:
 
 def _verify_at_url(store: Store, workers: int) -> int:
     with scratch_folder() as folder, named_by_url(store, folder):
-        fetch_all(store, store.sizes(), folder, {})
+        fetch_all(store, store.names(), folder, {})
         report = verify(folder, workers, print_problem, store)
     print_summary(report, store.url)
     return 1 if report.problems else 0

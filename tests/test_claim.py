@@ -17,7 +17,7 @@ from preprocessing.claim import TaskLock
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
 from shards.console import JobError
-from shards.files import at_work
+from shards.locks import at_work
 from shards.verification import verify
 
 
@@ -42,7 +42,7 @@ HOLDER = """
 import contextlib, errno, fcntl, sys
 from pathlib import Path
 from preprocessing.claim import TaskLock
-from shards.files import at_work
+from shards.locks import at_work
 
 def flock(*_):
     raise OSError(errno.EBADF, "as NFS says of a folder")

@@ -1,19 +1,16 @@
 """Files that appear whole or not at all, and errors that name the file."""
 
 import errno
-import fcntl
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
-from threading import Event, Thread
 
 import pyarrow as pa
 import pytest
 
 from shards.console import JobError, describe_os_error
 from shards.dataset import Dataset, Manifest
-from shards.files import _RENAME_EXCHANGE, atomic_folder, atomic_path, locked, named
+from shards.files import _RENAME_EXCHANGE, atomic_folder, atomic_path, named
 
 UNREADABLE = Path("/proc/self/mem")  # opens, but its first bytes cannot be read: EIO, as of a bad disk
 
@@ -88,31 +85,3 @@ def test_an_error_without_a_number_is_told_as_one_of_the_file(tmp_path: Path) ->
         raise OSError("Error closing file")  # as pyarrow says it where a network file system refuses at the end
     assert raised.value.errno == errno.EIO
     assert describe_os_error(raised.value) == f"{tmp_path / 't.parquet'}: Error closing file"
-
-
-def test_a_lock_waits_where_only_descriptors_for_writing_can_be_locked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flock = fcntl.flock
-
-    def as_on_nfs(descriptor: int, operation: int) -> None:
-        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        flock(descriptor, operation)
-
-    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
-    path, entered = tmp_path / "classes.parquet", Event()
-    path.touch()
-
-    def enter() -> None:
-        with locked(path):
-            entered.set()
-
-    with locked(path):
-        second = Thread(target=enter)
-        second.start()
-        assert not entered.wait(0.2)
-    second.join(10)
-    assert entered.is_set()
-    with locked(tmp_path):
-        pass  # a folder: nobody waits there

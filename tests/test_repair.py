@@ -10,6 +10,7 @@ from photos import jpeg, write_photos
 from test_verify import IDX, TAR, contents, flip, only_problem, run
 
 from preprocessing.build import build
+from preprocessing.sources import Source
 from shards.checksums import seal
 from shards.console import JobError
 from shards.layout import CHECKSUMS, MANIFEST, shard_tables
@@ -151,6 +152,19 @@ def test_repair_keeps_to_the_share_of_bad_photos_that_the_data_set_had(tmp_path)
     tar = next(out.glob("*/*.tar"))
     tar.unlink()
     repair(out, verify(out), source, 1)
+    assert contents(out) == before
+
+
+@pytest.mark.slow
+def test_repair_takes_the_photos_from_a_url(tmp_path):
+    write_photos(tmp_path / "photos")
+    url, out = f"file://{tmp_path}/photos", tmp_path / "out"
+    build(Source.of(url), out, SETTINGS, HERE)
+    before = contents(out)
+    shard_tables(out)[0].with_suffix(".tar").unlink()
+    (out / "plan.json").unlink()
+    done = run(out, "--repair", "--source", url)
+    assert done.returncode == 0, done.stderr
     assert contents(out) == before
 
 

@@ -326,6 +326,14 @@ def test_a_mirror_is_fetched_once_and_anew_when_the_data_set_changes(whole, tmp_
     assert batches(again, "indexed")[1] == 0
 
 
+@pytest.mark.parametrize("lost", ["group-02/group-02-000000.parquet", "classes.parquet", "dataset.json", "group-02"])
+def test_what_is_deleted_from_a_mirror_is_fetched_again(whole, memory, lost):
+    upload(whole, memory)
+    path = Dataset.open(memory).path / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert batches(Dataset.open(memory), "indexed")[1] == 0
+
+
 def test_a_table_that_is_not_what_was_sealed_is_refused(whole):
     url = "memory://rotten/city"
     upload(whole, url)

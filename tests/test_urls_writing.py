@@ -37,7 +37,7 @@ from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
 from shards.console import JobError
 from shards.dataset import Dataset
-from shards.layout import MANIFEST
+from shards.layout import MANIFEST, REVISION_FILES
 from shards.store import Store
 from shards.verify import Arguments
 from shards.verify import main as verify_main
@@ -96,6 +96,40 @@ def test_an_addition_of_too_many_bad_photos_leaves_the_data_set_at_a_url_as_it_w
     assert [name for name in names if name.startswith("group-") and name.endswith(".tar")]
     assert "revisions/000002.parquet" in names
     assert stored(url) == before
+
+
+@pytest.mark.parametrize("lost", REVISION_FILES)
+def test_an_addition_of_which_a_file_never_arrives_at_a_url_can_be_made_again(memory, tmp_path, monkeypatch, lost):
+    photos, more = write_cells(tmp_path / "photos"), Source.of(write_cells(tmp_path / "more", first=50))
+    build(photos, tmp_path / "city", SMALL, HERE)
+    add(more, tmp_path / "city", HERE)
+    build_at(memory, photos)
+    put = Store.put
+
+    def lose(store: Store, path: Path, name: str) -> None:
+        if name == f"revisions/000002{lost}":
+            time.sleep(0.1)  # whatever goes beside it arrives
+            raise JobError("the network went away")
+        put(store, path, name)
+
+    monkeypatch.setattr(Store, "put", lose)
+    with Output.open(memory) as out, pytest.raises(JobError, match="went away"):
+        add(more, out, HERE)
+    monkeypatch.setattr(Store, "put", put)
+    assert "revisions/000002.parquet" not in Store.at(memory).sizes()
+    build_at(memory, photos)
+    with Output.open(memory) as out:
+        add(more, out, HERE)
+    assert stored(memory) == contents(tmp_path / "city")
+
+
+def test_the_plan_is_the_first_file_of_a_build_at_a_url(photos, memory, monkeypatch):
+    def put(store: Store, path: Path, name: str) -> None:
+        raise JobError(f"{name} cannot be written")
+
+    monkeypatch.setattr(Store, "put", put)
+    with pytest.raises(JobError, match=r"^plan.json cannot"):
+        build_at(memory, photos)
 
 
 COMMAND = [sys.executable, str(ROOT / "preprocessing" / "build_shards.py"), "--image-size", "32", "--N", "3"]

@@ -57,7 +57,7 @@ def write_run(
             classes=classes,
             config=config.to_json(),
             training=TrainingState({}, {}),
-            state={"step": 7, "progress": {"val_photos": val_photos}},
+            state={"step": 7} | ({"progress": {"val_photos": val_photos}} if val_photos else {}),
             provenance=provenance(),
         ),
     )

@@ -13,7 +13,8 @@ from torch import nn
 
 from shards.classes import ClassTable
 from shards.console import JobError, format_count, last_line
-from shards.files import atomic_write_json, atomic_write_text, is_partial, remove_partials, try_lock
+from shards.files import atomic_write_json, atomic_write_text, is_partial, remove_partials
+from shards.locks import try_lock
 from shards.provenance import provenance
 from training.checkpoint import EvaluationWeights, list_checkpoints, load_for_evaluation
 from training.head_bank import HeadBank
