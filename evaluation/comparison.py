@@ -163,7 +163,7 @@ def _calibrate(localiser: Localiser, path: Path, notes: Results, world: World) -
             queries = f"{source}: other photos than the training's validation queries (--val-queries)"
     fitted = calibrate(localiser, queries, notes.job.settings, world) if isinstance(queries, Queries) else None
     if fitted is None:
-        reason = queries if isinstance(queries, str) else f"{source}: no readable query with coordinates"
+        reason = queries if isinstance(queries, str) else f"{source}: no readable query of it is answered rightly"
         say = notes.warn if notes.job.val_queries is None else notes.error
         if world.is_main:
             say(f"{reason}; {path} keeps {localiser.form} scores")
@@ -192,6 +192,9 @@ def _add(outcome: Outcome, results: Results) -> None:
         results.warn(f"{source}: {moved} of a neighbouring UTM zone reprojected to {zone}")
     results.outcomes.append(outcome)
     results.rows.append(row)
+    if row["scored"] and not row["ceiling"]:
+        near = f"within {row['threshold_m']:g} m of a class of {checkpoint} ({outcome.classes.crs})"
+        results.warn(f"{source}: no query lies {near}: another city, zone or hemisphere")
     if row["scored"] == 0:
         results.error(f"{checkpoint} on {source}: no readable query with coordinates, so no LR@N")
 

@@ -217,7 +217,7 @@ def evaluate_set(
 
 
 def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world: World) -> Calibration | None:
-    """Form and temperatures from validation queries, each rank ranking its share; None where none can be scored.
+    """Form and temperatures from validation queries, each rank ranking its share; None where none is answered rightly.
 
     An answer is right within 25 m, whatever the threshold of `settings`: all programs that answer use what is fitted
     here. All ranks must call it, and all get the same.
@@ -249,7 +249,8 @@ def calibrate(localiser: Localiser, queries: Queries, settings: Settings, world:
             form: (np.concatenate([p[form][0] for p in everyone]), np.concatenate([p[form][1] for p in everyone]))
             for form in RANKING_FORMS
         }
-        fitted = fit(answers, str(queries.source), localiser.trained_form, queries.fingerprint())
+        if any(right.any() for right, _ in answers.values()):
+            fitted = fit(answers, str(queries.source), localiser.trained_form, queries.fingerprint())
     return world.gather(fitted)[0]
 
 

@@ -72,14 +72,19 @@ class Source:
         return [f"{name}/" for name in sets] if (place / "train").is_dir() else []
 
     def photos(
-        self, cache: Path | None, zone: int, progress: Callable[[int], None], as_recorded: bool = False
+        self,
+        cache: Path | None,
+        zone: int,
+        progress: Callable[[int], None],
+        as_recorded: bool = False,
+        northern: bool | None = None,
     ) -> Listing:
         """List the photos; see `list_photos`, `list_remote` and `read_list`."""
         if is_url(self.place):
             return list_remote(self.place, cache, progress)
         if not self.is_list:
             return list_photos(Path(self.place), cache, progress, as_recorded=as_recorded)
-        listing = list_named(Path(self.place), self.root, zone)
+        listing = list_named(Path(self.place), self.root, zone, northern)
         progress(len(listing))
         return listing
 
@@ -91,14 +96,14 @@ class Source:
         return read_photo(path, self.root if self.is_list else os.path.dirname(path))
 
 
-def list_named(file: Path, root: Path | str, zone: int) -> Listing:
+def list_named(file: Path, root: Path | str, zone: int, northern: bool | None = None) -> Listing:
     """The photos in a CSV or Parquet list (see `read_list`); their paths are relative to `root` (a folder or URL), or
     absolute.
 
     Rows without usable values are set aside with the reason. Raises `JobError` where the list cannot be read, or names
     no photo with its place.
     """
-    listed = read_list(file, zone)
+    listed = read_list(file, zone, northern=northern)
     paths, places = listed.paths, listed.places
     bad = [
         Bad(printable(paths[row].as_py()) or f"row {row + 1}", reason, printable(listed.values(int(row))))

@@ -17,6 +17,7 @@ def print_summary(summary: Summary, out: str) -> None:
     """What was built."""
     made = summary.manifest
     _print_groups(summary.classes_per_group, summary.images_per_group)
+    print(f"plane       {summary.plane}")
     print(f"skipped     {format_count(made.skipped, 'photo')} in cells with fewer than {made.min_images} photos")
     reasons = list_reasons(summary.reasons)
     print(f"set aside   {format_count(made.quarantined, 'bad photo')}{f' ({reasons})' if reasons else ''}")
@@ -34,6 +35,7 @@ def print_forecast(made: Forecast, out: str) -> None:
     plan, trial = made.plan, made.trial
     of_group = {g: plan.classes.of_group(g) for g in plan.classes.groups}
     _print_groups({g: len(c) for g, c in of_group.items()}, {g: int(c.images.sum()) for g, c in of_group.items()})
+    print(f"plane       {plan.classes.crs}")
     print(f"skipped     {_describe_small_cells(plan)}")
     unusable = reasons_of(plan.bad)
     print(f"set aside   {format_count(len(plan.bad), 'photo')} by names or list{f' ({unusable})' if unusable else ''}")

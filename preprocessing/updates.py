@@ -40,7 +40,9 @@ def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summa
     with at_work(out.folder):
         state, sources = _begin(out, machinery)
         with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
-            listing = source.photos(None, state.classes.zone, lambda n: bar.update(n - bar.n))
+            classes = state.classes
+            northern = not classes.southern if classes.zone else None
+            listing = source.photos(None, classes.zone, lambda n: bar.update(n - bar.n), northern=northern)
         if not len(listing):
             raise JobError(f"{source.place}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
         revision, gain = plan_addition(out.folder, state, sources, source, listing)

@@ -121,8 +121,8 @@ class ClassTable:
     @property
     def crs(self) -> str:
         """The coordinate system in words."""
-        south = " south" if self.southern else ""
-        return f"UTM zone {self.zone}{south}, metres" if self.zone else "metres in one plane (no UTM zone in the names)"
+        half = "south" if self.southern else "north"
+        return f"UTM zone {self.zone} {half}, metres" if self.zone else "metres in one plane (no UTM zone in the names)"
 
     @staticmethod
     def load(path: Path | str) -> "ClassTable":

@@ -1,6 +1,6 @@
 """Photos named by a list, CSV or Parquet: a path and a place in each row.
 
-Columns: `path`, and either `east`, `north` (UTM metres; `zone` as 10 or 10S where it is known) or `latitude`,
+Columns: `path`, and either `east`, `north` (UTM metres; `zone` as 10, 10S or 32610 where it is known) or `latitude`,
 `longitude` (degrees, WGS84); `heading` (degrees clockwise from north) and `timestamp` where there are any. Fields of a
 CSV are separated by commas, or by semicolons or tabs as spreadsheets write them; then 47,37 is a number too.
 """
@@ -19,15 +19,20 @@ import utm
 
 from shards.console import JobError, describe_os_error, one_line, printable
 from shards.names import string_bytes
-from shards.plane import Places, in_plane, on_map, zone_of, zones_apart
+from shards.plane import Places, half_of, in_plane, on_map, zone_of, zones_apart
 from shards.store import is_url
 
 _LIST_EXTENSIONS = (".csv", ".parquet")
 _COLUMNS = ("path", "east", "north", "zone", "latitude", "longitude", "heading", "timestamp")
 _NUMBERS = ("east", "north", "latitude", "longitude", "heading")
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
-# Tables that read whole numbers with gaps as decimal ones write the zone 10 as 10.0.
-_ZONE = r"^\s*(?P<number>[1-9]|0[1-9]|[1-5]\d|60)(?:[.,]0+)?\s*(?P<band>[C-HJ-NP-Xc-hj-np-x]?)\s*$"
+# 10, 10S (a band), 32610 or EPSG:32710 (6 north, 7 south); tables that read whole numbers with gaps as decimal ones
+# write 10.0.
+_ZONE = (
+    r"^\s*(?:(?:(?i:EPSG):)?32(?P<half>[67]))?(?P<number>[1-9]|0[1-9]|[1-5]\d|60)(?:[.,]0+)?"
+    r"\s*(?P<band>[C-HJ-NP-Xc-hj-np-x]?)\s*$"
+)
+_BANDS = "CDEFGHJKLMNPQRSTUVWX"  # of 8 degrees of latitude each, from 80 degrees south
 _LONGEST_HEAD = 1 << 16
 
 
@@ -86,11 +91,13 @@ def read_list(file: Path, zone: int, *, northern: bool | None = None) -> PhotoLi
 
     `zone`: the UTM zone that latitudes and longitudes are converted to; 0 means the one that most of them are in.
     `northern`: the hemisphere of their plane, and of metres whose zone has no band; None means the one that most of
-    them are in, the northern for metres. Raises `JobError` where the list cannot be read.
+    them are in. Raises `JobError` where the list cannot be read, or has several zones in unknown hemispheres.
     """
     table = _read(file)
     try:
         return _rows(table, zone, northern)
+    except JobError as error:
+        raise JobError(f"{file}: {error}") from None
     except pa.ArrowException as error:  # Parquet holds columns of any type
         raise _no_list(file, error) from None
 
@@ -186,21 +193,56 @@ def _from_metres(table: pa.Table, zone: int, northern: bool | None) -> tuple[Pla
     east, north = _numbers(table, "east"), _numbers(table, "north")
     missing = ~(np.isfinite(east) & np.isfinite(north))
     zones, southern = np.full(len(table), zone, np.int8), np.zeros(len(table), bool)
+    other_band = np.zeros(len(table), bool)
     if "zone" in table.column_names:
         text = _text(table, "zone")
         parts = pc.extract_regex(text, _ZONE)
         known = np.asarray(pc.is_valid(parts))
         numbers = pc.fill_null(pc.struct_field(parts, "number").cast(pa.int8()), 0)
         zones = np.where(known, np.asarray(numbers), 0).astype(np.int8)
-        band = pc.fill_null(pc.utf8_upper(pc.struct_field(parts, "band")), "")
-        southern = np.asarray(pc.less(pc.if_else(pc.equal(band, ""), "M" if northern is False else "N", band), "N"))
+        band = pc.utf8_upper(pc.struct_field(parts, "band"))
+        bands = np.asarray(pc.fill_null(pc.index_in(band, pa.array(list(_BANDS), band.type)), -1))
+        half = pc.fill_null(pc.struct_field(parts, "half"), "")
+        southern, told = (bands >= 0) & (bands < _BANDS.index("N")), bands >= 0
+        for name, is_south in (("6", False), ("7", True)):
+            of_code = np.asarray(pc.equal(half, name))
+            southern[of_code], told[of_code] = is_south, True
+        usable = known & ~missing
+        southern[~told] = _half(north[usable], zones[usable], southern[usable & told], northern)
+        other_band = usable & ~_in_band(north, bands)
         unknown = ~known & np.asarray(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(text)), 0)) & ~missing
     else:
         unknown = np.zeros(len(table), bool)
     outside = ~missing & ~unknown & ~in_plane(east, north, zoned=zones != 0)
-    east[outside | unknown | missing] = np.nan
+    other_band &= ~outside
+    east[outside | unknown | missing | other_band] = np.nan
     reasons = {"no coordinates": missing, "coordinates out of range": outside, "no UTM zone": unknown}
-    return Places(east, north, zones, southern), reasons
+    return Places(east, north, zones, southern), reasons | {"northing of another band of latitude": other_band}
+
+
+def _half(north: np.ndarray, zones: np.ndarray, told: np.ndarray, northern: bool | None) -> bool:
+    """Whether rows whose zone is a mere number are southern: as is asked for, as most rows are that tell, as northings
+    tell, else not. All arrays are of rows with a zone, `told` of those that tell."""
+    if northern is not None:
+        return not northern
+    if len(told):
+        return bool(np.count_nonzero(told) * 2 > len(told))
+    southern = half_of(north) if len(north) else False
+    if southern is None and len(np.unique(zones)) > 1:
+        raise JobError(
+            "the zones are mere numbers, and north or south is needed to bring several into one plane: write the zone "
+            "with its band (10S) or as an EPSG code (32610 north, 32710 south)"
+        )
+    return bool(southern)
+
+
+def _in_band(north: np.ndarray, bands: np.ndarray) -> np.ndarray:
+    """Whether northings are those of their band of latitude (its place in the alphabet of bands, -1: unknown), give or
+    take a band. Near the equator, where they may be counted from either side, all are."""
+    south = 8 * bands - 80.0
+    origin = np.where(south < 0, 1e7, 0.0)
+    fits = (north >= (south - 8) * 111e3 + origin) & (north <= (south + 20) * 111e3 + origin)
+    return fits | (bands < 0) | (abs(south + 4) < 16)
 
 
 def _from_degrees(table: pa.Table, zone: int, northern: bool | None) -> tuple[Places, dict[str, np.ndarray]]:

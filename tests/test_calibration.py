@@ -12,6 +12,7 @@ from tiny_run import evaluate_here, write_run
 from evaluation.calibration import TEMPERATURES, Calibration, fit
 from evaluation.ranking import RANKING_FORMS
 from shards.console import JobError
+from shards.names import format_name, parse_name
 from training.queries import list_queries
 
 
@@ -175,6 +176,28 @@ def test_other_photos_at_the_place_of_the_validation_queries_are_not_taken_for_t
     monkeypatch.chdir(other)
     assert evaluate_here(monkeypatch, *words) == 0
     assert json.loads(Path("o/results.json").read_text())["rows"][0]["fitted"] is False
+
+
+def test_queries_of_another_hemisphere_are_told_and_nothing_is_fitted_to_them(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = shutil.copytree(run_and_queries[0], tmp_path / "run")
+    away = tmp_path / "away"
+    away.mkdir()
+    for photo in run_and_queries[1].iterdir():
+        known = parse_name(photo.name)
+        shutil.copy(photo, away / format_name(known._replace(north=known.north + 2_000_000)))
+    words = ["--checkpoints", run, "--queries", away, "--val-queries", away, "--no-report", "--out", tmp_path / "o"]
+    assert evaluate_here(monkeypatch, *words) == 1
+    said = capsys.readouterr().err
+    assert (
+        f"{away}: no query lies within 25 m of a class of {run} (UTM zone 10 north, metres): another city, zone" in said
+    )
+    assert f"{away}: no readable query of it is answered rightly; {run} keeps cosine scores" in said
+    assert not list(run.rglob("calibration.json"))
 
 
 def test_queries_that_the_confidence_was_fitted_to_are_told_from_others(

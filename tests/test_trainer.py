@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from tiny import arguments, assess_run, class_table, configure, train, train_here, write_dataset
+from tiny import SOUTH, WEST, arguments, assess_run, class_table, configure, train, train_here, write_dataset
 from tiny_run import write_run
 
 import training.trainer as trainer_module
@@ -371,8 +371,12 @@ def test_no_usable_validation_query_is_a_clear_error(shards: Path, tmp_path: Pat
     (tmp_path / "q" / "holiday.jpg").write_bytes(b"")
     with pytest.raises(JobError, match=r"no validation query has usable coordinates \(no coordinates in its name\)"):
         train_here(configure(shards, tmp_path / "r", val_queries=tmp_path / "q"))
-    (tmp_path / "q" / "holiday.jpg").rename(tmp_path / "q" / "@5@5@.jpg")
-    with pytest.raises(JobError, match=r"none of its photos can be read \(.*@5@5@\.jpg: an empty file\)"):
+    (tmp_path / "q" / "holiday.jpg").rename(tmp_path / "q" / f"@{WEST}@{SOUTH}@.jpg")
+    with pytest.raises(JobError, match=rf"none of its photos can be read \(.*@{WEST}@{SOUTH}@\.jpg: an empty file\)"):
+        train_here(configure(shards, tmp_path / "r", val_queries=tmp_path / "q"))
+    next((tmp_path / "q").iterdir()).rename(tmp_path / "q" / f"@{WEST}@{SOUTH + 3_000_000}@.jpg")
+    away = r"the nearest of 1 validation queries lies 3,000 km outside the classes \(UTM zone 10 north, metres\)"
+    with pytest.raises(JobError, match=away):
         train_here(configure(shards, tmp_path / "r", val_queries=tmp_path / "q"))
 
 

@@ -27,6 +27,7 @@ from training.scoring import (
 )
 
 CACHE_BYTES = 256 << 20
+_BEYOND_METRES = 1000.0
 
 
 class Validator:
@@ -50,11 +51,25 @@ class Validator:
             unlocated = self.queries.unlocated(np.ones(len(self.queries), bool))
             reason = (*unlocated, *self.queries.set_aside)[0].reason
             raise JobError(f"{config.val_queries}: no validation query has usable coordinates ({reason})")
+        self._check_place()
         self._check_readable()
         self.mine = np.arange(world.rank, len(self.queries), world.size)
         self.cache: list[QueryBatch] | None = None
         self.unreadable: dict[int, str] = {}
         self.told = False
+
+    def _check_place(self) -> None:
+        """Raise JobError where all queries lie beyond the city: LR@N would be 0 to the end."""
+        east, north = (axis[self.queries.located] for axis in (self.queries.east, self.queries.north))
+        west, south = self.classes.cell_east.min(), self.classes.cell_north.min()
+        away = np.maximum(np.maximum(west - east, east - self.classes.cell_east.max()), south - north)
+        away = np.maximum(away, north - self.classes.cell_north.max())
+        if away.min() > _BEYOND_METRES:
+            raise JobError(
+                f"{self.config.val_queries}: the nearest of {len(away):,} validation queries lies "
+                f"{round(away.min() / 1000):,} km outside the classes ({self.classes.crs}): another city, zone or "
+                "hemisphere"
+            )
 
     def _check_readable(self) -> None:
         """Raise JobError where no photo with a place can be read; else one is decoded."""
