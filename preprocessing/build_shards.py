@@ -119,6 +119,7 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
+    _check_flags_of_a_change(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
     machinery = Machinery(arguments.workers, arguments.max_bad_share, ENGINES[arguments.engine])
@@ -130,6 +131,17 @@ def main() -> None:
         )
     with Output.open(arguments.out) as out, damaged_tables_named(out.place):
         _run(arguments, source, out, settings, machinery)
+
+
+def _check_flags_of_a_change(arguments: Arguments) -> None:
+    """Raise `WrongArguments` where a flag is given that a change of a finished data set does not go by."""
+    if arguments.add is None and not arguments.retry_quarantined:
+        return
+    change, own = ("--retry-quarantined", set()) if arguments.add is None else ("--add", {"root", "crops"})
+    fixed = {f"--{name.replace('_', '-')}" for name in {"source", "root", *Settings.__dataclass_fields__} - own}
+    given = {word.partition("=")[0].replace("_", "-") for word in sys.argv[1:]}  # a value cannot begin with --
+    if wrong := sorted(fixed & given):
+        raise WrongArguments(f"leave out {', '.join(wrong)}: {change} goes by what the data set was made with")
 
 
 def _run(arguments: Arguments, source: Source, out: Output, settings: Settings, machinery: Machinery) -> None:

@@ -36,33 +36,40 @@ def claim(out: Path, source: Source, plan: Plan) -> None:
     absolute = source.resolved()
     facts |= {"source": absolute.place, "root": absolute.root if source.is_list else None}
     before = _read(out)
-    if before is None:
+    if before is not None:
+        _check_same(before, facts, out)
+    if before is None or any(before.get(name) != facts[name] for name in _PLACES):
         atomic_write_json(out / PLAN, facts)
+    if not (out / PROVENANCE).exists():  # a kill may have come between the two
         atomic_write_json(out / PROVENANCE, provenance())
+
+
+def _check_same(before: dict[str, Any], facts: dict[str, Any], out: Path) -> None:
+    if before.get("fingerprint") == facts["fingerprint"]:
         return
     differing = [
-        f"{k} was {before.get(k)}, is {v}" for k, v in facts.items() if before.get(k) != v and k not in _PLACES
+        f"{k} was {before.get(k)}, is {v}"
+        for k, v in facts.items()
+        if before.get(k) != v and k not in (*_PLACES, "fingerprint")
     ]
-    if before.get("fingerprint") != plan.fingerprint:
-        differing = [d for d in differing if not d.startswith("fingerprint")] or ["the list of photos changed"]
-        raise JobError(
-            f"{out}: holds another data set ({'; '.join(differing)}); choose another --out or delete that folder"
-        )
-    if any(before.get(name) != facts[name] for name in _PLACES):
-        atomic_write_json(out / PLAN, facts)
+    raise JobError(
+        f"{out}: holds another data set ({'; '.join(differing or ['the list of photos changed'])}); choose another "
+        "--out or delete that folder"
+    )
 
 
 def claimed(out: Path) -> tuple[Source, Settings, str]:
     """The first source, the settings and the fingerprint of the data set in `out`; raises `JobError`."""
     facts = _read(out)
+    again = "run the command that made the data set once more, with --source"
+    if facts is None:
+        raise JobError(f"{out / PLAN}: missing; {again}")
     try:
-        if facts is None:
-            raise KeyError("no such file")
         settings = Settings(**{name: facts[name] for name in Settings.__dataclass_fields__})
         settings = replace(settings, codec="gpu" if facts["codec"].startswith(GPU_CODEC) else "cpu")
         return Source.of(facts["source"], facts["root"], settings.crops), settings, facts["fingerprint"]
     except KeyError as error:
-        raise JobError(f"{out / PLAN}: {error.args[0]!r} is missing; name the photos with --source once more") from None
+        raise JobError(f"{out / PLAN}: {error.args[0]!r} is missing; {again}") from None
 
 
 def _read(out: Path) -> dict[str, Any] | None:

@@ -48,9 +48,9 @@ def cache_root() -> Path:
 
 def mirror(store: Store) -> Path:
     """A folder with manifest, class table, list of bad photos and sample tables of the data set in `store`, as they
-    are now. Processes of a host share it: one fetches, the others wait.
+    are now; without a manifest where none is there. Processes of a host share it: one fetches, the others wait.
 
-    Raises `JobError` where there is no finished data set, or one that is damaged or being changed.
+    Raises `JobError` where the data set is damaged or being changed.
     """
     name = re.sub(r"[^\w-]", "-", store.url.rpartition("/")[2])[:40]
     folder = cache_root() / "mirrors" / f"{name}-{hashlib.sha256(store.url.encode()).hexdigest()[:16]}"
@@ -61,13 +61,10 @@ def mirror(store: Store) -> Path:
 
 
 def _refresh(store: Store, folder: Path) -> None:
-    try:
-        manifest = store.read(MANIFEST)
-    except FileNotFoundError:
-        raise JobError(
-            f"{store.url}: no finished data set here; make one with preprocessing/build_shards.py --out {store.url} "
-            "(the same command again finishes an interrupted one)"
-        ) from None
+    manifest = _read_if_there(store, MANIFEST)
+    if manifest is None:
+        (folder / MANIFEST).unlink(missing_ok=True)
+        return
     seal = _read_if_there(store, CHECKSUMS)
     sums = _sums(store, seal)
     here = manifest == _local(folder / MANIFEST) and seal == _local(folder / CHECKSUMS)

@@ -364,6 +364,12 @@ def test_wrong_arguments_exit_with_2_and_failed_jobs_with_1(tmp_path):
         (["--source", "photos", "--M", "0"], "--M must be from 1"),
         (["--source", "photos", "--task-count", "2"], "--task-count goes with"),
         (["--source", "photos", "--max-bad-share", "5"], "--max-bad-share must be from 0 to 1"),
+        (["--add", "more", "--M", "20", "--image_size=64"], "leave out --M, --image-size: --add goes by what"),
+        (["--add", "more", "--source", "photos"], "leave out --source: --add goes by what"),
+        (
+            ["--retry-quarantined", "--crops", "12", "--root", "x"],
+            "leave out --crops, --root: --retry-quarantined goes",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(tmp_path, monkeypatch, words, said):
@@ -371,6 +377,25 @@ def test_wrong_arguments_are_named(tmp_path, monkeypatch, words, said):
     with pytest.raises(WrongArguments, match=said):
         build_shards.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_an_addition_goes_by_flags_of_its_own(tmp_path, monkeypatch):
+    words = [
+        "--add",
+        "more.csv",
+        "--root",
+        "x",
+        "--crops",
+        "12",
+        "--workers",
+        "1",
+        "--max-bad-share",
+        "0.5",
+        "--rescan",
+    ]
+    monkeypatch.setattr(sys, "argv", ["build_shards.py", "--out", str(tmp_path / "out"), *words])
+    with pytest.raises(JobError, match="no such list"):
+        build_shards.main()
 
 
 def test_pictures_of_the_city_survive_the_way_into_a_shard(dataset, city):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,13 @@ from photos import write_photos
 from present import present
 from test_build import ROOT
 
+from preprocessing import claim
 from preprocessing.build import build
 from preprocessing.claim import TaskLock
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
 from shards.console import JobError
+from shards.layout import PLAN, PROVENANCE
 from shards.locks import at_work
 from shards.verification import verify
 
@@ -36,6 +39,36 @@ def test_changes_beside_another_command_are_refused(built: Path, tmp_path: Path)
             retry_quarantined(built, HERE)
     with at_work(built, beside_others=True), at_work(built, beside_others=True):
         pass
+
+
+def test_a_build_that_was_killed_between_its_first_two_files_records_what_made_it(tmp_path, monkeypatch):
+    write_photos(tmp_path / "photos")
+    write = claim.atomic_write_json
+
+    def write_one(path: Path, value: object) -> None:
+        write(path, value)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(claim, "atomic_write_json", write_one)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "photos", tmp_path / "out", SETTINGS, HERE)
+    monkeypatch.setattr(claim, "atomic_write_json", write)
+    assert (tmp_path / "out" / PLAN).exists()
+    assert not (tmp_path / "out" / PROVENANCE).exists()
+    build(tmp_path / "photos", tmp_path / "out", SETTINGS, HERE)
+    assert not verify(tmp_path / "out").problems
+
+
+def test_an_addition_to_a_data_set_whose_plan_is_lost_names_the_way_out(built, tmp_path):
+    plan = (built / PLAN).read_bytes()
+    fields = {name: value for name, value in json.loads(plan).items() if name != "source"}
+    for damage, line in ((None, "missing"), (json.dumps(fields), "'source' is missing")):
+        (built / PLAN).unlink() if damage is None else (built / PLAN).write_text(damage)
+        with pytest.raises(JobError, match=rf"plan.json: {line}; run the command that made the data set once more"):
+            add(Source.of(tmp_path / "photos"), built, HERE)
+        build(tmp_path / "photos", built, SETTINGS, HERE)
+        assert (built / PLAN).read_bytes() == plan
+        assert add(Source.of(tmp_path / "photos"), built, HERE) is None
 
 
 HOLDER = """

@@ -274,7 +274,7 @@ def test_an_addition_that_is_killed_at_any_moment_ends_with_the_bytes_of_an_undi
     for cell in range(4):
         for i in range(0, 200, 20):
             write_cell(tmp_path / "more", cell, 20, first=100 + i)
-    command = [*COMMAND, "--out", begun, "--add", tmp_path / "more"]
+    command = [*COMMAND[:2], "--workers", "2", "--out", begun, "--add", tmp_path / "more"]
     undisturbed = shutil.copytree(begun, tmp_path / "undisturbed")
     add(Source.of(tmp_path / "more"), undisturbed, HERE)
     moments = np.random.default_rng(0)

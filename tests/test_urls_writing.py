@@ -255,7 +255,7 @@ def test_a_bucket_that_is_not_there_is_one_line_before_any_work(photos, server):
     with pytest.raises(JobError, match=r"s3://no-such-bucket/city: .* cannot be written .*bucket does not exist"):
         build_at("s3://no-such-bucket/city", photos)
     for url in ("s3://no-such-bucket/city", f"{server}/nothing", "memory://nothing"):
-        with pytest.raises(JobError, match=f"{url}: no finished data set here"):
+        with pytest.raises(JobError, match=f"^{url}/dataset.json: no finished data set here"):
             Dataset.open(url)
     with pytest.raises(JobError, match="nonsense"):
         Dataset.open("nonsense://x/y")
