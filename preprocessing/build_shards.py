@@ -65,8 +65,9 @@ class Arguments:
     """What decodes, resizes and encodes: cpu, or gpu (NVIDIA, by nvImageCodec: whole photos, by a bicubic filter)."""
     seed: int = 0
     """Seed of the order of photos within a class."""
-    crops: int = 0
-    """Photos are panoramas of 360 degrees: cut each into so many square crops (SF-XL: 12). 0: take photos whole."""
+    crops: int | None = None
+    """Photos are panoramas of 360 degrees: cut each into so many square crops (SF-XL: 12). 0: take photos whole. The
+    default is 0, and for --add what the data set was made with."""
     zone: int = 0
     """UTM zone of the plane, 1 to 60. 0: the zone that most photos are in."""
     limit: int = 0
@@ -96,7 +97,8 @@ class Arguments:
         for name, low, high in (("M", 1, 100_000), ("N", 1, 100), ("min_images", 1, 10**9), ("image_size", 16, 4096),
                                 ("quality", 1, 100), ("workers", 1, 4096), ("seed", 0, 2**63), ("crops", 0, 360),
                                 ("zone", 0, 60), ("limit", 0, 10**12)):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
                 raise WrongArguments(f"--{name.replace('_', '-')} must be from {low} to {high}")
         if self.max_bad_share is not None and not 0 <= self.max_bad_share <= 1:
             raise WrongArguments("--max-bad-share must be from 0 to 1: a share of the photos, 0.05 for 5 %")
@@ -121,9 +123,10 @@ def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
     _check_flags_of_a_change(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    settings = Settings(**{name: getattr(arguments, name) for name in Settings.__dataclass_fields__})
+    given = {name: getattr(arguments, name) for name in Settings.__dataclass_fields__}
+    settings = Settings(**given | {"crops": arguments.crops or 0})
     machinery = Machinery(arguments.workers, arguments.max_bad_share, ENGINES[arguments.engine])
-    source = Source.of(arguments.add or arguments.source or ".", arguments.root, arguments.crops)
+    source = Source.of(arguments.add or arguments.source or ".", arguments.root, settings.crops)
     if sets := source.query_sets():
         print(
             f"warning: {source.place} holds {', '.join(sets)} beside train/: queries would be trained on",
@@ -149,7 +152,7 @@ def _run(arguments: Arguments, source: Source, out: Output, settings: Settings, 
     if arguments.dry_run:
         print_forecast(dry_run(source, out, settings, machinery, rescan=rescan), out.place)
     elif arguments.add:
-        print_gain(add(source, out, machinery), out.place)
+        print_gain(add(source, out, machinery, crops=arguments.crops), out.place)
     elif arguments.retry_quarantined:
         print_recovery(retry_quarantined(out, machinery), out.place)
     elif index is not None and count:

@@ -27,11 +27,13 @@ from shards.locks import at_work
 from shards.names import PHOTO_EXTENSIONS
 
 
-def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summary, Gain] | None:
+def add(
+    source: Source, out: Output | Path, machinery: Machinery, *, crops: int | None = None
+) -> tuple[Summary, Gain] | None:
     """Bring the photos of `source` into the finished data set `out`; None where all of them are known already.
 
-    Where an earlier change was interrupted, it is finished first. Raises `JobError`; where too many photos are bad, the
-    data set is then as it was.
+    `crops`: as in `Source`; None means those of the data set. Where an earlier change was interrupted, it is finished
+    first. Raises `JobError`; where too many photos are bad, the data set is then as it was.
     """
     start = time.monotonic()
     source, out = source.resolved(), Output.of(out)
@@ -39,6 +41,7 @@ def add(source: Source, out: Output | Path, machinery: Machinery) -> tuple[Summa
     Manifest.load(out.folder / MANIFEST)
     with at_work(out.folder):
         state, sources = _begin(out, machinery)
+        source = replace(source, crops=state.settings.crops if crops is None else crops)
         with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
             classes = state.classes
             northern = not classes.southern if classes.zone else None

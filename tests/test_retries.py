@@ -82,8 +82,8 @@ def test_panoramas_are_added_and_retried_crop_by_crop(tmp_path):
     for i in range(2):  # photos and panoramas side by side
         (tmp_path / "strips").mkdir(exist_ok=True)
         (tmp_path / "strips" / name_at(500003 + i, 4180003, 900 + i)).write_bytes(good)
-    add(Source.of(tmp_path / "more"), out, HERE)
-    summary, gain = present(add(Source.of(tmp_path / "strips", None, 12), out, HERE))
+    add(Source.of(tmp_path / "more"), out, HERE, crops=0)
+    summary, gain = present(add(Source.of(tmp_path / "strips"), out, HERE))
     assert (gain.images, summary.manifest.images, summary.manifest.revision) == (24, 36 + 2 + 24, 4)
     turns = Counter(row[1].count("#") for row in samples(out))
     assert turns == {0: 2, 1: 60}
