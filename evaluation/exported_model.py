@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from evaluation.result_files import to_latlon
 from shards.console import JobError
 from shards.files import atomic_folder, atomic_path, atomic_write_json, atomic_write_text
 from shards.provenance import provenance
-from training.checkpoint import WEIGHT_FILES
+from training.checkpoint import WEIGHT_FILES, check_files, write_listing
 from training.heads import NORM_FLOOR
 from training.model import IMAGENET_MEAN, IMAGENET_STD
 
 TOLERANCE = 1e-4
+
+_PLACES = ("shards", "out", "val_queries", "init_from")  # what a configuration names on the training's machine
 
 
 class ExportedModel(nn.Module):
@@ -175,19 +178,30 @@ def _write_facts(localiser: Localiser, out: Path) -> None:
 
 
 def export_hub(localiser: Localiser, out: Path, results: Path | None) -> None:
-    """Write OUT as a Hugging Face Hub style folder that `Localiser.from_pretrained` reads, with a model card.
+    """Write OUT as a Hugging Face Hub style folder that `Localiser.from_pretrained` reads, with a model card, and
+    without paths and command line of the training, which are nobody's business.
 
-    `results`, a results.json of evaluation/evaluate.py, fills the card's metrics. JobError where OUT exists.
+    `results`, a results.json of evaluation/evaluate.py, fills the card's metrics. JobError where OUT exists or the
+    checkpoint is damaged.
     """
     if out.exists():
         raise JobError(f"--out {out}: exists already; name a new folder")
+    check_files(localiser.path, (*WEIGHT_FILES, "provenance.json"))
     card = _model_card(localiser, results)
     with atomic_folder(out) as folder:
-        for name in (*WEIGHT_FILES, "files.json", "provenance.json"):
+        for name in WEIGHT_FILES:
             shutil.copyfile(localiser.path / name, folder / name)
+        _copy_facts(localiser.path / "config.json", folder, _PLACES, weights=Path(localiser.config.weights).name)
+        _copy_facts(localiser.path / "provenance.json", folder, ("command",))
+        write_listing(folder)
         if localiser.calibration:
-            localiser.calibration.save(folder)
+            replace(localiser.calibration, queries=Path(localiser.calibration.queries).name).save(folder)
         atomic_write_text(folder / "README.md", card)
+
+
+def _copy_facts(path: Path, folder: Path, left_out: Collection[str], **changed: str) -> None:
+    facts = {name: value for name, value in json.loads(path.read_bytes()).items() if name not in left_out}
+    atomic_write_json(folder / path.name, facts | changed)
 
 
 def _model_card(localiser: Localiser, results: Path | None) -> str:

@@ -192,12 +192,12 @@ def _describe(
                 "vectors": described.vectors.numpy(),
                 "readable": described.readable,
                 "failed": np.array(list(failures), np.int64),
-                "reasons": np.array(list(failures.values()), np.str_),
+                "reasons": _to_bytes(list(failures.values())),
             }
             if file:
                 _write_arrays(file, found)
         vectors[part], readable[part] = found["vectors"], found["readable"]
-        reasons |= dict(zip((first + found["failed"]).tolist(), found["reasons"].tolist(), strict=True))
+        reasons |= dict(zip((first + found["failed"]).tolist(), _read_texts(found["reasons"]), strict=True))
     return vectors, readable, reasons
 
 
@@ -218,7 +218,7 @@ def read_descriptors(path: Path, zone: int = 0, *, southern: bool = False) -> Im
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
-                vectors, names = file["descriptors"], file["names"].astype(str).tolist()
+                vectors, names = file["descriptors"], _read_texts(file["names"])
         else:
             vectors = np.load(path, allow_pickle=False)
             names = path.with_suffix(".txt").read_text("utf-8-sig").rstrip().splitlines()
@@ -242,8 +242,8 @@ def read_descriptors(path: Path, zone: int = 0, *, southern: bool = False) -> Im
         raise JobError(f"{path}: {printable(names[first])}: {unfit[first]}")
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not np.isfinite(lengths).all():
-        first = names[int(np.flatnonzero(~np.isfinite(lengths))[0])]
-        raise JobError(f"{path}: the descriptor of {first} holds numbers that are not finite; make it again")
+        name = names[int(np.flatnonzero(~np.isfinite(lengths))[0])]
+        raise JobError(f"{path}: the descriptor of {name} holds numbers that are not finite; make it again")
     vectors /= np.maximum(lengths, 1e-12)
     return Images(vectors, places.east, places.north, tuple(names))
 
@@ -271,8 +271,8 @@ def database_images(
     _check_memory(database, count, localiser.model.descriptor_dim)
     fingerprint = _fingerprint(localiser, source)
     if (found := _read_arrays(cache, fingerprint)) is not None:
-        say(f"{cache}: {len(found['names']):,} descriptors made before")
-        return Images(found["descriptors"], found["east"], found["north"], tuple(found["names"].tolist()))
+        say(f"{cache}: {len(found['descriptors']):,} descriptors made before")
+        return Images(found["descriptors"], found["east"], found["north"], tuple(_read_texts(found["names"])))
     parts = cache.with_name(f"{cache.stem}-parts-{fingerprint[:16]}") if count > _PART else None
     if parts:
         parts.mkdir(exist_ok=True)
@@ -286,7 +286,7 @@ def database_images(
             "descriptors": images.vectors,
             "east": images.east,
             "north": images.north,
-            "names": np.array(images.names),
+            "names": _to_bytes(images.names),
             "fingerprint": np.array(fingerprint),
         },
     )
@@ -318,6 +318,18 @@ def _read_arrays(path: Path, fingerprint: str | None = None) -> dict[str, np.nda
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     with atomic_path(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _to_bytes(texts: Sequence[str]) -> np.ndarray:
+    """Texts as JSON in an array of bytes, uint8: one of texts gives each the room of the longest."""
+    return np.frombuffer(json.dumps(texts).encode(), np.uint8)
+
+
+def _read_texts(array: np.ndarray) -> list[str]:
+    """The texts of `_to_bytes`, or of an array of texts, as other programs and earlier versions write them."""
+    if array.dtype == np.uint8:
+        return [str(text) for text in json.loads(array.tobytes())]
+    return array.astype(str).tolist()
 
 
 def _fingerprint(localiser: Localiser, source: Dataset | Queries) -> str:

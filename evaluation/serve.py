@@ -123,6 +123,8 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         words = "; name another --port, or 0 for a free one" if error.errno == errno.EADDRINUSE else ""
         raise JobError(f"--host {printable(host)} --port {port}: {error.strerror or error}{words}") from error
+    except UnicodeError as error:  # parts of a name that are empty or longer than 63 characters
+        raise JobError(f"--host {printable(host)}: no name that a computer can have") from error
 
 
 def announce(arguments: Arguments, listener: socket.socket, localiser: Localiser, private: bool) -> None:

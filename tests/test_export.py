@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +12,14 @@ import pytest
 import torch
 from PIL import Image
 from tiny import ROOT, write_queries
-from tiny_run import store_calibration, write_run
+from tiny_run import evaluate_here, store_calibration, write_run
 
 from evaluation import export
 from evaluation.localiser import Localiser
 from evaluation.ranking import RankingForm
 from shards.console import JobError, WrongArguments
 from shards.dataset import Dataset
+from training.checkpoint import load_checkpoint, save_checkpoint
 from training.heads import HeadKind, ScoreForm
 from training.queries import decode_query
 
@@ -101,6 +104,32 @@ def test_a_hub_folder_is_read_back_and_its_card_holds_the_metrics(
     np.testing.assert_array_equal(ours, theirs)
     with pytest.raises(JobError, match="exists already"):
         export_here(monkeypatch, run, "--to", "hub", "--out", tmp_path / "hub")
+
+
+def test_a_hub_folder_does_not_tell_where_its_model_was_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = write_queries(tmp_path / "queries")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--out", str(tmp_path)])
+    run = write_run(tmp_path / "run")
+    checkpoint = load_checkpoint(next((run / "checkpoints").iterdir()))
+    assert str(tmp_path) in checkpoint.provenance["command"]
+    places = {name: f"{tmp_path}/{name}" for name in ("shards", "val_queries", "init_from", "weights")}
+    save_checkpoint(run, replace(checkpoint, config=checkpoint.config | places))
+    words = ["--checkpoints", run, "--queries", queries, "--val-queries", queries, "--out", tmp_path / "out"]
+    assert evaluate_here(monkeypatch, *words) == 0
+    export_here(monkeypatch, run, "--to", "hub", "--out", tmp_path / "hub")
+    for file in (tmp_path / "hub").iterdir():
+        assert os.fsencode(tmp_path) not in file.read_bytes(), file
+    localiser = Localiser.from_pretrained(tmp_path / "hub")
+    assert (localiser.config.backbone, localiser.config.weights) == ("small_cnn", "weights")
+    assert localiser.calibration is not None
+    words[1] = tmp_path / "hub"
+    assert evaluate_here(monkeypatch, *words[:4], "--out", tmp_path / "again") == 0
+    assert json.loads((tmp_path / "again" / "results.json").read_text())["rows"][0]["fitted"]
+    (tmp_path / "hub" / "provenance.json").write_text("")
+    with pytest.raises(JobError, match="provenance"):
+        export_here(monkeypatch, tmp_path / "hub", "--to", "hub", "--out", tmp_path / "once more")
 
 
 def test_torch_hub_loads_a_run_from_the_checkout(tmp_path: Path) -> None:

@@ -121,6 +121,27 @@ def test_photos_of_a_linked_folder_are_described_again_once_they_change(
     assert "made before" not in capsys.readouterr().err
 
 
+def test_kept_descriptors_take_a_name_s_own_length_and_those_of_earlier_versions_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, queries = write_run(tmp_path / "run"), write_queries(tmp_path / "queries")
+    database = write_queries(tmp_path / "database", each=3)
+    (database / ("folder" * 40)).mkdir()
+    deep = min(database.glob("*.jpg"))
+    deep.rename(database / ("folder" * 40) / deep.name)
+    words = ["--checkpoint", run, "--database", database, "--queries", queries, "--out", tmp_path / "out"]
+    run_here(monkeypatch, *words)
+    made = tmp_path / "out" / "database.npz"
+    names = read_descriptors(made).names
+    assert set(names) == {str(path.relative_to(database)) for path in database.rglob("*.jpg")}
+    arrays = dict(np.load(made))
+    assert arrays["names"].nbytes < 2 * sum(map(len, names))
+    np.savez(made, **arrays | {"names": np.array(names)})
+    run_here(monkeypatch, *words)
+    assert "48 descriptors made before" in capsys.readouterr().err
+    assert read_descriptors(made).names == names
+
+
 @pytest.mark.parametrize("field", [_METHOD, _FLAGS])
 def test_descriptors_whose_file_was_damaged_are_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], field: int

@@ -300,6 +300,8 @@ def test_what_cannot_be_served_is_one_clear_line(folder: Path, tmp_path: Path, m
         run_here(monkeypatch, *words, folder / "run", "--shards", elsewhere.path)
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(JobError, match=r"name another --port"):
         run_here(monkeypatch, "--checkpoint", folder / "run", "--port", taken.getsockname()[1])
+    with pytest.raises(JobError, match=r"^--host x{70}: no name that a computer can have"):
+        run_here(monkeypatch, *words, folder / "run", "--host", "x" * 70)
     monkeypatch.setitem(sys.modules, "starlette.applications", None)
     monkeypatch.delitem(sys.modules, "evaluation.web_app", raising=False)
     with pytest.raises(JobError, match=r"divide-and-classify\[serve\]"):

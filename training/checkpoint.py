@@ -142,8 +142,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
         atomic_write_json(folder / "config.json", checkpoint.config)
         atomic_write_json(folder / "provenance.json", checkpoint.provenance)
         checkpoint.classes.save(folder / "classes.parquet")
-        files = {file.name: _describe(file) for file in sorted(folder.iterdir())}
-        atomic_write_json(folder / "files.json", {"format": FORMAT, "files": files})
+        write_listing(folder)
     return path
 
 
@@ -167,6 +166,12 @@ def _describe(path: Path) -> dict[str, int]:
         while block := file.read(1 << 22):
             crc = zlib.crc32(block, crc)
     return {"bytes": path.stat().st_size, "crc32": crc}
+
+
+def write_listing(folder: Path) -> None:
+    """Write files.json, by which `check_files` knows the files that the folder holds now."""
+    files = {file.name: _describe(file) for file in sorted(folder.iterdir())}
+    atomic_write_json(folder / "files.json", {"format": FORMAT, "files": files})
 
 
 def check_files(path: Path, names: Iterable[str]) -> None:
