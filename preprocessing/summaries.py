@@ -6,7 +6,7 @@ from preprocessing.addition import Gain
 from preprocessing.finishing import Summary
 from preprocessing.photos import list_reasons, reasons_of
 from preprocessing.plan import Plan
-from preprocessing.trial import Forecast
+from preprocessing.trial import UNCUT, Forecast
 from shards.console import format_bytes, format_count, format_duration
 from shards.names import PHOTO_EXTENSIONS
 
@@ -49,6 +49,8 @@ def print_forecast(made: Forecast, out: str) -> None:
             f"bad         about {made.bad:,.0f} of {format_count(plan.photos, 'photo')}: TOO MANY, more than "
             f"{made.bad_limit:,.0f} stop a build (--max-bad-share)"
         )
+    if trial.uncut:
+        print(f"shapes      {UNCUT}")
     _print_ignored(made.other_files)
     print(f"reads       about {format_bytes(trial.source_bytes_per_image * len(plan.order))} of photos")
     free = ""

@@ -1,8 +1,12 @@
 """A short trial on a few photos: how many bytes and how long a data set takes, and whether the disk has room."""
 
+import io
 import shutil
+import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,22 +20,26 @@ from preprocessing.samples import SampleMaker
 from preprocessing.shard_run import Machinery, bad_limit
 from preprocessing.sources import Source
 from shards.console import JobError, format_bytes, format_count
+from shards.upright import UnreadablePhoto, open_photo
 from shards.writer import TAR_BLOCK
 
 _TABLE_BYTES = 200  # of sample table, DALI index and flat index, for each image
+_SHAPES_SEEN = 16
+UNCUT = "most photos are at least twice as wide as high and are squeezed into squares; cut panoramas with --crops 12"
 _SURELY = 0.8  # photos differ: a disk with less than this share of the estimate is surely too small
 
 
 @dataclass(frozen=True)
 class Trial:
     """What a trial found: images tried, the reasons of those set aside, images a second of one process (reading
-    included), and bytes of a data set and of photos for each image."""
+    included), bytes of a data set and of photos for each image, and whether photos to take whole are panoramas."""
 
     tried: int
     bad: Counter[str]
     images_per_second: float
     bytes_per_image: float
     source_bytes_per_image: float
+    uncut: bool
 
 
 @dataclass(frozen=True)
@@ -97,12 +105,25 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
         written += 3 * TAR_BLOCK + len(jpeg) + -len(jpeg) % TAR_BLOCK + _TABLE_BYTES
     seconds = time.perf_counter() - start
     tried = len(task.sources)
-    return Trial(tried, bad, tried / seconds, written / max(tried - bad.total(), 1), read / tried)
+    uncut = not source.crops and _most_are_panoramas([maker.photo(s) for s in task.sources[:_SHAPES_SEEN]], source)
+    return Trial(tried, bad, tried / seconds, written / max(tried - bad.total(), 1), read / tried, uncut)
+
+
+def _most_are_panoramas(photos: Sequence[str], source: Source) -> bool:
+    """Whether more than half of the photos that can be read are as wide as those that `--crops` takes."""
+    wide = []
+    for photo in photos:
+        with suppress(BadPhoto, UnreadablePhoto), open_photo(io.BytesIO(source.read(photo))) as image:
+            wide.append(image.width >= 2 * image.height)
+    return sum(wide) * 2 > len(wide)
 
 
 def check_space(plan: Plan, source: Source, out: Path, resizer: Resizer, images: int) -> None:
     """Raise `JobError` where the disk surely lacks the room for `images` more images of a plan."""
-    needed, free = try_photos(plan, source, resizer, 32).bytes_per_image * images, free_bytes(out)
+    trial = try_photos(plan, source, resizer, 32)
+    if trial.uncut:
+        print(f"warning: {UNCUT}", file=sys.stderr)
+    needed, free = trial.bytes_per_image * images, free_bytes(out)
     if free < _SURELY * needed:
         raise JobError(
             f"{out}: {format_count(images)} images need about {format_bytes(needed)} and the disk has "

@@ -9,11 +9,12 @@ from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, picture
 from test_sources import samples
 
-from preprocessing.build import build
+from preprocessing.build import build, dry_run
 from preprocessing.plan import make_plan
 from preprocessing.revisions import read_bad
 from preprocessing.samples import cut_crop
 from preprocessing.sources import Source
+from preprocessing.summaries import print_forecast
 from shards.dataset import Dataset
 from shards.index import open_index
 from shards.reader import ShardReader
@@ -48,6 +49,19 @@ def test_panoramas_are_cut_into_crops_whose_headings_go_round(tmp_path):
         red = crop[:, 24:40, 0].mean()  # the crop's middle; the seam of the strip lies at 180 degrees
         if turn != "180":
             assert abs(red - 255 * ((float(turn) / 360 + 0.5) % 1)) < 4
+
+
+def test_panoramas_that_are_not_to_be_cut_are_told_before_and_during_a_build(tmp_path, capsys):
+    write_panoramas(tmp_path / "panos", 12)
+    source = Source.of(tmp_path / "panos")
+    said = "most photos are at least twice as wide as high and are squeezed into squares; cut panoramas with --crops 12"
+    print_forecast(dry_run(source, tmp_path / "dry", SETTINGS, HERE), "dry")
+    assert f"shapes      {said}\n" in capsys.readouterr().out
+    build(source, tmp_path / "out", SETTINGS, HERE)
+    assert f"warning: {said}\n" in capsys.readouterr().err
+    cut = replace(SETTINGS, crops=12)
+    print_forecast(dry_run(Source.of(tmp_path / "panos", None, 12), tmp_path / "cut", cut, HERE), "cut")
+    assert "shapes" not in capsys.readouterr().out
 
 
 def rows_group(out: Path) -> int:
