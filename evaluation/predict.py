@@ -82,4 +82,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    entry(main)
+    entry(main, names_photos=True)

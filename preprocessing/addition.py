@@ -42,7 +42,8 @@ def plan_addition(
     usable = np.isfinite(places.east)
     fresh = np.flatnonzero(usable & ~np.isin(names, _known(out, sources, source)))
     headings, timestamps = headings_and_timestamps(places, fresh)
-    paths = pc.binary_join_element_wise(prefix(number), listing.paths.take(pa.array(fresh)).cast(pa.string()), "")
+    start, nothing = (pa.scalar(text, pa.large_string()) for text in (prefix(number), ""))
+    paths = pc.binary_join_element_wise(start, listing.paths.take(pa.array(fresh)), nothing)
     columns = {
         "source": paths,
         "east": places.east[fresh],
@@ -50,7 +51,7 @@ def plan_addition(
         "heading": headings,
         "timestamp": timestamps,
     }
-    candidates = pa.concat_tables([pa.table(columns, SKIPPED_COLUMNS), state.skipped])
+    candidates = pa.concat_tables([pa.table(columns, SKIPPED_COLUMNS), state.skipped.cast(SKIPPED_COLUMNS)])
     crops = _crops(candidates["source"], [*sources, source])
     row, classes, added = _classify(candidates, crops, state)
     samples = plan_samples(_samples(candidates, row, classes, crops), state.settings.seed, out)
@@ -125,7 +126,7 @@ def _samples(candidates: pa.Table, row: np.ndarray, classes: ClassTable, crops: 
         table = table.set_column(
             0,
             SKIPPED_COLUMNS.field("source"),
-            pa.array([f"{n}#{t}" if t else n for n, t in zip(names, ends, strict=True)]),
+            pa.array([f"{n}#{t}" if t else n for n, t in zip(names, ends, strict=True)], pa.large_string()),
         )
     of_class = row[repeated]
     columns = {name: table[name] for name in SKIPPED_COLUMNS.names}

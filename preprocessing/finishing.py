@@ -56,7 +56,7 @@ class State:
         """The state after the first build."""
         headings, timestamps = headings_and_timestamps(plan.places, plan.skipped)
         columns = {
-            "source": plan.paths.take(pa.array(plan.skipped)).cast(pa.string()),
+            "source": plan.paths.take(pa.array(plan.skipped)),
             "east": plan.places.east[plan.skipped],
             "north": plan.places.north[plan.skipped],
             "heading": headings,

@@ -123,7 +123,7 @@ def store_listing(listing: Listing, cache: Path) -> None:
 
 
 def _absolute(root: Path | str) -> str:
-    return root if isinstance(root, str) else str(root.resolve())
+    return root if isinstance(root, str) else printable(str(root.resolve()))  # a folder above may not be UTF-8
 
 
 def load_listing(root: Path | str, cache: Path, as_recorded: bool) -> Listing | None:

@@ -32,6 +32,7 @@ from shards.layout import REVISION_FILES, REVISIONS, SHARD_SAMPLES, shard_stem
 from shards.soundness import READ_ERRORS
 
 _STAGE = ".revision"
+_ROW_GROUP = 1 << 20
 
 PLANNED = pa.schema(
     [
@@ -42,7 +43,7 @@ PLANNED = pa.schema(
         ("north", pa.float64()),
         ("heading", pa.float32()),
         ("timestamp", pa.string()),
-        ("source", pa.string()),
+        ("source", pa.large_string()),  # in memory; 41 million names are more bytes than a `string` column can have
     ]
 )
 SKIPPED_COLUMNS = pa.schema([PLANNED.field(name) for name in ("source", "east", "north", "heading", "timestamp")])
@@ -153,9 +154,14 @@ def publish(out: Path, shards: Iterable[tuple[int, int]]) -> None:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a Parquet file, whole or not at all."""
-    with atomic_path(path) as partial:
-        pq.write_table(table, partial)
+    """Write a Parquet file, whole or not at all; text is `string` in it, of which no row group has too much."""
+    text = pa.large_string()
+    fields = [field.with_type(pa.string()) if field.type == text else field for field in table.schema]
+    stored = pa.schema(fields, table.schema.metadata)
+    with atomic_path(path) as partial, pq.ParquetWriter(partial, stored) as writer:
+        for first in range(0, max(len(table), 1), _ROW_GROUP):
+            rows = np.arange(first, min(first + _ROW_GROUP, len(table)))
+            writer.write_table(table.take(pa.array(rows)).cast(stored))  # a slice's text would keep its large offsets
 
 
 def write_bad(bad: list[Bad], path: Path) -> None:

@@ -40,9 +40,11 @@ def _quit(number: int, frame: FrameType | None) -> None:
     os._exit(130)
 
 
-def entry(main: Callable[[], int | None]) -> NoReturn:
+def entry(main: Callable[[], int | None], *, names_photos: bool = False) -> NoReturn:
     """Run an entry point and exit: 0 on success, 1 on a failed job, 2 on wrong arguments, 130 on Ctrl-C.
 
+    Names on the command line must be UTF-8, which the tables, and the libraries that write them, take alone; those of
+    photos (`names_photos`) may be any bytes.
     Errors of the operating system that no caller turned into a `JobError` (a full disk, a folder
     without permission) are printed as one line that names the file, and so is memory that does not suffice.
     """
@@ -51,6 +53,8 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     if module := sys.modules["__main__"].__spec__:  # so that --help names what was typed, not a file in site-packages
         sys.argv[0] = f"python -m {module.name}"
     try:
+        if not names_photos:
+            _check_words(sys.argv[1:])
         code = main() or 0
     except JobError as error:
         code = _fail(str(error), exit_code(error))
@@ -69,6 +73,14 @@ def entry(main: Callable[[], int | None]) -> NoReturn:
     if sys.stdout:  # None where it was closed from the start
         sys.stdout.flush()
     sys.exit(code)
+
+
+def _check_words(words: list[str]) -> None:
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise WrongArguments(f"{printable(word)}: is not UTF-8; rename the file or folder") from None
 
 
 def describe_os_error(error: OSError) -> str:

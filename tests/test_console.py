@@ -1,5 +1,6 @@
 """Numbers with units and nouns, as a person reads them, and how a process ends."""
 
+import os
 import re
 import signal
 import subprocess
@@ -81,3 +82,15 @@ def test_memory_that_does_not_suffice_is_one_line(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="1"):
         entry(lambda: np.zeros(1 << 60, np.uint8).sum())
     assert re.fullmatch(r"error: not enough memory \(Unable to allocate .*\)\n", capsys.readouterr().err)
+
+
+def test_a_name_that_is_not_utf8_is_one_line_but_for_that_of_a_photo(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["build.py", "--source", os.fsdecode(b"caf\xe9")])
+    with pytest.raises(SystemExit, match="2"):
+        entry(lambda: print("ran"))
+    assert capsys.readouterr() == ("", "error: caf\\udce9: is not UTF-8; rename the file or folder\n")
+    with pytest.raises(SystemExit, match="0"):
+        entry(lambda: print("ran"), names_photos=True)
+    assert capsys.readouterr().out == "ran\n"

@@ -18,7 +18,9 @@ from tiny import ROOT
 ROOMS = ("shards", "preprocessing", "training", "evaluation")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
-ENTRY_POINTS = sorted(str(path.relative_to(ROOT)) for path in MODULES if " entry(main)\n" in path.read_text())
+ENTRY_POINTS = sorted(
+    str(path.relative_to(ROOT)) for path in MODULES if re.search(r" entry\(main[,)]", path.read_text())
+)
 BENCHMARKS = sorted(f"tests/benchmarks/{path.name}" for path in (ROOT / "tests" / "benchmarks").glob("*.py")
                     if "__main__" in path.read_text())  # fmt: skip
 # Optional, slow to import, or for one command only.

@@ -30,7 +30,7 @@ from preprocessing.summaries import print_forecast
 from preprocessing.updates import add
 from shards.console import JobError
 from shards.dataset import Dataset
-from shards.layout import shard_tables
+from shards.layout import LISTING, shard_tables
 
 
 def samples(out: Path) -> list[dict]:
@@ -400,6 +400,14 @@ def test_an_output_folder_that_vanishes_midway_is_named_and_not_made_again(tmp_p
         with pytest.raises(JobError, match=rf"{out}: the output folder went away; bring it back"):
             job.run(task, monitor)
         assert not out.exists()
+
+
+def test_a_folder_above_the_photos_may_have_a_name_that_is_not_utf8(tmp_path):
+    photos = tmp_path / os.fsdecode(b"caf\xe9") / "photos"
+    write_photos(photos)
+    build(photos, tmp_path / "out", SETTINGS, HERE)
+    assert list_photos(photos, tmp_path / "out" / LISTING, lambda n: None).fresh is False
+    assert len(samples(tmp_path / "out")) == 48
 
 
 def test_an_unreadable_folder_is_named(tmp_path, monkeypatch):

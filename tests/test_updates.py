@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import HERE, SETTINGS
@@ -18,15 +17,13 @@ from test_build import COMMAND, contents, quarantine
 from preprocessing.build import build
 from preprocessing.build_shards import main
 from preprocessing.engine import run_tasks
-from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision
 from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
-from shards.classes import ClassTable
 from shards.console import JobError, entry
 from shards.dataset import Dataset
 from shards.index import open_index
-from shards.layout import CHECKSUMS, REVISION_FILES, SHARD_SAMPLES, shard_tables
+from shards.layout import CHECKSUMS, REVISION_FILES, shard_tables
 from shards.reader import ShardReader
 from shards.repair import repair
 from shards.verification import verify
@@ -81,31 +78,6 @@ def begun(tmp_path: Path) -> Path:
     write_cell(tmp_path / "photos", 4, 6)
     build(tmp_path / "photos", tmp_path / "out", SETTINGS, HERE)
     return tmp_path / "out"
-
-
-def test_the_samples_of_a_revision_make_a_shard_for_every_group_and_number(tmp_path):
-    column = {
-        "group": [0, 0, 0, 1, 1],
-        "number": [1, 1, 2, 2, 2],
-        "label": [4, 5, 5, 0, 0],
-        "source": [*"abcde"],
-        "timestamp": ["2020", None, None, None, ""],
-    }
-    numbers = {name: [1.0, 2.0, 3.0, 4.0, 5.0] for name in ("east", "north", "heading")}
-    table = pa.table({**column, **numbers}).select(PLANNED.names).cast(PLANNED)
-    cells = np.zeros(1, np.int64)
-    classes = ClassTable(20, 2, 10, cells.astype(np.int32), cells.astype(np.int32), cells, cells, cells)
-    for samples, shards in ((table, [(0, 1), (0, 2), (1, 2)]), (table[:0], [])):
-        for source in (None, Source.of(tmp_path)):
-            Revision(2, source, samples, classes, SKIPPED_COLUMNS.empty_table(), [], 7).save(tmp_path)
-            revision = Revision.load(tmp_path, 2)
-            assert (revision.source, revision.photos, revision.shards()) == (source, 7, shards)
-            tasks = list(revision.tasks())
-            assert [(task.group, task.number) for task in tasks] == shards
-            assert [task.first for task in tasks] == [number * SHARD_SAMPLES for _, number in shards]
-            assert [task.sources for task in tasks] == [["a", "b"], ["c"], ["d", "e"]][: len(shards)]
-            assert [task.sample(0)["label"] for task in tasks] == [4, 5, 0][: len(shards)]
-            assert [task.timestamps for task in tasks] == [["2020", None], [None], [None, ""]][: len(shards)]
 
 
 def test_an_addition_keeps_labels_fills_classes_and_makes_classes_of_cells_that_now_have_enough(begun, tmp_path):
