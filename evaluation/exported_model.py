@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from evaluation.calibration import temperature_of
 from evaluation.localiser import Localiser
+from evaluation.model_card import model_card
 from evaluation.ranking import LEAST_DEVIATION
 from evaluation.result_files import to_latlon
 from shards.console import JobError
@@ -177,48 +177,15 @@ def _write_facts(localiser: Localiser, out: Path) -> None:
 def export_hub(localiser: Localiser, out: Path, results: Path | None) -> None:
     """Write OUT as a Hugging Face Hub style folder that `Localiser.from_pretrained` reads, with a model card.
 
-    `results`, a results.json of evaluation/evaluate.py, fills the card's metrics. JobError where OUT exists.
+    `results`, a results.json of evaluation/evaluate.py, fills the card's metrics. JobError where OUT exists, or the
+    results are not of this checkpoint.
     """
     if out.exists():
         raise JobError(f"--out {out}: exists already; name a new folder")
-    card = _model_card(localiser, results)
+    card = model_card(localiser, results)
     with atomic_folder(out) as folder:
         for name in (*WEIGHT_FILES, "files.json", "provenance.json"):
             shutil.copyfile(localiser.path / name, folder / name)
         if localiser.calibration:
             localiser.calibration.save(folder)
         atomic_write_text(folder / "README.md", card)
-
-
-def _model_card(localiser: Localiser, results: Path | None) -> str:
-    config, classes = localiser.config, localiser.classes
-    lines = [
-        "---",
-        "library_name: divide-and-classify",
-        "tags: [visual-place-recognition, geolocation]",
-        "---",
-        "",
-        f"# {config.backbone} with {config.head} heads",
-        "",
-        f"Names the place where a street photo was taken, among {len(classes):,} cells of {classes.M} m in "
-        f"{len(classes.groups)} groups ({classes.crs}). Divide&Classify (ICCV 2023).",
-        "",
-        "```python",
-        "from evaluation.localiser import Localiser",
-        "",
-        'localiser = Localiser.from_pretrained("THIS FOLDER OR REPOSITORY")',
-        "```",
-        "",
-        f"Scores: {localiser.form}. Photos: shorter side {localiser.shorter_side} pixels, aspect kept.",
-    ]
-    if results is not None:
-        try:
-            rows = json.loads(results.read_text())["rows"]
-            lines += ["", "| queries | LR@1 | LR@5 | LR@10 | LR@20 | chance LR@1 |", "|---|---|---|---|---|---|"]
-            for row in rows:
-                values = [row["lr_at_1"], row["lr_at_5"], row["lr_at_10"], row["lr_at_20"], row["chance"]["lr_at_1"]]
-                shown = " | ".join("-" if value is None else f"{value:.1f}" for value in values)
-                lines.append(f"| {Path(row['queries']).name} | {shown} |")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise JobError(f"--results {results}: no results.json of evaluation/evaluate.py ({error})") from error
-    return "\n".join(lines) + "\n"
