@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import io
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -21,7 +21,14 @@ from evaluation.model_card import model_card
 from evaluation.ranking import LEAST_DEVIATION
 from evaluation.result_files import to_latlon
 from shards.console import JobError
-from shards.files import atomic_folder, atomic_path, atomic_write_json, atomic_write_text
+from shards.files import (
+    atomic_folder,
+    atomic_path,
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    read_bytes,
+)
 from shards.provenance import provenance
 from training.checkpoint import WEIGHT_FILES
 from training.heads import NORM_FLOOR
@@ -83,10 +90,12 @@ class ExportedModel(nn.Module):
 def export_torchscript(localiser: Localiser, out: Path) -> float:
     """Write OUT/model.pt and its classes; returns the largest difference from PyTorch's outputs."""
     network, examples = ExportedModel(localiser).eval(), _examples(localiser)
-    with warnings.catch_warnings(), torch.inference_mode(), atomic_path(out / "model.pt") as partial:
+    written = io.BytesIO()  # a file that cannot be written to (a full disk) would end the process with an abort
+    with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # PyTorch announces the end of TorchScript at every call
-        torch.jit.save(torch.jit.trace(network, examples[0]), partial)
-        loaded = torch.jit.load(partial)
+        torch.jit.save(torch.jit.trace(network, examples[0]), written)
+        atomic_write_bytes(out / "model.pt", written.getbuffer())
+        loaded = torch.jit.load(out / "model.pt")
     _write_facts(localiser, out)
     return _largest_difference(network, examples, lambda images: [part.numpy() for part in loaded(images)])
 
@@ -185,7 +194,7 @@ def export_hub(localiser: Localiser, out: Path, results: Path | None) -> None:
     card = model_card(localiser, results)
     with atomic_folder(out) as folder:
         for name in (*WEIGHT_FILES, "files.json", "provenance.json"):
-            shutil.copyfile(localiser.path / name, folder / name)
+            atomic_write_bytes(folder / name, read_bytes(localiser.path / name))
         if localiser.calibration:
             localiser.calibration.save(folder)
         atomic_write_text(folder / "README.md", card)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT, write_queries
+from tiny import ROOT, fill, small_disk, write_queries
 from tiny_run import store_calibration, write_run
 
 from evaluation import export
@@ -157,6 +158,27 @@ def test_a_file_that_is_no_results_json_is_named(tmp_path: Path, monkeypatch: py
     results.write_text(text)
     with pytest.raises(JobError, match=r"results.json: (no results.json of|none of its 1 row )"):
         export_here(monkeypatch, run, "--to", "hub", "--out", tmp_path / "hub", "--results", results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "file"), [("torchscript", "out/model.pt"), ("hub", "out/model.safetensors")])
+def test_a_full_disk_is_one_line_that_names_what_could_not_be_written(tmp_path: Path, to: str, file: str) -> None:
+    run = write_run(tmp_path / "run")
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk, leave=1 << 16)
+        command: list[str | Path] = [
+            sys.executable,
+            ROOT / "evaluation" / "export.py",
+            run,
+            "--to",
+            to,
+            "--out",
+            disk / "out",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert f"{disk}/{file}: No space left on device" in done.stderr
+        assert not list(disk.rglob("*.partial"))
 
 
 def test_torch_hub_loads_a_run_from_the_checkout(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import configure, small_disk, train_here
+from tiny import configure, fill, small_disk, train_here
 from tiny_run import write_run
 
 import training.engine as engine_module
@@ -128,8 +128,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint_whole(
         if place is small_files:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         else:
-            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-            (folder / "other").write_bytes(bytes(free - 200_000))
+            fill(folder, leave=200_000)
         with pytest.raises(JobError, match=r"cannot be saved .*last whole one is .*step-00000008; free some space"):
             train_here(configure(shards, out, resume=True, descriptor_dim=64))
         assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000008"]
