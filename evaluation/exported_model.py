@@ -21,6 +21,7 @@ from evaluation.model_card import model_card
 from evaluation.ranking import LEAST_DEVIATION
 from evaluation.result_files import to_latlon
 from shards.console import JobError
+from shards.dataset import refuse_data_set
 from shards.files import (
     atomic_folder,
     atomic_path,
@@ -191,6 +192,7 @@ def export_hub(localiser: Localiser, out: Path, results: Path | None) -> None:
     """
     if out.exists():
         raise JobError(f"--out {out}: exists already; name a new folder")
+    refuse_data_set(out)
     card = model_card(localiser, results)
     with atomic_folder(out) as folder:
         for name in (*WEIGHT_FILES, "files.json", "provenance.json"):

@@ -17,8 +17,8 @@ import utm
 from evaluation.query_set import Outcome
 from shards.classes import ClassTable
 from shards.console import JobError
+from shards.dataset import refuse_data_set
 from shards.files import atomic_path, atomic_write_json, atomic_write_text
-from shards.layout import MANIFEST
 from shards.names import BadName, parse_name
 from shards.plane import half_of
 
@@ -26,11 +26,10 @@ Row = dict[str, Any]
 
 
 def prepare_folder(out: Path) -> None:
-    """Make the folder for results; JobError for a file and for a data set."""
+    """Make the folder for results; JobError for a file and for a data set or a folder in one."""
     if out.exists() and not out.is_dir():
         raise JobError(f"--out {out}: is a file; name a folder")
-    if (out / MANIFEST).exists():
-        raise JobError(f"--out {out}: holds a data set; name another folder")
+    refuse_data_set(out)
     out.mkdir(parents=True, exist_ok=True)
 
 

@@ -308,9 +308,12 @@ def test_an_output_folder_that_holds_a_data_set_or_is_a_file_is_refused(
     run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, queries = run_and_queries
-    (tmp_path / "dataset.json").write_text("{}")
+    for name in ("dataset.json", "classes.parquet"):
+        (tmp_path / name).write_text("{}")
     with pytest.raises(JobError, match="holds a data set"):
         evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path)
+    with pytest.raises(JobError, match="lies in a data set"):
+        evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "index" / "new")
     with pytest.raises(JobError, match="is a file"):
         evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "dataset.json")
 

@@ -200,3 +200,5 @@ def test_results_without_a_model_card_and_a_data_set_as_output_are_refused(
         export_here(monkeypatch, run, "--to", "onnx", "--out", tmp_path / "out", "--results", tmp_path / "results.json")
     with pytest.raises(JobError, match="holds a data set"):
         export_here(monkeypatch, run, "--to", "torchscript", "--out", dataset.path)
+    with pytest.raises(JobError, match="lies in a data set"):
+        export_here(monkeypatch, run, "--to", "hub", "--out", dataset.path / "hub")

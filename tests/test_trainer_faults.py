@@ -155,6 +155,8 @@ def test_a_run_folder_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
         Trainer(configure(shards, foreign))
     with pytest.raises(JobError, match="is a file"):
         Trainer(configure(shards, foreign / "thesis.tex"))
+    with pytest.raises(JobError, match="lies in a data set"):
+        Trainer(configure(shards, shards / "runs" / "r"))
 
 
 def test_a_second_training_is_kept_out_of_a_run_until_the_first_is_gone_however_it_ends(

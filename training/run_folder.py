@@ -13,6 +13,7 @@ from torch import nn
 
 from shards.classes import ClassTable
 from shards.console import JobError, format_count, last_line
+from shards.dataset import refuse_data_set
 from shards.files import atomic_write_json, atomic_write_text, is_partial, remove_partials, try_lock
 from shards.provenance import provenance
 from training.checkpoint import EvaluationWeights, list_checkpoints, load_for_evaluation
@@ -29,6 +30,7 @@ def check_run_folder(out: Path, resume: bool) -> None:
     if out.exists() and not out.is_dir():
         raise JobError(f"--out {out}: is a file; name a folder")
     if not out.is_dir() or all(path.name == LOCK or is_partial(path.name) for path in out.iterdir()):
+        refuse_data_set(out)
         return
     if not (out / CONFIG).exists() and not (out / "checkpoints").is_dir():
         raise JobError(f"--out {out}: holds files that are no run; name an empty folder")
