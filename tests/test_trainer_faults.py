@@ -169,12 +169,20 @@ def test_a_second_training_is_kept_out_of_a_run_until_the_first_is_gone_however_
         signal.pause()
     try:
         assert os.read(reader, 10) == b"True"
-        with pytest.raises(JobError, match=rf"process {child} on \S+ is training there now; wait .*another --out$"):
+        held = rf"process {child} on \S+ is training there now; wait .*another --out$"
+        with pytest.raises(JobError, match=held):
             train_here(configure(shards, tmp_path / "r"))
         assert [path.name for path in (tmp_path / "r").iterdir()] == [LOCK]
+        (tmp_path / "r" / "config.json").write_text("{}")  # begun, and no checkpoint yet
+        for resume in (False, True):
+            with pytest.raises(JobError, match=held):
+                train_here(configure(shards, tmp_path / "r", resume=resume))
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+    with pytest.raises(JobError, match=r"already holds a run \(without a checkpoint\)"):
+        train_here(configure(shards, tmp_path / "r", epochs=1))
+    (tmp_path / "r" / "config.json").unlink()
     train_here(configure(shards, tmp_path / "r", epochs=1))
 
 
