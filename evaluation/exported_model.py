@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import json
-import shutil
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import replace
@@ -19,10 +19,19 @@ from torch import Tensor, nn
 
 from evaluation.calibration import temperature_of
 from evaluation.localiser import Localiser
+from evaluation.model_card import model_card
 from evaluation.ranking import LEAST_DEVIATION
 from evaluation.result_files import to_latlon
 from shards.console import JobError
-from shards.files import atomic_folder, atomic_path, atomic_write_json, atomic_write_text
+from shards.dataset import refuse_data_set
+from shards.files import (
+    atomic_folder,
+    atomic_path,
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    read_bytes,
+)
 from shards.provenance import provenance
 from training.checkpoint import WEIGHT_FILES, check_files, write_listing
 from training.heads import NORM_FLOOR
@@ -86,10 +95,13 @@ class ExportedModel(nn.Module):
 def export_torchscript(localiser: Localiser, out: Path) -> float:
     """Write OUT/model.pt and its classes; returns the largest difference from PyTorch's outputs."""
     network, examples = ExportedModel(localiser).eval(), _examples(localiser)
-    with warnings.catch_warnings(), torch.inference_mode(), atomic_path(out / "model.pt") as partial:
+    written = io.BytesIO()  # a file that cannot be written to (a full disk) would end the process with an abort
+    with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")  # PyTorch announces the end of TorchScript at every call
-        torch.jit.save(torch.jit.trace(network, examples[0]), partial)
-        loaded = torch.jit.load(partial)
+        torch.jit.save(torch.jit.trace(network, examples[0]), written)
+        written.seek(0)
+        loaded = torch.jit.load(written)
+    atomic_write_bytes(out / "model.pt", written.getbuffer())
     _write_facts(localiser, out)
     return _largest_difference(network, examples, lambda images: [part.numpy() for part in loaded(images)])
 
@@ -179,18 +191,19 @@ def _write_facts(localiser: Localiser, out: Path) -> None:
 
 def export_hub(localiser: Localiser, out: Path, results: Path | None) -> None:
     """Write OUT as a Hugging Face Hub style folder that `Localiser.from_pretrained` reads, with a model card, and
-    without paths and command line of the training, which are nobody's business.
+    without the paths and the command line of its training.
 
-    `results`, a results.json of evaluation/evaluate.py, fills the card's metrics. JobError where OUT exists or the
-    checkpoint is damaged.
+    `results`, a results.json of evaluation/evaluate.py, fills the card's metrics. JobError where OUT exists, the
+    checkpoint is damaged or the results are not of it.
     """
     if out.exists():
         raise JobError(f"--out {out}: exists already; name a new folder")
+    refuse_data_set(out)
     check_files(localiser.path, (*WEIGHT_FILES, "provenance.json"))
-    card = _model_card(localiser, results)
+    card = model_card(localiser, results)
     with atomic_folder(out) as folder:
         for name in WEIGHT_FILES:
-            shutil.copyfile(localiser.path / name, folder / name)
+            atomic_write_bytes(folder / name, read_bytes(localiser.path / name))
         _copy_facts(localiser.path / "config.json", folder, _PLACES, weights=Path(localiser.config.weights).name)
         _copy_facts(localiser.path / "provenance.json", folder, ("command",))
         write_listing(folder)
@@ -202,37 +215,3 @@ def export_hub(localiser: Localiser, out: Path, results: Path | None) -> None:
 def _copy_facts(path: Path, folder: Path, left_out: Collection[str], **changed: str) -> None:
     facts = {name: value for name, value in json.loads(path.read_bytes()).items() if name not in left_out}
     atomic_write_json(folder / path.name, facts | changed)
-
-
-def _model_card(localiser: Localiser, results: Path | None) -> str:
-    config, classes = localiser.config, localiser.classes
-    lines = [
-        "---",
-        "library_name: divide-and-classify",
-        "tags: [visual-place-recognition, geolocation]",
-        "---",
-        "",
-        f"# {config.backbone} with {config.head} heads",
-        "",
-        f"Names the place where a street photo was taken, among {len(classes):,} cells of {classes.M} m in "
-        f"{len(classes.groups)} groups ({classes.crs}). Divide&Classify (ICCV 2023).",
-        "",
-        "```python",
-        "from evaluation.localiser import Localiser",
-        "",
-        'localiser = Localiser.from_pretrained("THIS FOLDER OR REPOSITORY")',
-        "```",
-        "",
-        f"Scores: {localiser.form}. Photos: shorter side {localiser.shorter_side} pixels, aspect kept.",
-    ]
-    if results is not None:
-        try:
-            rows = json.loads(results.read_text())["rows"]
-            lines += ["", "| queries | LR@1 | LR@5 | LR@10 | LR@20 | chance LR@1 |", "|---|---|---|---|---|---|"]
-            for row in rows:
-                values = [row["lr_at_1"], row["lr_at_5"], row["lr_at_10"], row["lr_at_20"], row["chance"]["lr_at_1"]]
-                shown = " | ".join("-" if value is None else f"{value:.1f}" for value in values)
-                lines.append(f"| {Path(row['queries']).name} | {shown} |")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise JobError(f"--results {results}: no results.json of evaluation/evaluate.py ({error})") from error
-    return "\n".join(lines) + "\n"

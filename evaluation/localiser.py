@@ -34,6 +34,7 @@ class Localiser:
 
     def __init__(self, weights: EvaluationWeights, device: torch.device) -> None:
         self.path = weights.path
+        self.fingerprint = weights.fingerprint
         self.passed_over = [f"{reason}; answers come from {weights.path.name}" for reason in weights.passed_over]
         self.classes: ClassTable = weights.classes
         self.device = device

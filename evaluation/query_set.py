@@ -66,6 +66,7 @@ class Outcome:
 
     checkpoint: str
     checkpoint_step: str
+    weights: str
     classes: ClassTable
     index: CellIndex
     calibration: Calibration | None
@@ -124,6 +125,7 @@ class Outcome:
         return {
             "checkpoint": self.checkpoint,
             "checkpoint_step": self.checkpoint_step,
+            "weights": self.weights,
             "queries": str(queries.source),
             "form": self.form,
             "fitted": self.fitted,
@@ -197,6 +199,7 @@ def evaluate_set(
     return Outcome(
         checkpoint=checkpoint,
         checkpoint_step=localiser.path.name,
+        weights=localiser.fingerprint,
         classes=localiser.classes,
         index=localiser.index,
         calibration=localiser.calibration,

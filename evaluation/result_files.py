@@ -17,8 +17,8 @@ import utm
 from evaluation.query_set import Outcome
 from shards.classes import ClassTable
 from shards.console import JobError
+from shards.dataset import refuse_data_set
 from shards.files import atomic_path, atomic_write_json, atomic_write_text
-from shards.layout import MANIFEST
 from shards.names import BadName, parse_name
 from shards.plane import half_of
 
@@ -26,11 +26,10 @@ Row = dict[str, Any]
 
 
 def prepare_folder(out: Path) -> None:
-    """Make the folder for results; JobError for a file and for a data set."""
+    """Make the folder for results; JobError for a file and for a data set or a folder in one."""
     if out.exists() and not out.is_dir():
         raise JobError(f"--out {out}: is a file; name a folder")
-    if (out / MANIFEST).exists():
-        raise JobError(f"--out {out}: holds a data set; name another folder")
+    refuse_data_set(out)
     out.mkdir(parents=True, exist_ok=True)
 
 
@@ -159,8 +158,8 @@ def to_latlon(
 
 def format_table(rows: Sequence[Row]) -> str:
     """The table for the console: LR@N of every form, then chance and ceiling, for each checkpoint and query set."""
-    ns = [name for name in rows[0] if name.startswith("lr_at_")]
-    head = ["checkpoint", "queries", "scores", *(f"LR@{n.removeprefix('lr_at_')}" for n in ns), "median m", "scored"]
+    ns = recall_ns(rows[0])
+    head = ["checkpoint", "queries", "scores", *(f"LR@{n}" for n in ns), "median m", "scored"]
     lines = [head]
     for row in rows:
         for i, (form, recall) in enumerate(row["forms"].items()):
@@ -170,12 +169,12 @@ def format_table(rows: Sequence[Row]) -> str:
                     row["checkpoint"] if i == 0 else "",
                     row["queries"] if i == 0 else "",
                     f"{form} *" if own else form,
-                    *(_number(recall[n]) for n in ns),
+                    *(_number(recall[f"lr_at_{n}"]) for n in ns),
                     _number(row["median_error_m"]) if own else "",
                     f"{row['scored']:,} of {row['photos']:,}" if own else "",
                 ]
             )
-        lines.append(["", "", "chance", *(_number(row["chance"][n]) for n in ns), "", ""])
+        lines.append(["", "", "chance", *(_number(row["chance"][f"lr_at_{n}"]) for n in ns), "", ""])
         lines.append(["", "", "ceiling", *(_number(row["ceiling"]) for _ in ns), "", ""])
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = [
@@ -187,6 +186,11 @@ def format_table(rows: Sequence[Row]) -> str:
     threshold = rows[0]["threshold_m"]
     note = f"LR@N in percent within {threshold:g} m; * the row's own scores; chance: a random order of the classes;"
     return "\n".join([line.rstrip() for line in text] + ["", f"{note} ceiling: queries that some class could answer"])
+
+
+def recall_ns(row: Row) -> list[int]:
+    """The N of a row's LR@N, ascending: JSON has them in the order of their names."""
+    return sorted(int(name.removeprefix("lr_at_")) for name in row if name.startswith("lr_at_"))
 
 
 def _number(value: float | None) -> str:

@@ -126,3 +126,11 @@ def check_folder(path: Path) -> None:
     """Raise `JobError` where a data set's folder is a file, or is not there."""
     if not path.is_dir():
         raise JobError(f"{path}: {'is a file; name the folder of a data set' if path.exists() else 'no such folder'}")
+
+
+def refuse_data_set(out: Path) -> None:
+    """Raise `JobError` where `out`, a folder that may not be there yet, holds a data set or lies in one, in which
+    `verify.py` would call whatever is written there a problem."""
+    for folder in (place := out.resolve(), *place.parents):
+        if (folder / MANIFEST).exists() and (folder / CLASSES).exists():
+            raise JobError(f"--out {out}: {'holds' if folder == place else 'lies in'} a data set; name another place")

@@ -92,7 +92,7 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
 
 
-def atomic_write_bytes(path: Path | str, data: bytes) -> None:
+def atomic_write_bytes(path: Path | str, data: bytes | memoryview) -> None:
     """Write `data` to `path`, whole or not at all."""
     with atomic_path(path) as partial:
         partial.write_bytes(data)

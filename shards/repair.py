@@ -58,14 +58,14 @@ def repair(dataset: Path, report: Report, source: Path | str | None, workers: in
     needed and not given or are others than those, where plan and manifest or a revision are lost, or where the build
     fails; then the same command goes on from there.
     """
-    broken = {problem.file for problem in report.problems if problem.kind != "extra"}
+    broken = _broken(report)
     plans = sorted(name for name in broken if name.startswith(f"{REVISIONS}/"))
     if plans:
         raise JobError(
             f"{dataset / plans[0]}: says what an addition or a retry planned, and nothing else does; bring {len(plans)}"
             " such files back from a copy, or build the data set anew from all photos. Its shards serve as they are"
         )
-    stems = {name.rpartition(".")[0] for name in broken if name.endswith((".tar", ".parquet")) and "/" in name}
+    stems = _broken_shards(broken)
     with at_work(dataset):
         _set_aside(dataset, [p.file for p in report.problems if p.kind == "extra"])
         for name in sorted(broken):
@@ -74,13 +74,27 @@ def repair(dataset: Path, report: Report, source: Path | str | None, workers: in
     if PROVENANCE in broken:
         atomic_write_json(dataset / PROVENANCE, provenance())
         print(f"{PROVENANCE}: what made the data set is lost; this repair is recorded instead")
-    if stems or broken & set(_FINISHED_BY_BUILD):
+    if needs_photos(report):
         _build(dataset, sorted(stems), broken, source, workers)
     elif any(name.startswith(f"{INDEX}/") for name in broken):
         build_index(dataset, ClassTable.load(dataset / CLASSES))
         print(f"{INDEX}: rebuilt from the tables")
     if report.sealed or CHECKSUMS in broken:
         seal(dataset)
+
+
+def needs_photos(report: Report) -> bool:
+    """Whether what `report` found broken can only be made anew from the photos; an index follows from the tables."""
+    broken = _broken(report)
+    return bool(_broken_shards(broken) or broken & set(_FINISHED_BY_BUILD))
+
+
+def _broken(report: Report) -> set[str]:
+    return {problem.file for problem in report.problems if problem.kind != "extra"}
+
+
+def _broken_shards(broken: set[str]) -> set[str]:
+    return {name.rpartition(".")[0] for name in broken if name.endswith((".tar", ".parquet")) and "/" in name}
 
 
 def _set_aside(dataset: Path, names: list[str]) -> None:

@@ -17,7 +17,7 @@ from typing import Annotated
 import tyro
 
 from shards.console import WrongArguments, entry
-from shards.dataset import Dataset
+from shards.dataset import Dataset, refuse_data_set
 from shards.files import atomic_path
 from shards.overview import describe
 from shards.pictures import cell_map, contact_sheet
@@ -39,6 +39,8 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
+    if arguments.out is not None:
+        refuse_data_set(arguments.out.parent)
     dataset = Dataset.open(arguments.dataset)
     print(describe(dataset))
     if arguments.out is None:

@@ -23,7 +23,7 @@ from shards.checksums import seal
 from shards.console import WrongArguments, entry, format_bytes, format_count, format_duration
 from shards.layout import REVISIONS
 from shards.mirror import fetch_all, named_by_url, scratch_folder
-from shards.repair import repair
+from shards.repair import needs_photos, repair
 from shards.soundness import Problem
 from shards.store import Store, is_url
 from shards.verification import Report, verify
@@ -102,7 +102,10 @@ def print_summary(report: Report, dataset: str) -> None:
         return
     files = len({problem.file for problem in report.problems})
     lost = any(problem.file.startswith(f"{REVISIONS}/") for problem in report.problems)  # nothing rebuilds these
-    way_out = "--repair tells how to mend them" if lost or is_url(dataset) else "--repair --source PHOTOS rebuilds them"
+    if lost or is_url(dataset):
+        way_out = "--repair tells how to mend them"
+    else:
+        way_out = "--repair --source PHOTOS rebuilds them" if needs_photos(report) else "--repair mends them"
     print(f"{dataset}: {format_count(len(report.problems), 'problem')} in {format_count(files, 'file')}; {way_out}")
 
 

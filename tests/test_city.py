@@ -17,6 +17,7 @@ import utm
 from conftest import CITY
 from present import present
 from test_build import ROOT
+from tiny import fill, small_disk
 
 from preprocessing.city.buildings import cast
 from preprocessing.city.plan import (
@@ -228,6 +229,24 @@ def test_an_interrupted_city_goes_on_to_the_same_bytes(city: Path, tmp_path: Pat
     render_city(out, CITY, workers=1)
     assert photos(out) == photos(city)
     assert not list(out.rglob("*.partial"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_full_disk_names_the_photo_and_the_city_goes_on_once_there_is_room(
+    city: Path, tmp_path: Path, workers: int
+) -> None:
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk, leave=1 << 20)
+        with pytest.raises(OSError, match="No space left on device") as full:
+            render_city(disk / "city", CITY, workers)
+        assert full.value.filename.startswith(f"{disk}/city/")
+        assert full.value.filename.endswith(".jpg")
+        assert ".partial" not in full.value.filename
+        (disk / "other").unlink()
+        render_city(disk / "city", CITY, workers)
+        assert photos(disk / "city") == photos(city)
+        assert not list(disk.rglob("*.partial"))
 
 
 @pytest.mark.slow

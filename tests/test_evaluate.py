@@ -24,6 +24,7 @@ from evaluation.query_set import Settings, evaluate_set
 from evaluation.result_files import is_southern
 from shards.console import JobError, WrongArguments
 from shards.names import PhotoName, format_name, parse_name
+from training.checkpoint import load_for_evaluation
 from training.distributed import World
 from training.queries import list_queries
 
@@ -47,6 +48,7 @@ def test_a_row_has_lr_at_n_beside_chance_and_ceiling(
     assert 100 / 16 <= row["chance"]["lr_at_1"] <= 500 / 16
     assert row["chance"]["lr_at_20"] == 100
     assert row["scored"] == row["photos"] == 32
+    assert row["weights"] == load_for_evaluation(run).fingerprint
     assert row["median_error_m"] == pytest.approx(np.hypot(2, 2), abs=1e-3)
     assert sum(line["queries"] for line in row["by_group"]) == 32
     assert row["queries_per_second"] > 0
@@ -306,9 +308,12 @@ def test_an_output_folder_that_holds_a_data_set_or_is_a_file_is_refused(
     run_and_queries: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, queries = run_and_queries
-    (tmp_path / "dataset.json").write_text("{}")
+    for name in ("dataset.json", "classes.parquet"):
+        (tmp_path / name).write_text("{}")
     with pytest.raises(JobError, match="holds a data set"):
         evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path)
+    with pytest.raises(JobError, match="lies in a data set"):
+        evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "index" / "new")
     with pytest.raises(JobError, match="is a file"):
         evaluate_here(monkeypatch, "--checkpoints", run, "--queries", queries, "--out", tmp_path / "dataset.json")
 

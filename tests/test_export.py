@@ -3,15 +3,17 @@
 import csv
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import ROOT, write_queries
+from tiny import ROOT, fill, small_disk, write_queries
 from tiny_run import evaluate_here, store_calibration, write_run
 
 from evaluation import export
@@ -19,7 +21,7 @@ from evaluation.localiser import Localiser
 from evaluation.ranking import RankingForm
 from shards.console import JobError, WrongArguments
 from shards.dataset import Dataset
-from training.checkpoint import load_checkpoint, save_checkpoint
+from training.checkpoint import load_checkpoint, load_for_evaluation, save_checkpoint
 from training.heads import HeadKind, ScoreForm
 from training.queries import decode_query
 
@@ -88,17 +90,27 @@ def test_an_exported_model_scores_a_photo_as_the_checkpoint_does(
     assert (facts["score_form"], facts["temperature"]) == (calibrated or form, 3.0 if calibrated else None)
 
 
+def a_row(run: Path, ns: tuple[int, ...] = (1, 5, 10, 20), **others: object) -> dict[str, object]:
+    """A row of results.json about a run, as far as a model card shows it."""
+    recalls = {f"lr_at_{n}": 2.0 * n for n in ns}
+    row = {"queries": "a/night", "scored": 1200, "form": "cosine", "threshold_m": 25.0, "fitted": False}
+    weights = load_for_evaluation(run).fingerprint
+    return row | recalls | {"weights": weights, "chance": dict.fromkeys(recalls, 1.25)} | others
+
+
 def test_a_hub_folder_is_read_back_and_its_card_holds_the_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = write_run(tmp_path / "run")
     results = tmp_path / "results.json"
-    row = {f"lr_at_{n}": 10.0 * n for n in (1, 5, 10, 20)} | {"queries": "a/night", "chance": {"lr_at_1": 1.25}}
-    results.write_text(json.dumps({"rows": [row]}))
+    results.write_text(json.dumps({"rows": [a_row(run)]}))
     export_here(monkeypatch, run, "--to", "hub", "--out", tmp_path / "hub", "--results", results)
     files = {path.name for path in (tmp_path / "hub").iterdir()}
     assert {"config.json", "model.safetensors", "heads.safetensors", "classes.parquet", "README.md"} <= files
-    assert "| night | 10.0 | 50.0 | 100.0 | 200.0 | 1.2 |" in (tmp_path / "hub" / "README.md").read_text()
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "| queries | scored | scores | metres | LR@1 | LR@5 | LR@10 | LR@20 | chance LR@1 |" in card
+    assert "| a/night | 1,200 | cosine | 25 | 2.0 | 10.0 | 20.0 | 40.0 | 1.2 |" in card
+    assert "fitted" not in card
     photo = next(write_queries(tmp_path / "queries").iterdir())
     ours, theirs = (answer_of(Localiser.from_pretrained(path), photo)[1] for path in (run, tmp_path / "hub"))
     np.testing.assert_array_equal(ours, theirs)
@@ -132,6 +144,71 @@ def test_a_hub_folder_does_not_tell_where_its_model_was_trained(
         export_here(monkeypatch, tmp_path / "hub", "--to", "hub", "--out", tmp_path / "once more")
 
 
+def test_a_card_shows_the_rows_of_its_own_weights_alone_with_metres_names_and_what_was_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, other = write_run(tmp_path / "run"), write_run(tmp_path / "other", head="FC_CE", form="raw")
+    moved, results = tmp_path / "moved", tmp_path / "results.json"
+    rows = [
+        a_row(run, (3, 10), queries="a/test/q|1", threshold_m=100.0),
+        a_row(run, (3, 10), queries="/data/b/test/q|1", fitted=True),
+        a_row(run, (3, 10), queries="unplaced", scored=0, lr_at_3=None, lr_at_10=None),
+        a_row(other, (3, 10), queries="c"),
+    ]
+    results.write_text(json.dumps({"rows": rows}))
+    run.rename(moved)
+    export_here(monkeypatch, moved, "--to", "hub", "--out", tmp_path / "hub", "--results", results)
+    lines = (tmp_path / "hub" / "README.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| ") and "---" not in line] == [
+        "| queries | scored | scores | metres | LR@3 | LR@10 | chance LR@3 |",
+        r"| a/test/q\|1 | 1,200 | cosine | 100 | 6.0 | 20.0 | 1.2 |",
+        r"| b/test/q\|1 (fitted) | 1,200 | cosine | 25 | 6.0 | 20.0 | 1.2 |",
+    ]
+    assert "called fitted" in lines[-1]
+
+
+@pytest.mark.parametrize("other", [{"weights": "0-0"}, {"scored": 0, "lr_at_1": None}])
+def test_results_without_a_score_of_the_checkpoint_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    run, results = write_run(tmp_path / "run"), tmp_path / "results.json"
+    of_before = a_row(run)
+    del of_before["weights"]
+    results.write_text(json.dumps({"rows": [a_row(run, **other), of_before]}))
+    with pytest.raises(JobError, match=r"none of its 2 rows is a score of .*step-00000007; evaluate that checkpoint"):
+        export_here(monkeypatch, run, "--to", "hub", "--out", tmp_path / "hub", "--results", results)
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.mark.parametrize("text", ["{", '{"rows": [1]}', '{"rows": 1}', "[]", '{"rows": [{"queries": "a"}]}'])
+def test_a_file_that_is_no_results_json_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    run, results = write_run(tmp_path / "run"), tmp_path / "results.json"
+    results.write_text(text)
+    with pytest.raises(JobError, match=r"results.json: (no results.json of|none of its 1 row )"):
+        export_here(monkeypatch, run, "--to", "hub", "--out", tmp_path / "hub", "--results", results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("to", "file"), [("torchscript", "out/model.pt"), ("hub", "out/model.safetensors")])
+def test_a_full_disk_is_one_line_that_names_what_could_not_be_written(tmp_path: Path, to: str, file: str) -> None:
+    run = write_run(tmp_path / "run")
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk, leave=1 << 16)
+        command: list[str | Path] = [
+            sys.executable,
+            ROOT / "evaluation" / "export.py",
+            run,
+            "--to",
+            to,
+            "--out",
+            disk / "out",
+        ]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+        assert f"{disk}/{file}: No space left on device" in done.stderr
+        assert not list(disk.rglob("*.partial"))
+
+
 def test_torch_hub_loads_a_run_from_the_checkout(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     model = torch.hub.load(str(ROOT), "model", source="local", checkpoint=run)
@@ -151,3 +228,5 @@ def test_results_without_a_model_card_and_a_data_set_as_output_are_refused(
         export_here(monkeypatch, run, "--to", "onnx", "--out", tmp_path / "out", "--results", tmp_path / "results.json")
     with pytest.raises(JobError, match="holds a data set"):
         export_here(monkeypatch, run, "--to", "torchscript", "--out", dataset.path)
+    with pytest.raises(JobError, match="lies in a data set"):
+        export_here(monkeypatch, run, "--to", "hub", "--out", dataset.path / "hub")

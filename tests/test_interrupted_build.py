@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 from conftest import HERE, SETTINGS
 from photos import write_photos
 from test_build import COMMAND, contents
-from tiny import small_disk
+from tiny import fill, small_disk
 
 from preprocessing.build import assemble, build, build_share
 from preprocessing.engine import Job, run_tasks
@@ -246,8 +245,7 @@ def test_a_build_that_filled_its_disk_goes_on_once_there_is_room(big, tmp_path):
     source, expected = big
     with small_disk(tmp_path / "disk") as disk:
         room = int(0.9 * sum(len(data) for data in expected.values()))
-        with (disk / "other").open("wb") as other:
-            os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(disk).free - room)
+        fill(disk, leave=room)
         full = start(source, disk / "out")
         printed, _ = full.communicate()
         assert full.returncode == 1

@@ -83,10 +83,10 @@ def test_a_browser_shows_the_figures_the_map_and_the_galleries(report: Path, tmp
         shown = re.search(rf'id="row-{i}-lr-at-1">([^<]*)<', page)
         assert shown is not None
         assert float(shown[1]) == pytest.approx(row["lr_at_1"], abs=0.051)
-    assert [row["fitted"] for row in rows] == [True, False]  # the headline is of queries that nothing was fitted to
-    assert f"Of {rows[1]['scored']} query photos {rows[1]['lr_at_1']:.1f} % are placed" in page
-    assert f'data-queries-on-map="{rows[0]["scored"]}"' in page
-    assert f"said to hold 68 % of the probability for {rows[0]['percent_within_radius']:.1f} % of the queries." in page
+    assert [row["fitted"] for row in rows] == [True, False]  # opened first is what nothing was fitted to
+    assert f"{rows[1]['queries']}: of {rows[1]['scored']} query photos {rows[1]['lr_at_1']:.1f} % are placed" in page
+    assert f'data-queries-on-map="{rows[1]["scored"] - 1}"' in page  # one lies beyond the cells
+    assert f"said to hold 68 % of the probability for {rows[1]['percent_within_radius']:.1f} % of the queries." in page
     body = page.split('<script type="application/json"')[0]
     assert body.count("<figure") >= 12
     assert body.count("<svg") == 3
@@ -104,6 +104,22 @@ def page(report: Path, tmp_path: Path) -> Iterator[Page]:
         assert not page.problems
     finally:
         page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+def test_the_headline_is_that_of_the_row_chosen_and_names_it(report: Path, page: Page) -> None:
+    rows = json.loads((report.parent / "results.json").read_text())["rows"]
+    assert page.evaluate("$('row').value") == "1"
+    for number in (1, 0):
+        page.evaluate(f"$('row').value = '{number}'; $('row').onchange()")
+        row, said = rows[number], page.evaluate("$('summary').textContent")
+        assert said.startswith(
+            f"{row['checkpoint']} on {row['queries']}: "
+            f"of {row['scored']} query photos {row['lr_at_1']:.1f} % are placed within 25 m "
+            f"at the first answer (chance {row['chance']['lr_at_1']:.1f} %), among 16 cells"
+        )
+        assert ("fitted" in said) == row["fitted"]
 
 
 @pytest.mark.slow

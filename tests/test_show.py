@@ -146,6 +146,12 @@ def test_pictures_are_written_beside_each_other_and_exit_codes_are_0_1_and_2(dat
         with Image.open(path) as picture:
             picture.verify()
     assert run(dataset.path, "--out", tmp_path / "city.jpg").returncode == 2
+    before = sorted(dataset.path.rglob("*"))
+    for out, where in ((dataset.path, "holds"), (dataset.path / "group-00", "lies in")):
+        done = run(dataset.path, "--out", out / "city.png")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"error: --out {out}: {where} a data set; name another place\n"
+    assert sorted(dataset.path.rglob("*")) == before
     done = run(dataset.path, "--out", tmp_path / "new" / "city.png" / "x.png")
     assert done.returncode == 1
     assert done.stderr.endswith("city.png: File exists, but a folder is needed there\n")

@@ -1,7 +1,6 @@
 """What a run shows: the real TensorBoard serves its curves and pictures."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import class_table, configure, small_disk, train_here, write_dataset, write_queries
+from tiny import class_table, configure, fill, small_disk, train_here, write_dataset, write_queries
 
 from evaluation.cell_index import CellIndex
 from shards.console import JobError, WrongArguments
@@ -147,8 +146,7 @@ def test_where_the_curves_cannot_be_written_a_line_says_so_and_training_goes_on(
         config = configure(Path("shards"), folder / "r", tracker="tensorboard")
         accelerator = Accelerator(cpu=True, log_with="tensorboard", project_dir=str(config.out))
         tracker = Tracker(accelerator, config, 0, said.append)
-        free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-        (folder / "other").write_bytes(bytes(free))
+        fill(folder, leave=0)
         for step in range(1000):
             tracker.scalars({"loss": 1.0}, step)
             tracker.picture("batch", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8), step)

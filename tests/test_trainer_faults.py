@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import configure, small_disk, train_here
+from tiny import configure, fill, small_disk, train_here
 from tiny_run import write_run
 
 import training.engine as engine_module
@@ -128,8 +128,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint_whole(
         if place is small_files:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         else:
-            free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-            (folder / "other").write_bytes(bytes(free - 200_000))
+            fill(folder, leave=200_000)
         with pytest.raises(JobError, match=r"cannot be saved .*last whole one is .*step-00000008; free some space"):
             train_here(configure(shards, out, resume=True, descriptor_dim=64))
         assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000008"]
@@ -156,6 +155,8 @@ def test_a_run_folder_is_not_overwritten(shards: Path, tmp_path: Path) -> None:
         Trainer(configure(shards, foreign))
     with pytest.raises(JobError, match="is a file"):
         Trainer(configure(shards, foreign / "thesis.tex"))
+    with pytest.raises(JobError, match="lies in a data set"):
+        Trainer(configure(shards, shards / "runs" / "r"))
 
 
 def test_a_second_training_is_kept_out_of_a_run_until_the_first_is_gone_however_it_ends(
@@ -168,12 +169,20 @@ def test_a_second_training_is_kept_out_of_a_run_until_the_first_is_gone_however_
         signal.pause()
     try:
         assert os.read(reader, 10) == b"True"
-        with pytest.raises(JobError, match=rf"process {child} on \S+ is training there now; wait .*another --out$"):
+        held = rf"process {child} on \S+ is training there now; wait .*another --out$"
+        with pytest.raises(JobError, match=held):
             train_here(configure(shards, tmp_path / "r"))
         assert [path.name for path in (tmp_path / "r").iterdir()] == [LOCK]
+        (tmp_path / "r" / "config.json").write_text("{}")  # begun, and no checkpoint yet
+        for resume in (False, True):
+            with pytest.raises(JobError, match=held):
+                train_here(configure(shards, tmp_path / "r", resume=resume))
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+    with pytest.raises(JobError, match=r"already holds a run \(without a checkpoint\)"):
+        train_here(configure(shards, tmp_path / "r", epochs=1))
+    (tmp_path / "r" / "config.json").unlink()
     train_here(configure(shards, tmp_path / "r", epochs=1))
 
 

@@ -20,7 +20,7 @@ from shards.console import entry
 from shards.files import atomic_write_json
 from shards.layout import CHECKSUMS, MANIFEST, PLAN
 from shards.verification import verify
-from shards.verify import main
+from shards.verify import main, print_summary
 
 SCRIPT = Path(__file__).resolve().parent.parent / "shards" / "verify.py"
 TAR, IDX, TABLE = (f"group-00/group-00-000000.{kind}" for kind in ("tar", "idx", "parquet"))
@@ -292,6 +292,16 @@ def test_exit_codes_are_0_for_sound_1_for_problems_and_2_for_wrong_arguments(cop
         done = run(folder)
         assert done.returncode == 1
         assert done.stderr.startswith("error: ")
+
+
+def test_the_verdict_asks_for_photos_only_where_the_repair_needs_them(copy, capsys):
+    shutil.rmtree(copy / "index")
+    (copy / IDX).unlink()
+    for damage, way_out in ((None, "; --repair mends them"), (TAR, "; --repair --source PHOTOS rebuilds them")):
+        if damage:
+            flip(copy / damage, 1000)
+        print_summary(verify(copy), str(copy))
+        assert capsys.readouterr().out.rstrip().endswith(way_out)
 
 
 def test_seal_writes_checksums_of_a_sound_data_set_only(dataset, tmp_path):

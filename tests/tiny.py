@@ -172,6 +172,12 @@ def small_disk(folder: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+def fill(disk: Path, leave: int) -> None:
+    """Fill a file system but for `leave` bytes by a file, DISK/other."""
+    with (disk / "other").open("wb") as other:
+        os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(disk).free - leave)
+
+
 def assess_run(out: Path, queries: Path) -> QueryScores:
     """How a run's best checkpoint does on a folder of queries, by raw scores of its whole heads."""
     weights = load_for_evaluation(out)

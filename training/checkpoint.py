@@ -66,7 +66,8 @@ class Checkpoint:
 class EvaluationWeights:
     """What evaluation reads of a checkpoint: no optimiser state. `path` is the checkpoint's own folder.
 
-    `passed_over`: why better checkpoints of the run were not taken.
+    `fingerprint`: checksums of the weights, the same wherever the folder lies. `passed_over`: why better checkpoints of
+    the run were not taken.
     """
 
     path: Path
@@ -74,6 +75,7 @@ class EvaluationWeights:
     heads: dict[int, dict[str, Tensor]]
     classes: ClassTable
     config: dict[str, Any]
+    fingerprint: str = ""
     passed_over: tuple[str, ...] = ()
 
 
@@ -256,12 +258,14 @@ def _read_weights(path: Path) -> EvaluationWeights:
     for key, tensor in _load_tensors(path / "heads.safetensors").items():
         group, name = key.split(".", 1)
         heads.setdefault(int(group), {})[name] = tensor
+    written = json.loads(read_bytes(path / "files.json"))["files"]
     return EvaluationWeights(
         path=path,
         model=_load_tensors(path / "model.safetensors"),
         heads=dict(sorted(heads.items())),
         classes=ClassTable.load(path / "classes.parquet"),
         config=json.loads(read_bytes(path / "config.json")),
+        fingerprint="-".join(f"{written[name]['crc32']:08x}" for name in WEIGHT_FILES[:2]),
     )
 
 

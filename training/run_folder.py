@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from shards.classes import ClassTable
 from shards.console import JobError, format_count, last_line
+from shards.dataset import refuse_data_set
 from shards.files import atomic_write_json, atomic_write_text, is_partial, remove_partials
 from shards.locks import try_lock
 from shards.provenance import provenance
@@ -26,14 +28,19 @@ LOCK = ".lock"
 
 
 def check_run_folder(out: Path, resume: bool) -> None:
-    """JobError where `out` is no place for this run: another run without `--resume`, a file, a foreign folder."""
+    """JobError where `out` is no place for this run: another run without `--resume`, one that is being trained now, a
+    file, a foreign folder."""
     if out.exists() and not out.is_dir():
         raise JobError(f"--out {out}: is a file; name a folder")
     if not out.is_dir() or all(path.name == LOCK or is_partial(path.name) for path in out.iterdir()):
+        refuse_data_set(out)
         return
     if not (out / CONFIG).exists() and not (out / "checkpoints").is_dir():
         raise JobError(f"--out {out}: holds files that are no run; name an empty folder")
     if not resume:
+        with suppress(OSError), (out / LOCK).open("r+") as file:
+            if try_lock(file, byte=os.getpid()) is False:  # one of its own: several processes may ask at once
+                raise _held(out, file)
         steps = [path.name for path in list_checkpoints(out)[:1]]
         state = f"up to {steps[0]}" if steps else "without a checkpoint"
         raise JobError(f"--out {out}: already holds a run ({state}); give --resume to go on, or another --out")
@@ -48,12 +55,8 @@ def lock_run(out: Path) -> TextIO | None:
     file = (out / LOCK).open("a+")
     locked = try_lock(file)
     if locked is False:
-        file.seek(0)
-        holder = file.read(200).strip() or "another process"
-        file.close()
-        raise JobError(
-            f"--out {out}: {holder} is training there now; wait for its end or stop it, or give another --out"
-        )
+        with file:
+            raise _held(out, file)
     if locked is None:
         file.close()
         return None
@@ -65,6 +68,12 @@ def lock_run(out: Path) -> TextIO | None:
         error.filename = str(out / LOCK)  # a full disk's error names no file
         raise
     return file
+
+
+def _held(out: Path, file: TextIO) -> JobError:
+    file.seek(0)
+    holder = file.read(200).strip() or "another process"
+    return JobError(f"--out {out}: {holder} is training there now; wait for its end or stop it, or give another --out")
 
 
 def begin_run(out: Path, config: TrainConfig, first_step: int) -> LossFile:

@@ -35,13 +35,19 @@ function drawResults() {
   $("result-note").textContent = `LR@N: percent of queries with one of the first N answers within ${data.rows[0].threshold_m} m. ` +
     "Chance: a random order of all classes. Ceiling: queries that some class's centre could answer at all. Bold: the scores behind the figures below.";
   for (const problem of data.problems) $("problems").append(el("li", {}, problem));
-  const others = data.rows.filter((row) => !row.fitted);
-  const best = (others.length ? others : data.rows).reduce((a, b) => ((b.lr_at_1 ?? -1) > (a.lr_at_1 ?? -1) ? b : a));
-  $("summary").textContent = best.lr_at_1 === undefined || best.lr_at_1 === null ? `${data.rows.length} rows` :
-    `Of ${count(best.scored)} query photos ${number(best.lr_at_1)} % are placed within ${best.threshold_m} m at the first answer ` +
-    `(chance ${number(best.chance.lr_at_1)} %), among ${count(best.classes)} cells in ${best.groups} groups.`;
   $("origin").textContent = `Made by ${data.provenance.command} on ${data.provenance.time}, commit ` +
     `${data.provenance.commit ?? "unknown"}, ${Object.entries(data.provenance.packages).map((p) => p.join(" ")).join(", ")}.`;
+}
+
+const nameOf = (row) => `${row.checkpoint} on ${row.queries}`;
+
+function drawSummary(row) {
+  const n = nsOf(row)[0], several = data.rows.length > 1;
+  $("summary").textContent = (several ? `${nameOf(row)}: ` : "") + (row.scored ?
+    `${several ? "of" : "Of"} ${count(row.scored)} query photos ${number(row[`lr_at_${n}`])} % are placed within ${row.threshold_m} m ` +
+    `${n === 1 ? "at the first answer" : `by one of the first ${n} answers`} (chance ${number(row.chance[`lr_at_${n}`])} %), ` +
+    `among ${count(row.classes)} cells in ${row.groups} groups.` + (row.fitted ? " Form and confidence are fitted to these very queries." : "")
+    : "no query with a known place");
 }
 
 // Charts: small SVGs, 520 x 260
@@ -257,7 +263,7 @@ function openRow(index) {
   const scored = set.photos.map((_, i) => i).filter((i) => answers.error[i] !== null);
   const isRight = (i) => Boolean(answers.right[i]); // errors are rounded
   view = { row, answers, set, cells, scored, isRight };
-  drawHistogram(view); drawCurve(view); drawReliability(view); drawGroups(view);
+  drawSummary(row); drawHistogram(view); drawCurve(view); drawReliability(view); drawGroups(view);
   drawGallery(view, "confident", answers.confident, "No mistakes.");
   drawGallery(view, "farthest", answers.farthest, "No mistakes.");
   drawGallery(view, "successes", answers.successes, "No successes.");
@@ -268,8 +274,10 @@ function openRow(index) {
 drawResults();
 $("fit").onclick = () => map.fit(boundsOf(view.cells));
 for (const id of ["show-right", "show-wrong", "show-lines", "show-cells"]) $(id).onchange = () => map.draw();
-data.rows.forEach((row, i) => $("row").append(el("option", { value: i }, `${row.checkpoint} on ${row.queries}`)));
+data.rows.forEach((row, i) => $("row").append(el("option", { value: i }, nameOf(row))));
 $("picker").hidden = data.rows.length < 2;
 $("row").onchange = () => openRow(Number($("row").value));
-openRow(0);
+const first = [(row) => row.scored && !row.fitted, (row) => row.scored, () => true].map((some) => data.rows.findIndex(some)).find((i) => i >= 0);
+$("row").value = first;
+openRow(first);
 document.body.dataset.ready = "yes";

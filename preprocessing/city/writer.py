@@ -21,7 +21,7 @@ from tqdm import tqdm
 from preprocessing.city.plan import BAND, CELL, MIN_PHOTOS_PER_CELL, ZONE, CitySettings, Panorama, Plan
 from preprocessing.city.streetview import Renderer
 from shards.console import JobError, format_bytes, format_count, format_duration
-from shards.files import TEMPORARY_SUFFIX, atomic_write_json, is_partial, remove_partials
+from shards.files import TEMPORARY_SUFFIX, atomic_write_json, is_partial, named, remove_partials
 from shards.names import PhotoName, format_name
 from shards.provenance import provenance
 from shards.workers import ctrl_c_held_back, end_pool, follow_parent
@@ -140,8 +140,9 @@ class _Task:
                     image = self.renderer.photo(around, k)
                     data = simplejpeg.encode_jpeg(image, self.plan.settings.quality, "RGB", "420", fastdct=False)
                     partial = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-                    partial.write_bytes(data)
-                    os.rename(partial, path)
+                    with named(path, partial):
+                        partial.write_bytes(data)
+                        os.rename(partial, path)
                     size += len(data)
                 photos += 1
         return Written(photos, size)
