@@ -21,7 +21,6 @@ from evaluation.calibration import temperature_of
 from evaluation.localiser import Localiser
 from evaluation.model_card import model_card
 from evaluation.ranking import LEAST_DEVIATION
-from evaluation.result_files import to_latlon
 from shards.console import JobError
 from shards.dataset import refuse_data_set
 from shards.files import (
@@ -161,7 +160,7 @@ def _largest_difference(network: nn.Module, examples: Sequence[Tensor], run: Any
 def _write_facts(localiser: Localiser, out: Path) -> None:
     """classes.csv, the position of each column of the scores, and model.json, how photos are prepared."""
     classes = localiser.classes
-    latitude, longitude = to_latlon(classes, classes.center_east, classes.center_north)
+    latitude, longitude = classes.to_latlon(classes.center_east, classes.center_north)
     table = pa.table(
         {
             "group": classes.group, "label": classes.label, "east": classes.center_east, "north": classes.center_north,

@@ -11,7 +11,6 @@ import numpy as np
 import utm
 
 from evaluation.ranking import Answers
-from evaluation.result_files import to_latlon
 from shards.classes import ClassTable
 from shards.names import BadName, parse_name
 from shards.plane import on_map
@@ -61,7 +60,7 @@ def top_places(
     rows = answers.rows[i]
     centers = classes.take(rows).centers()
     kept = distinct(rows, classes, count=count, apart=apart)
-    latitude, longitude = to_latlon(classes, centers[kept, 0], centers[kept, 1])
+    latitude, longitude = classes.to_latlon(centers[kept, 0], centers[kept, 1])
     places = []
     for rank, lat, lon in zip(kept, latitude.tolist(), longitude.tolist(), strict=True):
         located = not math.isnan(lat)

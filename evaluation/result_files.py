@@ -12,15 +12,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import utm
 
 from evaluation.query_set import Outcome
-from shards.classes import ClassTable
 from shards.console import JobError
 from shards.dataset import refuse_data_set
 from shards.files import atomic_path, atomic_write_json, atomic_write_text
-from shards.names import BadName, parse_name
-from shards.plane import half_of
 
 Row = dict[str, Any]
 
@@ -95,9 +91,7 @@ def predictions_table(outcome: Outcome) -> pa.Table:
     count = len(queries)
     first = answers.rows[:, 0]
     east, north = classes.center_east[first], classes.center_north[first]
-    latitude, longitude = to_latlon(
-        classes, east, north, southern=is_southern(queries.paths) and half_of(north) is not False
-    )
+    latitude, longitude = classes.to_latlon(east, north)
     unread = ~outcome.readable
 
     def known(values: np.ndarray) -> pa.Array:
@@ -129,31 +123,6 @@ def predictions_table(outcome: Outcome) -> pa.Table:
         "distances_m": lists(outcome.distances[outcome.form]),
     }
     return pa.table(columns, schema=_SCHEMA)
-
-
-def is_southern(paths: Sequence[Path]) -> bool:
-    """Whether photos lie south of the equator, by the UTM band letter in the first name that has one."""
-    for path in paths:
-        try:
-            band = parse_name(path.name).band
-        except BadName:
-            continue
-        if band:
-            return band < "N"
-    return False
-
-
-def to_latlon(
-    classes: ClassTable, east: np.ndarray, north: np.ndarray, *, southern: bool = False
-) -> tuple[np.ndarray, np.ndarray]:
-    """Degrees of points in the plane of a class map (float64 [Q], metres); NaN where it has no UTM zone."""
-    if not classes.zone or len(east) == 0:
-        nowhere = np.full(len(east), np.nan)
-        return nowhere, nowhere
-    latitude, longitude = utm.to_latlon(
-        east, north, classes.zone, northern=not (southern or classes.southern), strict=False
-    )
-    return np.asarray(latitude), np.asarray(longitude)
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import utm
 
 from shards.console import JobError, is_systems, one_line
 from shards.files import atomic_path, read_table
@@ -117,6 +118,14 @@ class ClassTable:
         table = pa.table(columns).replace_schema_metadata(facts)
         with atomic_path(path) as partial:
             pq.write_table(table, partial)
+
+    def to_latlon(self, east: np.ndarray, north: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Degrees (WGS84) of points in the plane of the classes (float64 [Q], metres); NaN where it has no UTM zone."""
+        if not self.zone or not len(east):
+            nowhere = np.full(len(east), np.nan)
+            return nowhere, nowhere
+        latitude, longitude = utm.to_latlon(east, north, self.zone, northern=not self.southern, strict=False)
+        return np.asarray(latitude), np.asarray(longitude)
 
     @property
     def crs(self) -> str:

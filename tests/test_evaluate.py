@@ -21,7 +21,6 @@ from tiny_run import evaluate_here, write_run
 
 from evaluation.localiser import Localiser
 from evaluation.query_set import Settings, evaluate_set
-from evaluation.result_files import is_southern
 from shards.console import JobError, WrongArguments
 from shards.names import PhotoName, format_name, parse_name
 from training.checkpoint import load_for_evaluation
@@ -277,13 +276,6 @@ def test_class_maps_in_another_place_have_no_answer_within_reach(
     assert row["ceiling"] == row["lr_at_20"] == row["chance"]["lr_at_20"] == 0
     assert row["outside_every_class"] == 100
     assert row["median_error_m"] > 900
-
-
-@pytest.mark.parametrize(
-    ("name", "southern"), [("@1@2@56@H@.jpg", True), ("@1@2@10@S@.jpg", False), ("@1@2@note@A@.jpg", False)]
-)
-def test_a_letter_tells_the_hemisphere_where_it_is_the_band_of_a_zone(name: str, southern: bool) -> None:
-    assert is_southern([Path("plain.jpg"), Path(name)]) is southern
 
 
 def test_queries_from_both_sides_of_the_equator_are_scored_in_the_plane_of_the_classes(
