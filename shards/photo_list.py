@@ -35,6 +35,9 @@ _ZONE = (
 _BANDS = "CDEFGHJKLMNPQRSTUVWX"  # of 8 degrees of latitude each, from 80 degrees south
 _LONGEST_HEAD = 1 << 16
 
+BACKSLASHES = "its path has \\, here / separates folders"
+"""What may be wrong with a photo that a list names by a path of Windows and that is not there."""
+
 
 @dataclass(frozen=True)
 class PhotoList:

@@ -181,6 +181,10 @@ def test_a_list_that_cannot_be_compared_with_the_classes_is_a_clear_error(tmp_pa
         list_queries(write_list(tmp_path / "o.csv", path=["a"], east=[3.0]), 10)
     with pytest.raises(JobError, match="cannot read the list"):
         list_queries(tmp_path / "missing.csv", 10)
+    windows = write_list(tmp_path / "w.csv", path=[r"b\c.jpg"], east=[3.0], north=[4.0])
+    (tmp_path / r"b\c.jpg").unlink()
+    with pytest.raises(JobError, match=r"none of its photos is there .*b\\c.jpg; its path has \\, here / separates"):
+        list_queries(windows, 10)
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(JobError, match=r"none of its photos is there .*a\.jpg\); paths are relative to the list's"):
         list_queries(tmp_path / "m.csv", 0)

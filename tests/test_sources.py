@@ -316,6 +316,16 @@ def test_a_dry_run_over_a_list_whose_photos_lie_elsewhere_names_root(tmp_path):
         dry_run(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
 
 
+def test_a_list_with_paths_of_windows_is_told_what_separates_folders(tmp_path):
+    paths = [rf"photos\{name}" for name in write_listed(tmp_path / "photos", 40)]
+    place = write_csv(tmp_path / "list.csv", path=paths, east=[500003.0] * 40, north=[4180003.0] * 40)
+    said = r"40 missing: its path has \\, here / separates folders"
+    with pytest.raises(JobError, match=said):
+        dry_run(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
+    with pytest.raises(JobError, match=said.replace("40", r"\d+")):
+        build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
+
+
 def test_photos_whose_names_say_nothing_are_told_of_lists(tmp_path):
     write_listed(tmp_path / "photos")
     with pytest.raises(JobError, match=r"no coordinates in the name .* give a list with path, latitude, longitude"):
