@@ -189,7 +189,7 @@ def _add(outcome: Outcome, results: Results) -> None:
     if outcome.queries.reprojected:
         zone = outcome.classes.zone
         moved = format_count(outcome.queries.reprojected, "photo")
-        results.warn(f"{source}: {moved} of a neighbouring UTM zone reprojected to {zone}")
+        print(f"note: {printable(source)}: {moved} of a neighbouring UTM zone reprojected to {zone}", file=sys.stderr)
     results.outcomes.append(outcome)
     results.rows.append(row)
     if row["scored"] and not row["ceiling"]:

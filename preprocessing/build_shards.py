@@ -105,7 +105,8 @@ class Arguments:
         changes = (self.add is not None) + self.retry_quarantined
         if changes + self.dry_run + self.finish + (self.task_index is not None) > 1:
             raise WrongArguments(
-                "--add, --retry-quarantined, --dry-run, --task-index and --finish are for one command each"
+                "--add, --retry-quarantined, --dry-run, --task-index and --finish are for one command each; "
+                "additions have no dry run"
             )
         if self.codec == "gpu" and (self.crops or self.resize_filter == "lanczos" or self.engine == "ray"):
             raise WrongArguments("--codec gpu goes without --crops, --resize-filter lanczos and --engine ray")

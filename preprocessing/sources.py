@@ -19,7 +19,7 @@ from preprocessing.photos import Bad, Listing, list_photos, reasons_of
 from preprocessing.remote import list_remote, read_remote
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
 from shards.console import JobError, describe_os_error, printable
-from shards.photo_list import is_list, read_list
+from shards.photo_list import BACKSLASHES, is_list, read_list
 from shards.store import is_url
 
 _BAD_SECTOR_ERRORS = (errno.EACCES, errno.EIO, errno.ELOOP, errno.EPERM, errno.ENAMETOOLONG, errno.EUCLEAN)
@@ -90,10 +90,15 @@ class Source:
 
     def read(self, photo: str) -> bytes:
         """The bytes of a photo below the root; raises `BadPhoto`, or `JobError` where the whole source has vanished."""
-        if is_url(self.root):
-            return read_remote(self.root, photo)
-        path = os.path.join(self.root, photo)  # pathlib's paths cost 4 % of a photo's time
-        return read_photo(path, self.root if self.is_list else os.path.dirname(path))
+        try:
+            if is_url(self.root):
+                return read_remote(self.root, photo)
+            path = os.path.join(self.root, photo)  # pathlib's paths cost 4 % of a photo's time
+            return read_photo(path, self.root if self.is_list else os.path.dirname(path))
+        except BadPhoto as bad:
+            if bad.reason == "missing" and "\\" in photo and self.is_list:
+                raise BadPhoto(f"missing: {BACKSLASHES}") from None
+            raise
 
 
 def list_named(file: Path, root: Path | str, zone: int, northern: bool | None = None) -> Listing:

@@ -35,6 +35,9 @@ _ZONE = (
 _BANDS = "CDEFGHJKLMNPQRSTUVWX"  # of 8 degrees of latitude each, from 80 degrees south
 _LONGEST_HEAD = 1 << 16
 
+BACKSLASHES = "its path has \\, here / separates folders"
+"""What may be wrong with a photo that a list names by a path of Windows and that is not there."""
+
 
 @dataclass(frozen=True)
 class PhotoList:
@@ -249,8 +252,9 @@ def _from_degrees(table: pa.Table, zone: int, northern: bool | None) -> tuple[Pl
     """One zone and one hemisphere's plane for all, so that no border of zones runs through a city."""
     latitude, longitude = _numbers(table, "latitude"), _numbers(table, "longitude")
     missing = ~(np.isfinite(latitude) & np.isfinite(longitude))
+    no_fix = (latitude == 0) & (longitude == 0)  # what receivers write that do not know where they are
     inside = on_map(latitude, longitude)
-    good = inside.copy()
+    good = inside & ~no_fix
     east, north = np.full((2, len(table)), np.nan)
     zones = np.zeros(len(table), np.int8)
     far = np.zeros(len(table), bool)
@@ -267,7 +271,12 @@ def _from_degrees(table: pa.Table, zone: int, northern: bool | None) -> tuple[Pl
                 force_northern=bool(np.median(latitude[good]) >= 0) if northern is None else northern,
             )
             zones[good] = zone
-    reasons = {"no coordinates": missing, "coordinates out of range": ~missing & ~inside, "zone mismatch": far}
+    reasons = {
+        "no coordinates": missing,
+        "no GPS fix": no_fix,
+        "coordinates out of range": ~missing & ~inside,
+        "zone mismatch": far,
+    }
     return Places(east, north, zones, latitude < 0), reasons
 
 

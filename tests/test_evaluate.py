@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import utm
 from PIL import Image
 from tiny import ROOT, SOUTH, WEST, ZONE, class_table, photo
 from tiny_run import evaluate_here, write_run
@@ -125,6 +126,27 @@ def test_photos_that_cannot_be_scored_are_said_and_left_out(
     (cut,) = (p for p in predictions if "cut" in p["photo"])
     assert cut["predicted_east"] is None
     assert cut["labels"] is None
+
+
+def test_a_query_of_a_neighbouring_zone_is_a_note_and_no_problem(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, folder = run_and_queries
+    query = next(folder.iterdir())
+    name = parse_name(query.name)
+    latitude, longitude = utm.to_latlon(name.east, name.north, ZONE, "S")
+    east, north, _, _ = utm.from_latlon(latitude, longitude, force_zone_number=ZONE + 1)
+    (tmp_path / "q").mkdir()
+    shutil.copy(query, tmp_path / "q" / f"@{east}@{north}@{ZONE + 1}@S@.jpg")
+    words = ["--checkpoints", run, "--queries", tmp_path / "q", "--out", tmp_path / "o"]
+    assert evaluate_here(monkeypatch, *words) == 0
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert (results["rows"][0]["reprojected"], results["rows"][0]["lr_at_20"], results["problems"]) == (1, 100, [])
+    said = f"note: {tmp_path / 'q'}: 1 photo of a neighbouring UTM zone reprojected to {ZONE}\n"
+    assert capsys.readouterr().err == said
 
 
 def test_what_cannot_be_evaluated_is_one_line_and_the_rest_goes_on(

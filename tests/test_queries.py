@@ -143,12 +143,13 @@ def test_queries_of_a_list_lie_where_the_same_photos_by_their_names_do(tmp_path:
 
 def test_rows_of_a_list_without_a_place_are_kept_and_those_far_away_or_without_a_path_set_aside(tmp_path: Path) -> None:
     rows = [("a.jpg", "37.75", "-122.4"), ("b.jpg", "", ""), ("c.jpg", "48.2", "16.4"), ("", "37.75", "-122.4")]
+    rows.append(("d.jpg", "0.0", "-0"))
     path, latitude, longitude = (list(column) for column in zip(*rows, strict=True))
     file = write_list(tmp_path / "list.csv", path=path, latitude=latitude, longitude=longitude)
     queries = list_queries(file, 10)
-    assert queries.names == ("a.jpg", "b.jpg")
-    assert queries.located.tolist() == [True, False]
-    assert queries.unlocated(np.ones(2, bool))[0].reason == "no coordinates"
+    assert queries.names == ("a.jpg", "b.jpg", "d.jpg")
+    assert queries.located.tolist() == [True, False, False]
+    assert [photo.reason for photo in queries.unlocated(np.ones(3, bool))] == ["no coordinates", "no GPS fix"]
     assert [(aside.path.name, aside.reason) for aside in queries.set_aside] == [
         ("c.jpg", "farther away than the zones beside 10, that of the classes"),
         ("row 4", "no path"),
@@ -181,6 +182,10 @@ def test_a_list_that_cannot_be_compared_with_the_classes_is_a_clear_error(tmp_pa
         list_queries(write_list(tmp_path / "o.csv", path=["a"], east=[3.0]), 10)
     with pytest.raises(JobError, match="cannot read the list"):
         list_queries(tmp_path / "missing.csv", 10)
+    windows = write_list(tmp_path / "w.csv", path=[r"b\c.jpg"], east=[3.0], north=[4.0])
+    (tmp_path / r"b\c.jpg").unlink()
+    with pytest.raises(JobError, match=r"none of its photos is there .*b\\c.jpg; its path has \\, here / separates"):
+        list_queries(windows, 10)
     (tmp_path / "a.jpg").unlink()
     with pytest.raises(JobError, match=r"none of its photos is there .*a\.jpg\); paths are relative to the list's"):
         list_queries(tmp_path / "m.csv", 0)

@@ -20,7 +20,7 @@ from test_build import quarantine
 from preprocessing.build import build, dry_run
 from preprocessing.coordinates import _rows_of, locate
 from preprocessing.engine import Job
-from preprocessing.photos import list_photos
+from preprocessing.photos import list_photos, reasons_of
 from preprocessing.plan import make_plan
 from preprocessing.resize import Resizer
 from preprocessing.shard_run import Machinery
@@ -86,6 +86,14 @@ def test_a_list_as_a_spreadsheet_of_any_language_writes_it_gives_the_same_places
     assert listing.places.east.tolist() == pytest.approx([east] * 3, abs=1e-6)
     assert listing.places.north.tolist() == pytest.approx([north] * 3, abs=1e-6)
     assert np.array_equal(present(listing.places.heading), [1.5] * 3)
+
+
+def test_rows_of_a_receiver_without_a_fix_are_set_aside_and_have_no_say_in_the_zone(tmp_path):
+    at = {"latitude": [0.0] * 30 + [0.0, 37.75], "longitude": [0.0] * 30 + [-122.4, -122.4]}
+    listing = list_named(write_csv(tmp_path / "list.csv", path=[f"{i}.jpg" for i in range(32)], **at), tmp_path, 0)
+    assert listing.places is not None
+    assert (listing.paths.to_pylist(), listing.places.zones.tolist()) == (["30.jpg", "31.jpg"], [10, 10])
+    assert reasons_of(listing.bad) == "30 no GPS fix"
 
 
 def test_a_list_south_of_the_equator_makes_a_class_map_that_says_so(tmp_path):
@@ -314,6 +322,16 @@ def test_a_dry_run_over_a_list_whose_photos_lie_elsewhere_names_root(tmp_path):
     place = write_csv(tmp_path / "list.csv", path=names, east=[500003.0] * 20, north=[4180003.0] * 20)
     with pytest.raises(JobError, match=r"none of 20 photos that were tried can be used \(20 missing\); --root is"):
         dry_run(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
+
+
+def test_a_list_with_paths_of_windows_is_told_what_separates_folders(tmp_path):
+    paths = [rf"photos\{name}" for name in write_listed(tmp_path / "photos", 40)]
+    place = write_csv(tmp_path / "list.csv", path=paths, east=[500003.0] * 40, north=[4180003.0] * 40)
+    said = r"40 missing: its path has \\, here / separates folders"
+    with pytest.raises(JobError, match=said):
+        dry_run(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
+    with pytest.raises(JobError, match=said.replace("40", r"\d+")):
+        build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
 
 
 def test_photos_whose_names_say_nothing_are_told_of_lists(tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from shards.console import JobError, one_line, printable
 from shards.names import PHOTO_EXTENSIONS, parse_utm
-from shards.photo_list import is_list, read_list
+from shards.photo_list import BACKSLASHES, is_list, read_list
 from shards.photo_tree import walk_photos
 from shards.plane import Places, into_zone, join_at_equator, nowhere_in
 from shards.upright import UnreadablePhoto, open_photo, upright_rgb
@@ -140,8 +140,10 @@ def _check_photos(file: Path, paths: Sequence[Path]) -> None:
     if not paths:
         raise JobError(f"{file}: no row names a photo")
     if all(_size(path) is None for path in paths):
+        first = str(paths[0])
+        hint = f"; {BACKSLASHES}" if "\\" in first else ""
         raise JobError(
-            f"{file}: none of its photos is there (the first: {printable(str(paths[0]))}); paths are relative to the "
+            f"{file}: none of its photos is there (the first: {printable(first)}{hint}); paths are relative to the "
             "list's folder, or absolute"
         )
 
