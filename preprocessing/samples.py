@@ -1,7 +1,7 @@
 """Makes the small JPEGs of a shard's samples: of photos as they are, or of crops cut out of panoramas."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -13,9 +13,17 @@ _MOST_BYTES = 1 << 26
 
 class SampleMaker:
     """Makes the samples of one shard. A panorama is read and decoded once for all of its crops in `wanted`, the
-    shard's samples: its crops wait as small JPEGs, at most one shard's worth."""
+    shard's samples: its crops wait as small JPEGs, at most one shard's worth. `on_read` gets the bytes of every
+    photo."""
 
-    def __init__(self, sources: Sequence[Source], resizer: Resizer, wanted: Sequence[str]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        resizer: Resizer,
+        wanted: Sequence[str],
+        on_read: Callable[[bytes], None] = lambda data: None,
+    ) -> None:
+        self._on_read = on_read
         self._sources = sources
         self._resizer = resizer
         self._waiting: dict[str, bytes | BadPhoto] = {}
@@ -71,11 +79,13 @@ class SampleMaker:
         if sample in self._waiting:
             return b""
         try:
-            return self._sources[split_sample(sample)[0]].read(self.photo(sample))
+            data = self._sources[split_sample(sample)[0]].read(self.photo(sample))
         except BadPhoto as bad:
             for other in self._crops.get(sample.rpartition("#")[0], ()):
                 self._waiting[other] = bad
             return bad
+        self._on_read(data)
+        return data
 
     def _crop(self, sample: str, data: bytes) -> bytes | BadPhoto:
         if sample not in self._waiting:

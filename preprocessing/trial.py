@@ -5,7 +5,6 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +23,8 @@ from shards.upright import UnreadablePhoto, open_photo
 from shards.writer import TAR_BLOCK
 
 _TABLE_BYTES = 200  # of sample table, DALI index and flat index, for each image
-_SHAPES_SEEN = 16
 UNCUT = "most photos are at least twice as wide as high and are squeezed into squares; cut panoramas with --crops 12"
+_SHAPES_SEEN = 32
 _SURELY = 0.8  # photos differ: a disk with less than this share of the estimate is surely too small
 
 
@@ -93,7 +92,15 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
     else:
         samples = plan.order[spread]
     task = plan.task_of(0, 0, samples)
-    maker = SampleMaker([source], resizer, task.sources)
+    wide: list[bool] = []
+
+    def look_at(data: bytes) -> None:
+        if len(wide) == _SHAPES_SEEN:
+            return
+        with suppress(UnreadablePhoto), open_photo(io.BytesIO(data)) as image:
+            wide.append(image.width >= 2 * image.height)
+
+    maker = SampleMaker([source], resizer, task.sources, look_at)
     bad: Counter[str] = Counter()
     written = read = 0
     start = time.perf_counter()
@@ -105,17 +112,8 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
         written += 3 * TAR_BLOCK + len(jpeg) + -len(jpeg) % TAR_BLOCK + _TABLE_BYTES
     seconds = time.perf_counter() - start
     tried = len(task.sources)
-    uncut = not source.crops and _most_are_panoramas([maker.photo(s) for s in task.sources[:_SHAPES_SEEN]], source)
+    uncut = not source.crops and sum(wide) * 2 > len(wide)
     return Trial(tried, bad, tried / seconds, written / max(tried - bad.total(), 1), read / tried, uncut)
-
-
-def _most_are_panoramas(photos: Sequence[str], source: Source) -> bool:
-    """Whether more than half of the photos that can be read are as wide as those that `--crops` takes."""
-    wide = []
-    for photo in photos:
-        with suppress(BadPhoto, UnreadablePhoto), open_photo(io.BytesIO(source.read(photo))) as image:
-            wide.append(image.width >= 2 * image.height)
-    return sum(wide) * 2 > len(wide)
 
 
 def check_space(plan: Plan, source: Source, out: Path, resizer: Resizer, images: int) -> None:
