@@ -247,6 +247,7 @@ PRESETS: dict[str, TrainConfig] = {
         lr=1e-3,
         head_lr=3e-3,
         lr_schedule="constant",
+        ema=0.998,
         precision="fp32",
         channels_last=True,
     ),

@@ -20,7 +20,7 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPE = """--preset quickstart --image-size 32 --colour-jitter 0 --iterations-per-epoch 200 --epochs 4
+RECIPE = """--preset quickstart --image-size 32 --colour-jitter 0 --ema 0 --iterations-per-epoch 200 --epochs 4
     --cpu --threads 1 --tracker none --keep 1""".split()  # noqa: SIM905
 STREAM: dict[str, list[str]] = {"indexed": []} | {
     f"K={run} W={window}": ["--read", "stream", "--stream-run", str(run), "--stream-window", str(window)]

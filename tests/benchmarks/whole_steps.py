@@ -60,7 +60,7 @@ def option_rows(shards: Path, preset: str, image_size: int, rounds: int) -> list
 
 def config_of(shards: Path, preset: str, image_size: int, **values: object) -> TrainConfig:
     """A preset for one process of the CPU, without options of a step but those of `values`."""
-    plain = {"weights": "none", "precision": "fp32", "channels_last": False, "compile": False, "cpu": True}
+    plain = {"ema": 0.0, "weights": "none", "precision": "fp32", "channels_last": False, "compile": False, "cpu": True}
     settings = plain | {"image_size": image_size, "tracker": "none", "shards": shards, "out": Path("unused")} | values
     return replace(PRESETS[preset], **settings)  # type: ignore[arg-type]
 
