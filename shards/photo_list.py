@@ -200,19 +200,20 @@ def _from_metres(table: pa.Table, zone: int, northern: bool | None) -> tuple[Pla
     if "zone" in table.column_names:
         text = _text(table, "zone")
         parts = pc.extract_regex(text, _ZONE)
-        known = np.asarray(pc.is_valid(parts))
-        numbers = pc.fill_null(pc.struct_field(parts, "number").cast(pa.int8()), 0)
-        zones = np.where(known, np.asarray(numbers), 0).astype(np.int8)
+        number = pc.fill_null(pc.struct_field(parts, "number"), "0")
+        half = pc.fill_null(pc.struct_field(parts, "half"), "")
+        short_code = pc.and_(pc.not_equal(half, ""), pc.equal(pc.binary_length(number), 1))  # 3261 for 32610
+        known = np.asarray(pc.and_not(pc.is_valid(parts), short_code))
+        zones = np.where(known, np.asarray(number.cast(pa.int8())), 0).astype(np.int8)
         band = pc.utf8_upper(pc.struct_field(parts, "band"))
         bands = np.asarray(pc.fill_null(pc.index_in(band, pa.array(list(_BANDS), band.type)), -1))
-        half = pc.fill_null(pc.struct_field(parts, "half"), "")
         southern, told = (bands >= 0) & (bands < _BANDS.index("N")), bands >= 0
         for name, is_south in (("6", False), ("7", True)):
             of_code = np.asarray(pc.equal(half, name))
             southern[of_code], told[of_code] = is_south, True
-        usable = known & ~missing
+        other_band = known & ~missing & ~_in_band(north, bands)
+        usable = known & ~missing & ~other_band
         southern[~told] = _half(north[usable], zones[usable], southern[usable & told], northern)
-        other_band = usable & ~_in_band(north, bands)
         unknown = ~known & np.asarray(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(text)), 0)) & ~missing
     else:
         unknown = np.zeros(len(table), bool)

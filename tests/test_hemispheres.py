@@ -68,6 +68,21 @@ def test_several_zones_as_mere_numbers_are_refused_where_nothing_tells_the_hemis
     assert np.hypot(np.diff(moved.east), np.diff(moved.north)) == pytest.approx(2087, abs=5)
 
 
+def test_rows_whose_band_is_wrong_tell_no_others_their_hemisphere(tmp_path: Path) -> None:
+    places = [utm.from_latlon(-20.5, longitude) for longitude in (-48.01, -47.99)] * 2
+    columns = {"path": [*"abcd"], "east": [p[0] for p in places], "north": [p[1] for p in places]}
+    file = write_csv(tmp_path / "list.csv", **columns, zone=["22", "23", "22S", "23S"])
+    with pytest.raises(JobError, match="the zones are mere numbers"):
+        list_named(file, tmp_path, 0)
+
+
+def test_a_code_that_lacks_a_digit_is_no_zone(tmp_path: Path) -> None:
+    file, _, _ = write_metres(tmp_path, MADRID, ["32630", "3263", "3273", "EPSG:3261", "3", "03"])
+    assert [(b.source, b.reason) for b in list_named(file, tmp_path, 0).bad] == [
+        (f"{row}.jpg", "no UTM zone") for row in (1, 2, 3)
+    ]
+
+
 def test_a_band_that_means_the_south_is_set_aside_and_bands_near_their_edges_are_not(tmp_path: Path) -> None:
     north = [7390000.0, 7390000.0, 4182000.0, 3540000.0, 4420000.0, 9990000.0, 100.0, 7390000.0]
     zone = ["23S", "23K", "23S", "23S", "23S", "23N", "23M", "23"]
