@@ -128,7 +128,7 @@ def main() -> None:
     settings = Settings(**given | {"crops": arguments.crops or 0})
     machinery = Machinery(arguments.workers, arguments.max_bad_share, ENGINES[arguments.engine])
     source = Source.of(arguments.add or arguments.source or ".", arguments.root, settings.crops)
-    if sets := source.query_sets():
+    if (arguments.add or arguments.source) and (sets := source.query_sets()):
         print(
             f"warning: {source.place} holds {', '.join(sets)} beside train/: queries would be trained on",
             file=sys.stderr,

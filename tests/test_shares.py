@@ -133,6 +133,9 @@ def test_a_source_that_holds_queries_beside_training_photos_is_told(photos, tmp_
         told[source.name] = subprocess.run([*COMMAND[:2], *words], capture_output=True, text=True).stderr
     assert f"warning: {tmp_path / 'city'} holds test/ beside train/: queries would be trained on\n" in told["city"]
     assert "warning" not in told["train"]
+    words = ["--out", tmp_path / "out", "--retry-quarantined"]  # which takes no photos from the current folder
+    done = subprocess.run([*COMMAND[:2], *words], capture_output=True, text=True, cwd=tmp_path / "city")
+    assert "warning" not in done.stderr
 
 
 def test_the_command_prints_a_forecast(photos, whole, tmp_path):
