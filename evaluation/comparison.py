@@ -193,8 +193,8 @@ def _add(outcome: Outcome, results: Results) -> None:
     results.outcomes.append(outcome)
     results.rows.append(row)
     if row["scored"] and not row["ceiling"]:
-        near = f"within {row['threshold_m']:g} m of a class of {checkpoint} ({outcome.classes.crs})"
-        results.warn(f"{source}: no query lies {near}: another city, zone or hemisphere")
+        near = f"within {row['threshold_m']:g} m of the centre of a class of {checkpoint} ({outcome.classes.crs})"
+        results.warn(f"{source}: no query lies {near}: a small --threshold, or another city, zone or hemisphere")
     if row["scored"] == 0:
         results.error(f"{checkpoint} on {source}: no readable query with coordinates, so no LR@N")
 

@@ -194,7 +194,8 @@ def test_queries_of_another_hemisphere_are_told_and_nothing_is_fitted_to_them(
     assert evaluate_here(monkeypatch, *words) == 1
     said = capsys.readouterr().err
     assert (
-        f"{away}: no query lies within 25 m of a class of {run} (UTM zone 10 north, metres): another city, zone" in said
+        f"{away}: no query lies within 25 m of the centre of a class of {run} (UTM zone 10 north, metres): "
+        "a small --threshold, or another city, zone or hemisphere" in said
     )
     assert f"{away}: no readable query of it is answered rightly; {run} keeps cosine scores" in said
     assert not list(run.rglob("calibration.json"))
