@@ -46,7 +46,7 @@ def model_card(localiser: Localiser, results: Path | None) -> str:
             raise JobError(f"--results {results}: no results.json of evaluation/evaluate.py ({error})") from error
         if not own:
             raise JobError(
-                f"--results {results}: none of its {format_count(len(rows), 'row')} is a score of {localiser.path}; "
+                f"--results {results}: no score of {localiser.path} among {format_count(len(rows), 'row')}; "
                 "evaluate that checkpoint and name its results.json"
             )
     return "\n".join(lines) + "\n"

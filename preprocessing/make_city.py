@@ -22,6 +22,7 @@ import tyro
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
 from shards.console import WrongArguments, entry
+from shards.dataset import refuse_data_set
 from shards.workers import cores_of_process
 
 
@@ -42,6 +43,7 @@ class Arguments:
 
 def main() -> None:
     arguments = tyro.cli(Arguments, description=__doc__)
+    refuse_data_set(arguments.out)
     render_city(arguments.out, arguments.city, arguments.workers)
 
 

@@ -34,10 +34,10 @@ def _groups(controller: str, membership: Path, mount: Path) -> Iterator[Path]:
     Some may not be there: in a container its own group may be the root, and the membership its place on the host.
     """
     try:
-        lines = membership.read_text().splitlines()
+        lines = membership.read_text(errors="surrogateescape").splitlines()
     except OSError:
         return
-    for line in lines:
+    for line in filter(None, lines):
         _, controllers, place = line.split(":", 2)
         root = mount / controller if controllers else mount
         if not controllers or controller in controllers.split(","):

@@ -175,7 +175,7 @@ def test_results_without_a_score_of_the_checkpoint_are_refused(
     of_before = a_row(run)
     del of_before["weights"]
     results.write_text(json.dumps({"rows": [a_row(run, **other), of_before]}))
-    with pytest.raises(JobError, match=r"none of its 2 rows is a score of .*step-00000007; evaluate that checkpoint"):
+    with pytest.raises(JobError, match=r"no score of .*step-00000007 among 2 rows; evaluate that checkpoint"):
         export_here(monkeypatch, run, "--to", "hub", "--out", tmp_path / "hub", "--results", results)
     assert not (tmp_path / "hub").exists()
 
@@ -184,7 +184,7 @@ def test_results_without_a_score_of_the_checkpoint_are_refused(
 def test_a_file_that_is_no_results_json_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     run, results = write_run(tmp_path / "run"), tmp_path / "results.json"
     results.write_text(text)
-    with pytest.raises(JobError, match=r"results.json: (no results.json of|none of its 1 row )"):
+    with pytest.raises(JobError, match=r"results.json: no (results.json of|score of .* among 1 row; )"):
         export_here(monkeypatch, run, "--to", "hub", "--out", tmp_path / "hub", "--results", results)
 
 

@@ -13,7 +13,7 @@ GIB = 1 << 30
 def write(root: Path, files: dict[str, str]) -> tuple[Path, Path]:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
+        (root / name).write_text(text, errors="surrogateescape")
     return root / "membership", root / "mount"
 
 
@@ -58,9 +58,19 @@ def a_large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
             (16, 64 * GIB),
         ),
         ({"membership": "0::/\n", "mount/cpu.max": "9000000 100000\n"}, (16, 64 * GIB)),
+        ({"membership": "\n0::/caf\udce9\n", "mount/caf\udce9/cpu.max": "100000 100000\n"}, (1, 64 * GIB)),
         ({}, (16, 64 * GIB)),
     ],
-    ids=["container", "no limit", "nested", "version 1", "version 1, no limit", "more than there are", "no groups"],
+    ids=[
+        "container",
+        "no limit",
+        "nested",
+        "version 1",
+        "version 1, no limit",
+        "more than there are",
+        "odd names",
+        "no groups",
+    ],
 )
 def test_the_tightest_limit_counts(tmp_path: Path, files: dict[str, str], expected: tuple[int, int]) -> None:
     places = write(tmp_path, files)
