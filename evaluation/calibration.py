@@ -1,5 +1,8 @@
 """What validation queries say about a checkpoint's answers: the best form of scores, and a confidence that is honest.
 
+The form is the one trained with, unless another answers more queries rightly by two standard errors: to follow every
+query that one form happens to have more costs as often as it gains (tests/benchmarks/RESULTS.md).
+
 A network's probabilities are too sure of themselves; dividing its logits by one number, the temperature, before the
 softmax mends most of that and changes no ranking (Guo et al. 2017, "On calibration of modern neural networks").
 `calibration.json` in a checkpoint's folder keeps the outcome, and all programs that answer use it.
@@ -8,6 +11,7 @@ softmax mends most of that and changes no ranking (Guo et al. 2017, "On calibrat
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +31,7 @@ TEMPERATURES = tuple(2 ** (step / 12) for step in range(-24, 49))  # 0.25 to 16,
 class Calibration:
     """The outcome on the `count` queries of the folder or list `queries`, whose photos have the fingerprint `photos`.
 
-    `form` has the highest LR@1 within 25 m; by form: `temperatures`, `lr_at_1` in percent, and the expected calibration
+    `form` ranks; by form: `temperatures`, `lr_at_1` in percent, and the expected calibration
     error in points at temperature 1 and at the fitted one.
     """
 
@@ -80,7 +84,7 @@ def temperature_of(calibration: Calibration | None, form: RankingForm) -> float 
 def fit(
     answers: dict[RankingForm, tuple[np.ndarray, np.ndarray]], queries: str, own: RankingForm, photos: str = ""
 ) -> Calibration:
-    """Choose form and temperatures; `own` is preferred among equals.
+    """Choose form and temperatures; `own` stays unless another form is surely better.
 
     `answers` by form: bool [Q], whether the first answer is right, and its confidence at each of `TEMPERATURES`,
     float [Q, T]. The temperature is the one under which what happened is likeliest.
@@ -96,6 +100,14 @@ def fit(
         after[form] = calibration(confidence[:, best], right)[1]
         before[form] = calibration(confidence[:, TEMPERATURES.index(1.0)], right)[1]
     first = {form: percent(right) for form, (right, _) in answers.items()}
-    form = max(first, key=lambda form: (first[form], form == own))
+    better = (form for form in answers if _is_surely_better(answers[form][0], answers[own][0]))
+    form = max((own, *better), key=lambda form: first[form])
     count = len(next(iter(answers.values()))[0])
     return Calibration(form, temperatures, queries, count, first, before, after, photos)
+
+
+def _is_surely_better(right: np.ndarray, than: np.ndarray) -> bool:
+    """Whether answers to the same queries (bool [Q], right or not) are right more often than others by more than two
+    standard errors of the difference, which only queries that one of both answers rightly make (McNemar 1947)."""
+    gained, lost = np.count_nonzero(right & ~than), np.count_nonzero(than & ~right)
+    return bool(gained - lost > 2 * math.sqrt(gained + lost))

@@ -30,7 +30,7 @@ _LINES_A_KIND = 10
 
 @dataclass(frozen=True)
 class Job:
-    """What to evaluate, and where the results go. `form` None: the best on the validation queries."""
+    """What to evaluate, and where the results go. `form` None: that of the calibration."""
 
     checkpoints: tuple[Path, ...]
     query_sets: tuple[Path, ...]

@@ -47,7 +47,8 @@ class Arguments:
     forms: tuple[RankingForm, ...] = OWN_FORMS
     """Scores to rank by: raw, cosine, zscore (cosines on one scale over groups), softmax (within groups)."""
     score_form: RankingForm | None = None
-    """Scores of the main figures; the default is the best on the validation queries."""
+    """Scores of the main figures; the default is the one trained with, or one that is surely better on the validation
+    queries."""
     val_queries: Path | None = None
     """Validation queries that choose the form of the main figures and calibrate the confidence, which is stored with
     the checkpoint; the default is those of its training, if they are still there and nothing is stored yet."""
