@@ -77,14 +77,14 @@ class Source:
         zone: int,
         progress: Callable[[int], None],
         as_recorded: bool = False,
-        northern: bool | None = None,
+        southern: bool | None = None,
     ) -> Listing:
         """List the photos; see `list_photos`, `list_remote` and `read_list`."""
         if is_url(self.place):
             return list_remote(self.place, cache, progress)
         if not self.is_list:
             return list_photos(Path(self.place), cache, progress, as_recorded=as_recorded)
-        listing = list_named(Path(self.place), self.root, zone, northern)
+        listing = list_named(Path(self.place), self.root, zone, southern)
         progress(len(listing))
         return listing
 
@@ -101,14 +101,14 @@ class Source:
             raise
 
 
-def list_named(file: Path, root: Path | str, zone: int, northern: bool | None = None) -> Listing:
+def list_named(file: Path, root: Path | str, zone: int, southern: bool | None = None) -> Listing:
     """The photos in a CSV or Parquet list (see `read_list`); their paths are relative to `root` (a folder or URL), or
     absolute.
 
     Rows without usable values are set aside with the reason. Raises `JobError` where the list cannot be read, or names
     no photo with its place.
     """
-    listed = read_list(file, zone, northern=northern)
+    listed = read_list(file, zone, southern=southern)
     paths, places = listed.paths, listed.places
     bad = [
         Bad(printable(paths[row].as_py()) or f"row {row + 1}", reason, printable(listed.values(int(row))))

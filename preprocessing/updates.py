@@ -44,8 +44,8 @@ def add(
         source = replace(source, crops=state.settings.crops if crops is None else crops)
         with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
             classes = state.classes
-            northern = not classes.southern if classes.zone else None
-            listing = source.photos(None, classes.zone, lambda n: bar.update(n - bar.n), northern=northern)
+            southern = classes.southern if classes.zone else None
+            listing = source.photos(None, classes.zone, lambda n: bar.update(n - bar.n), southern=southern)
         if not len(listing):
             raise JobError(f"{source.place}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
         revision, gain = plan_addition(out.folder, state, sources, source, listing)

@@ -89,29 +89,29 @@ def is_list(place: Path | str) -> bool:
     return name.endswith(_LIST_EXTENSIONS) and not is_url(name) and not os.path.isdir(place)
 
 
-def read_list(file: Path, zone: int, *, northern: bool | None = None) -> PhotoList:
+def read_list(file: Path, zone: int, *, southern: bool | None = None) -> PhotoList:
     """The rows of a list.
 
     `zone`: the UTM zone that latitudes and longitudes are converted to; 0 means the one that most of them are in.
-    `northern`: the hemisphere of their plane, and of metres whose zone has no band; None means the one that most of
+    `southern`: the hemisphere of their plane, and of metres whose zone has no band; None means the one that most of
     them are in. Raises `JobError` where the list cannot be read, or has several zones in unknown hemispheres.
     """
     table = _read(file)
     try:
-        return _rows(table, zone, northern)
+        return _rows(table, zone, southern)
     except JobError as error:
         raise JobError(f"{file}: {error}") from None
     except pa.ArrowException as error:  # Parquet holds columns of any type
         raise _no_list(file, error) from None
 
 
-def _rows(table: pa.Table, zone: int, northern: bool | None) -> PhotoList:
+def _rows(table: pa.Table, zone: int, southern: bool | None) -> PhotoList:
     paths = _paths(table)
     empty = np.asarray(pc.equal(pc.binary_length(paths), 0))
     if "east" in table.column_names:
-        places, unusable = _from_metres(table, zone, northern)
+        places, unusable = _from_metres(table, zone, southern)
     else:
-        places, unusable = _from_degrees(table, zone, northern)
+        places, unusable = _from_degrees(table, zone, southern)
     places.east[empty] = np.nan
     places.heading = _numbers(table, "heading").astype(np.float32)
     places.timestamp = _text(table, "timestamp")
@@ -192,7 +192,7 @@ def _paths(table: pa.Table) -> pa.Array:
     return column.array()
 
 
-def _from_metres(table: pa.Table, zone: int, northern: bool | None) -> tuple[Places, dict[str, np.ndarray]]:
+def _from_metres(table: pa.Table, zone: int, asked: bool | None) -> tuple[Places, dict[str, np.ndarray]]:
     east, north = _numbers(table, "east"), _numbers(table, "north")
     missing = ~(np.isfinite(east) & np.isfinite(north))
     zones, southern = np.full(len(table), zone, np.int8), np.zeros(len(table), bool)
@@ -213,7 +213,7 @@ def _from_metres(table: pa.Table, zone: int, northern: bool | None) -> tuple[Pla
             southern[of_code], told[of_code] = is_south, True
         other_band = known & ~missing & ~_in_band(north, bands)
         usable = known & ~missing & ~other_band
-        southern[~told] = _half(north[usable], zones[usable], southern[usable & told], northern)
+        southern[~told] = _half(north[usable], zones[usable], southern[usable & told], asked)
         unknown = ~known & np.asarray(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(text)), 0)) & ~missing
     else:
         unknown = np.zeros(len(table), bool)
@@ -224,11 +224,11 @@ def _from_metres(table: pa.Table, zone: int, northern: bool | None) -> tuple[Pla
     return Places(east, north, zones, southern), reasons | {"northing of another band of latitude": other_band}
 
 
-def _half(north: np.ndarray, zones: np.ndarray, told: np.ndarray, northern: bool | None) -> bool:
+def _half(north: np.ndarray, zones: np.ndarray, told: np.ndarray, asked: bool | None) -> bool:
     """Whether rows whose zone is a mere number are southern: as is asked for, as most rows are that tell, as northings
     tell, else not. All arrays are of rows with a zone, `told` of those that tell."""
-    if northern is not None:
-        return not northern
+    if asked is not None:
+        return asked
     if len(told):
         return bool(np.count_nonzero(told) * 2 > len(told))
     southern = half_of(north) if len(north) else False
@@ -249,7 +249,7 @@ def _in_band(north: np.ndarray, bands: np.ndarray) -> np.ndarray:
     return fits | (bands < 0) | (abs(south + 4) < 16)
 
 
-def _from_degrees(table: pa.Table, zone: int, northern: bool | None) -> tuple[Places, dict[str, np.ndarray]]:
+def _from_degrees(table: pa.Table, zone: int, southern: bool | None) -> tuple[Places, dict[str, np.ndarray]]:
     """One zone and one hemisphere's plane for all, so that no border of zones runs through a city."""
     latitude, longitude = _numbers(table, "latitude"), _numbers(table, "longitude")
     missing = ~(np.isfinite(latitude) & np.isfinite(longitude))
@@ -269,7 +269,7 @@ def _from_degrees(table: pa.Table, zone: int, northern: bool | None) -> tuple[Pl
                 latitude[good],
                 longitude[good],
                 force_zone_number=zone,
-                force_northern=bool(np.median(latitude[good]) >= 0) if northern is None else northern,
+                force_northern=bool(np.median(latitude[good]) >= 0) if southern is None else not southern,
             )
             zones[good] = zone
     reasons = {

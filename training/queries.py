@@ -116,7 +116,7 @@ def _of_folder(folder: Path, zone: int, southern: bool) -> Queries:
 
 def _of_list(file: Path, zone: int, southern: bool) -> Queries:
     """The photos of a list, their paths relative to its folder; rows whose place is of no use are kept, not located."""
-    listed = read_list(file, zone, northern=not southern)
+    listed = read_list(file, zone, southern=southern)
     if not zone and "east" not in listed.table.column_names:
         raise JobError(f"{file}: the classes lie in no UTM zone, so that it must give east and north, not degrees")
     names = [path or f"row {row + 1}" for row, path in enumerate(listed.paths.to_pylist())]
