@@ -212,5 +212,5 @@ def export_hub(localiser: Localiser, out: Path, results: Path | None) -> None:
 
 
 def _copy_facts(path: Path, folder: Path, left_out: Collection[str], **changed: str) -> None:
-    facts = {name: value for name, value in json.loads(path.read_bytes()).items() if name not in left_out}
+    facts = {name: value for name, value in json.loads(read_bytes(path)).items() if name not in left_out}
     atomic_write_json(folder / path.name, facts | changed)

@@ -50,7 +50,7 @@ _FINISHED_BY_BUILD = (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, LISTING)
 _NOT_SETTINGS = ("fingerprint", "source", "codec")
 
 
-def repair(dataset: Path, report: Report, source: Path | str | None, workers: int) -> None:
+def repair(dataset: Path, report: Report, source: str | None, workers: int) -> None:
     """Rebuild what `report` (of `shards.verification.verify`) found broken; the caller verifies again.
 
     `source`: the photos that the data set was made from, a path or URL. Nothing is deleted that could not be made
@@ -119,7 +119,7 @@ def _rebuild_dali_index(path: Path) -> None:
     print(f"{path.name}: rebuilt from its table")
 
 
-def _build(dataset: Path, stems: list[str], broken: set[str], source: Path | str | None, workers: int) -> None:
+def _build(dataset: Path, stems: list[str], broken: set[str], source: str | None, workers: int) -> None:
     """Take away the broken shards and run the build, which makes them and finishes."""
     if source is None:
         what = format_count(len(stems), "shard") if stems else ", ".join(sorted(broken & set(_FINISHED_BY_BUILD)))

@@ -68,7 +68,7 @@ def test_rebuilding_a_shard_without_the_photos_is_refused_and_takes_nothing_away
     with pytest.raises(JobError, match="--source PHOTOS"):
         repair(copy, verify(copy), None, 1)
     with pytest.raises(JobError, match="no such photos"):
-        repair(copy, verify(copy), copy / "nowhere", 1)
+        repair(copy, verify(copy), str(copy / "nowhere"), 1)
     assert contents(copy) == before
 
 
@@ -85,7 +85,7 @@ def test_repair_is_refused_where_the_settings_are_lost_or_a_file_was_set_aside_b
         (copy / name).write_bytes(b"")
     before = contents(copy)
     with pytest.raises(JobError, match=r"both lost.*provenance\.json holds the command"):
-        repair(copy, verify(copy), photos, 1)
+        repair(copy, verify(copy), str(photos), 1)
     assert contents(copy) == before
 
 
@@ -97,7 +97,7 @@ def test_repair_from_photos_of_which_some_changed_since_ends_sound_and_says_how_
     photos[0].write_bytes(jpeg(96, 99))
     photos[1].write_bytes(photos[1].read_bytes()[:300])
     flip(shard_tables(out)[0].with_suffix(".tar"), 700)
-    repair(out, verify(out), source, 1)
+    repair(out, verify(out), str(source), 1)
     assert "had 48 images and now has 47" in capfd.readouterr().out
     assert verify(out).problems == []
 
@@ -117,7 +117,7 @@ def test_repair_gives_back_the_bytes_of_a_clean_build_and_leaves_sound_shards_al
     flip(copy / lost, 30)
     untouched = copy / tables[3]
     time = untouched.stat().st_mtime_ns
-    repair(copy, verify(copy), photos, 1)
+    repair(copy, verify(copy), str(photos), 1)
     assert verify(copy).problems == []
     assert contents(copy) == before
     assert untouched.stat().st_mtime_ns == time
@@ -151,7 +151,7 @@ def test_repair_keeps_to_the_share_of_bad_photos_that_the_data_set_had(tmp_path)
     before = contents(out)
     tar = next(out.glob("*/*.tar"))
     tar.unlink()
-    repair(out, verify(out), source, 1)
+    repair(out, verify(out), str(source), 1)
     assert contents(out) == before
 
 
@@ -184,7 +184,7 @@ def test_a_repair_from_photos_in_another_place_that_stopped_goes_on(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):  # as Ctrl-C ends a repair
         build(moved, out, SETTINGS, replace(HERE, run_tasks=interrupted))
-    repair(out, verify(out), moved, 1)
+    repair(out, verify(out), str(moved), 1)
     assert verify(out).problems == []
     after = contents(out)
     places = {name for name in before if before[name] != after[name]}

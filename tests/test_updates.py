@@ -129,7 +129,7 @@ def test_bad_photos_that_an_addition_accepted_stop_no_later_command(begun, tmp_p
     before = samples(begun)
     for tar in begun.glob("*/*.tar"):
         tar.unlink()
-    repair(begun, verify(begun), tmp_path / "photos", 1)
+    repair(begun, verify(begun), str(tmp_path / "photos"), 1)
     sound(begun)
     assert samples(begun) == before
 
@@ -279,7 +279,7 @@ def test_a_shard_repaired_after_a_retry_leaves_out_what_the_retry_brought(begun,
     assert present(retry_quarantined(out, HERE))[1] == 2
     before, tars = samples(out), {p: p.read_bytes() for p in out.rglob("*.tar")}
     (out / f"{lost}.tar").write_bytes(b"")
-    repair(out, verify(out), tmp_path / "photos", 1)
+    repair(out, verify(out), str(tmp_path / "photos"), 1)
     assert samples(out) == before
     assert {p: p.read_bytes() for p in out.rglob("*.tar")} == tars
     assert quarantine(out) == {}
@@ -321,7 +321,7 @@ def test_damage_to_what_an_addition_planned_is_found_and_neither_repaired_nor_bu
     print_summary(report, str(begun))
     assert "1 problem in 1 file; --repair tells how to mend them" in capsys.readouterr().out
     with pytest.raises(JobError, match="back from a copy, or build the data set anew"):
-        repair(begun, report, tmp_path / "photos", 1)
+        repair(begun, report, str(tmp_path / "photos"), 1)
     write_cell(tmp_path / "more", 1, 3, first=100)
     with pytest.raises(JobError, match=r"000002|revision 2"):
         add(Source.of(tmp_path / "more"), begun, HERE)

@@ -176,8 +176,11 @@ def write_listing(folder: Path) -> None:
     atomic_write_json(folder / "files.json", {"format": FORMAT, "files": files})
 
 
-def check_files(path: Path, names: Iterable[str]) -> None:
-    """Compare files of a checkpoint with what was written; CheckpointError names the first that differs."""
+def check_files(path: Path, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Compare files of a checkpoint with what was written; CheckpointError names the first that differs.
+
+    Returns bytes and CRC-32 of all files that were written, by name.
+    """
     try:
         listing = json.loads(read_bytes(path / "files.json"))
         version = int(listing["format"])
@@ -200,12 +203,12 @@ def check_files(path: Path, names: Iterable[str]) -> None:
             raise CheckpointError(f"{file}: truncated or changed: {found} bytes, {size} written; {way_out}")
         if _describe(file)["crc32"] != checksum:
             raise CheckpointError(f"{file}: changed since it was written (its checksum differs); {way_out}")
+    return written
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read a whole checkpoint; CheckpointError where a file is missing, truncated or changed."""
-    check_files(path, WEIGHT_FILES + TRAINING_FILES)
-    weights = _read_weights(path)
+    weights = _read_weights(path, check_files(path, WEIGHT_FILES + TRAINING_FILES))
     return Checkpoint(
         model=weights.model,
         heads=weights.heads,
@@ -226,13 +229,12 @@ def load_for_evaluation(path: Path) -> EvaluationWeights:
     for the next. Raises CheckpointError where nothing can be read.
     """
     if (path / "files.json").exists() or not (path / "checkpoints").is_dir():
-        check_files(path, WEIGHT_FILES)
-        return _read_weights(path)
+        return _read_weights(path, check_files(path, WEIGHT_FILES))
     reasons: list[str] = []
     for candidate in [c for c in (best_checkpoint(path),) if c is not None] + list_checkpoints(path):
         try:
-            check_files(candidate, WEIGHT_FILES)
-            return replace(_read_weights(candidate), passed_over=tuple(dict.fromkeys(reasons)))
+            weights = _read_weights(candidate, check_files(candidate, WEIGHT_FILES))
+            return replace(weights, passed_over=tuple(dict.fromkeys(reasons)))
         except CheckpointError as error:
             reasons.append(str(error))
     raise CheckpointError(reasons[0] if reasons else f"{path}: the run holds no checkpoint")
@@ -253,19 +255,18 @@ def _load_tensors(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
-def _read_weights(path: Path) -> EvaluationWeights:
+def _read_weights(path: Path, written: dict[str, tuple[int, int]]) -> EvaluationWeights:
     heads: dict[int, dict[str, Tensor]] = {}
     for key, tensor in _load_tensors(path / "heads.safetensors").items():
         group, name = key.split(".", 1)
         heads.setdefault(int(group), {})[name] = tensor
-    written = json.loads(read_bytes(path / "files.json"))["files"]
     return EvaluationWeights(
         path=path,
         model=_load_tensors(path / "model.safetensors"),
         heads=dict(sorted(heads.items())),
         classes=ClassTable.load(path / "classes.parquet"),
         config=json.loads(read_bytes(path / "config.json")),
-        fingerprint="-".join(f"{written[name]['crc32']:08x}" for name in WEIGHT_FILES[:2]),
+        fingerprint="-".join(f"{written[name][1]:08x}" for name in WEIGHT_FILES[:2]),
     )
 
 

@@ -85,7 +85,7 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
     if (before.val_queries is None) != (config.val_queries is None):  # LR@1 and loss are no two values of one measure
         progress.best = None
     say(f"goes on from {path} after step {progress.step:,}")
-    for name in changed_fields(before, config):
+    for name in _changed_fields(before, config):
         flag = f"--{name.replace('_', '-')}"
         if name in _STARTS_FROM:
             say(f"{flag} has no effect: the run goes on from its own weights")
@@ -100,7 +100,7 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
     return progress
 
 
-def changed_fields(before: TrainConfig, now: TrainConfig) -> list[str]:
+def _changed_fields(before: TrainConfig, now: TrainConfig) -> list[str]:
     """The names of the fields that two configurations differ in."""
     return [field.name for field in fields(now) if getattr(before, field.name) != getattr(now, field.name)]
 
@@ -111,7 +111,7 @@ def _check_fits(path: Path, saved: Checkpoint, before: TrainConfig, run: RunStat
             f"{path}: a checkpoint of another class map than {run.config.shards}; "
             f"start a new run with --init-from {run.config.out} to carry its weights over"
         )
-    for name in changed_fields(before, run.config):
+    for name in _changed_fields(before, run.config):
         if name in _FIXED_BY_CHECKPOINT:
             raise JobError(
                 f"{path}: was trained with --{name.replace('_', '-')} {getattr(before, name)}, not "
