@@ -27,7 +27,6 @@ from preprocessing.shard_run import Machinery
 from preprocessing.shard_task import write_shard
 from preprocessing.sources import Source, list_named
 from preprocessing.summaries import print_forecast
-from preprocessing.updates import add
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.layout import LISTING, shard_tables
@@ -96,19 +95,6 @@ def test_rows_of_a_receiver_without_a_fix_are_set_aside_and_have_no_say_in_the_z
     assert reasons_of(listing.bad) == "30 no GPS fix"
 
 
-def test_a_list_south_of_the_equator_makes_a_class_map_that_says_so(tmp_path):
-    names = write_listed(tmp_path / "photos", 30)
-    more = write_listed(tmp_path / "more", 30)
-    at = {"latitude": [-33.9] * 30, "longitude": [151.2] * 30}
-    place = write_csv(tmp_path / "list.csv", path=names, **at)
-    build(Source.of(place, tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
-    assert Dataset.open(tmp_path / "out").classes.southern
-    at = {"latitude": [-33.91] * 30, "longitude": [151.2] * 30}
-    add(Source.of(write_csv(tmp_path / "more.csv", path=more, **at), tmp_path / "more"), tmp_path / "out", HERE)
-    classes = Dataset.open(tmp_path / "out").classes
-    assert (len(classes), classes.southern, classes.crs) == (2, True, "UTM zone 56 south, metres")
-
-
 def test_of_photos_of_one_name_all_but_the_first_are_set_aside_and_the_listing_stays_as_it_was(tmp_path):
     names = [f"@{500000 + i}@4180000@10@S@{i}@.jpg" for i in range(9)]
     for folder in ("a", "b", "c"):
@@ -132,96 +118,6 @@ def test_names_are_found_among_more_than_are_compared_at_once():
     names = np.random.default_rng(0).permutation(np.arange(2**20 + 5000, dtype=np.uint64))
     for sought in (names[-1:], np.sort(names[::1000]), np.array([0, 7, 2**20 + 4999, 2**40], np.uint64)):
         assert np.array_equal(_rows_of(names, sought), np.flatnonzero(np.isin(names, sought)))
-
-
-@pytest.mark.parametrize("zone", [1, 60])
-def test_the_zone_of_names_is_that_of_the_map_at_the_ends_of_the_earth_too(tmp_path, zone):
-    (tmp_path / "photos").mkdir()
-    for i in range(12):
-        (tmp_path / "photos" / f"@334000.5@6249000.5@{zone}@V@{i}@.jpg").write_bytes(jpeg(96, i))
-    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
-    assert Dataset.open(tmp_path / "out").manifest.utm_zone == zone
-
-
-@pytest.mark.parametrize(("band", "southern"), [("H", True), ("N", False), ("", False)])
-def test_names_say_by_their_band_whether_a_city_lies_south_of_the_equator(tmp_path, band, southern):
-    (tmp_path / "photos").mkdir()
-    for i in range(12):
-        (tmp_path / "photos" / f"@334000.5@6249000.5@56@{band}@{i}@.jpg").write_bytes(jpeg(96, i))
-    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
-    assert Dataset.open(tmp_path / "out").classes.southern == southern
-
-
-def test_latitude_and_longitude_become_metres_of_the_zone_most_photos_are_in(tmp_path):
-    names = write_listed(tmp_path, 40)
-    latitude = np.full(40, 37.7)
-    longitude = -120 + (np.arange(40) - 30.5) * 1e-6  # 31 in zone 10, 9 in zone 11
-    place = write_csv(tmp_path / "list.csv", path=names, latitude=latitude, longitude=longitude)
-    build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
-    dataset = Dataset.open(tmp_path / "out")
-    assert (dataset.manifest.utm_zone, dataset.manifest.images, dataset.manifest.classes) == (10, 40, 1)
-    assert not dataset.classes.southern
-    for row in samples(tmp_path / "out"):
-        i = names.index(row["source"])
-        expected = utm.from_latlon(latitude[i], longitude[i], force_zone_number=10)[:2]
-        assert np.allclose((row["east"], row["north"]), expected, atol=1e-6)
-    build(Source.of(place), tmp_path / "forced", replace(SETTINGS, zone=11), HERE)
-    assert Dataset.open(tmp_path / "forced").manifest.utm_zone == 11
-
-
-def test_a_city_on_the_equator_lies_in_one_plane(tmp_path):
-    names = write_listed(tmp_path, 20)
-    latitude = (np.arange(20) - 5) * 2e-6
-    place = write_csv(tmp_path / "list.csv", path=names, latitude=latitude, longitude=np.full(20, 36.001))
-    listing = list_named(place, tmp_path, 0)
-    assert np.ptp(present(listing.places).north) < 10
-
-
-def write_on_equator(folder: Path, latitudes: np.ndarray) -> list[str]:
-    """Photos at 36.001 degrees east, named by their UTM position in the plane of their own hemisphere."""
-    folder.mkdir()
-    names = []
-    for i, latitude in enumerate(latitudes):
-        east, north, zone, band = utm.from_latlon(latitude, 36.001)
-        names.append(f"@{east:010.2f}@{north:010.2f}@{zone}@{band}@{i}@.jpg")
-        (folder / names[-1]).write_bytes(jpeg(96, i))
-    return names
-
-
-@pytest.mark.parametrize("most", ["N", "M"])
-def test_a_city_on_the_equator_lies_in_one_plane_by_names_and_by_metres_too(tmp_path, most):
-    side = {"N": 1, "M": -1}[most]
-    latitudes = side * 9.04e-6 * np.array([*range(1, 18), *range(-12, 0)])  # metres from the equator
-    names = write_on_equator(tmp_path / "photos", latitudes)
-    fields = [name.split("@") for name in names]
-    metres = write_csv(
-        tmp_path / "metres.csv",
-        path=names,
-        east=[f[1] for f in fields],
-        north=[f[2] for f in fields],
-        zone=[f[3] + f[4] for f in fields],
-    )
-    degrees = write_csv(tmp_path / "degrees.csv", path=names, latitude=latitudes, longitude=[36.001] * len(names))
-    north = {}
-    for kind, place in (("names", tmp_path / "photos"), ("metres", metres), ("degrees", degrees)):
-        build(Source.of(place, tmp_path / "photos"), tmp_path / kind, SETTINGS, HERE)
-        made = Dataset.open(tmp_path / kind)
-        assert (made.classes.southern, made.manifest.images) == (most == "M", len(names))
-        origin = 1e7 if most == "M" else 0
-        assert sorted(made.classes.cell_north - origin) == [-20, 0]
-        north[kind] = [row["north"] - origin for row in sorted(samples(tmp_path / kind), key=lambda row: row["source"])]
-    assert np.allclose(north["names"], north["degrees"], atol=0.02)
-    assert np.allclose(north["metres"], north["names"])
-
-
-def test_photos_beyond_the_equator_are_added_in_the_plane_of_the_data_set(tmp_path):
-    write_on_equator(tmp_path / "photos", 9.04e-6 * np.arange(1, 13))
-    write_on_equator(tmp_path / "more", -9.04e-6 * np.arange(1, 13))
-    build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
-    add(Source.of(tmp_path / "more"), tmp_path / "out", HERE)
-    classes = Dataset.open(tmp_path / "out").classes
-    assert not classes.southern
-    assert sorted(classes.cell_north) == [-20, 0]
 
 
 def test_rows_without_usable_values_are_set_aside_with_their_reason(tmp_path):
@@ -261,31 +157,6 @@ def test_a_plane_of_ones_own_may_lie_where_no_zone_does(tmp_path):
     made = Dataset.open(tmp_path / "out")
     assert (made.manifest.utm_zone, made.classes.cell_east.tolist(), made.manifest.images) == (0, [2600000], 12)
     assert set(quarantine(tmp_path / "out").values()) == {"coordinates out of range"}
-
-
-def test_several_zones_in_metres_are_carried_into_one_plane_south_of_the_equator_too(tmp_path):
-    names = write_listed(tmp_path, 30)
-    longitude = 150 + (np.arange(30) - 20.5) * 1e-6  # zones 55 and 56
-    points = [utm.from_latlon(-33.9, x) for x in longitude]
-    place = write_csv(
-        tmp_path / "list.csv",
-        path=names,
-        east=[p[0] for p in points],
-        north=[p[1] for p in points],
-        zone=[f"{p[2]}{p[3]}" for p in points],
-    )
-    build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
-    made = Dataset.open(tmp_path / "out")
-    assert (made.manifest.utm_zone, made.manifest.classes, made.manifest.images) == (55, 1, 30)
-
-
-def test_a_zone_may_be_written_as_a_decimal_number(tmp_path):
-    names = write_listed(tmp_path, 4)
-    (tmp_path / "list.csv").write_text(f"path;east;north;zone\n{names[0]};5e5;4e6;10.0\n{names[1]};5e5;4e6;10,0\n"
-                                       f"{names[2]};5e5;4e6;\n{names[3]};5e5;4e6;10.5\n")  # fmt: skip
-    listing = list_named(tmp_path / "list.csv", tmp_path, 0)
-    assert present(listing.places).zones.tolist() == [10, 10, 0]
-    assert {b.source: b.reason for b in listing.bad} == {names[3]: "no UTM zone"}
 
 
 @pytest.mark.parametrize(
