@@ -17,6 +17,7 @@ ROWS: dict[str, list[dict[str, object]]] = {
         {"name": "indexed", "storage": "warm", "decoder": "cpu", "cores": 1, "images_per_second": 3000.0},
         {"name": "litdata", "storage": "warm", "decoder": "pil", "cores": 1, "images_per_second": 500.0},
         {"name": "litdata", "storage": "warm", "decoder": "pil", "cores": 2, "images_per_second": 1.0},
+        {"name": "webdataset-simplejpeg", "storage": "warm", "decoder": "cpu", "cores": 1, "images_per_second": 2500.0},
     ],
     "training.json": [
         {"name": "head", "milliseconds": 200.0, "peak_bytes": 7},
@@ -76,6 +77,7 @@ def test_the_picture_has_its_own_paper_and_tells_slower_from_faster(folder: Path
     faster = np.asarray(Image.open(folder / "speed.png").convert("RGBA"))
     assert (faster[0, 0] == 255).all()  # white and opaque: reads on a dark page too
     assert (faster[..., 3] == 255).all()
+    assert (faster[:, :15] == 255).all()  # the longest name begins within the paper
     assert has(faster[..., :3], FASTER)
     assert not has(faster[..., :3], SLOWER)
     render(folder, "preprocessing.json")

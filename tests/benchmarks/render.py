@@ -198,12 +198,14 @@ def draw(found: list[Ratio], caption: str) -> bytes:
     axes.set_axis_off()
     low, high = min(1.0, *(r.times for r in found)), max(2.0, *(r.times for r in found))
     decades = math.log10(high / low)
-    axes.set_xlim(-0.75 * decades, 2 * decades)  # logarithms of the ratio to `low`; names before 0, figures behind
+    names = 0.09 * max(len(ratio.peer) for ratio in found)  # inches, of 8.64
+    left = -2 * decades * names / (8.64 - names)
+    axes.set_xlim(left, 2 * decades)  # logarithms of the ratio to `low`; names before 0, figures behind
     axes.set_ylim(lines, 0)
     y, start = 0.0, math.log10(1 / low)
     for i, ratio in enumerate(found):
         if i == 0 or ratio.what != found[i - 1].what:
-            axes.text(-0.75 * decades, y + 1, ratio.what, va="center", weight="bold", color=ink)
+            axes.text(left, y + 1, ratio.what, va="center", weight="bold", color=ink)
             y += 1.5
         end = math.log10(ratio.times / low)
         axes.barh(y + 0.5, end - start, left=start, height=0.72, color=faster if end >= start else slower)
