@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from shards.checksums import checksum
 from shards.classes import ClassTable
 from shards.console import JobError, format_count, is_systems, one_line, printable
+from shards.files import read_table
 from shards.index import gather
 from shards.layout import INDEX, SAMPLE_COLUMNS, group_name, shard_numbers
 from shards.writer import TAR_BLOCK, ShardWriter
@@ -122,7 +122,7 @@ def check_sum(dataset: Path, name: str, sums: dict[str, str] | None) -> Problem 
 
 def read_sample_table(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     """A sample table and the facts kept with it; raises one of `READ_ERRORS` where it is something else."""
-    table = pq.read_table(pa.BufferReader(path.read_bytes()))
+    table = read_table(path)
     table.validate(full=True)
     for column in SAMPLE_COLUMNS:
         if table.schema.field(column.name).type != column.type:
