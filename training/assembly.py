@@ -126,6 +126,9 @@ def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerat
         keep_freed_memory()
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
+    # DDP's GPU is that of the model. Accelerate would name it by the local rank, which is another where each process
+    # sees only its own (Slurm's --gpus-per-task).
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         # Parts of a batch have two sizes at most: each gets code of its own, which beats one code for any size.
