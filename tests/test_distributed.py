@@ -256,6 +256,18 @@ def test_ddp_takes_the_gpu_of_the_model_not_that_of_the_local_rank(monkeypatch: 
     assert asked["output_device"] is None
 
 
+def test_accelerate_launch_with_cpu_trains_in_float32_also_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, config = make_accelerator(TrainConfig(shards="s", out=Path("r"), precision="fp16"))
+    assert accelerator.device.type == "cpu"
+    assert config.precision == "fp32"
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.mark.parametrize("restarted", [False, True])
 def test_processes_wait_for_each_other_longer_than_nccls_ten_minutes(
     monkeypatch: pytest.MonkeyPatch, restarted: bool

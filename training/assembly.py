@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from shards.classes import ClassTable
 from shards.console import JobError, WrongArguments, format_count
@@ -31,7 +31,7 @@ from training.presets import TrainConfig
 
 def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     """Accelerate's view of the machine, and the configuration that holds there: fp16 becomes fp32 without a GPU."""
-    cpu = config.cpu or not torch.cuda.is_available()
+    cpu = config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if cpu and config.precision == "fp16":
         config = replace(config, precision="fp32")
     join_after_restart("gloo" if cpu else "nccl")
