@@ -18,6 +18,7 @@ from shards.console import JobError, first_line
 
 _REMEDY = "pip install 'divide-and-classify[gpu-codec]'"
 _MOST_PIXELS = 1 << 25  # of a photo on the GPU, and of all that are decoded there at a time: 0.1 GB, and 1 GB to reduce
+_CPU_DEVICE = -99999  # NVIMGCODEC_DEVICE_CPU_ONLY, a name that Python has from nvImageCodec 0.9 on
 _MOST_REDUCED = 40  # times, of either side: torch's filter fails beyond 47, where its weights fill a block's 48 kB
 
 
@@ -94,7 +95,7 @@ class _Machines:
         # On a GPU its own decoders only: nvImageCodec's for the CPU would take over in silence, and ours is at hand.
         gpu = (codec.HW_GPU_ONLY, codec.HYBRID_CPU_GPU, codec.GPU_ONLY)
         place = {
-            "device_id": 0 if self._cuda else codec.NVIMGCODEC_DEVICE_CPU_ONLY,
+            "device_id": 0 if self._cuda else _CPU_DEVICE,
             "backends": [codec.Backend(kind) for kind in (gpu if self._cuda else (codec.CPU_ONLY,))],
             "max_num_cpu_threads": 1,
         }

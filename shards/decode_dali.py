@@ -40,13 +40,7 @@ class DaliDecoder:
         device: torch.device,
         hardware_share: float = HARDWARE_SHARE,
     ) -> None:
-        try:
-            import nvidia.dali  # noqa: F401
-        except ImportError:
-            raise JobError(
-                "--decoder dali needs NVIDIA DALI: pip install 'divide-and-classify[dali-cuda13]' "
-                "(or dali-cuda12), or use --decoder cpu"
-            ) from None
+        _check_dali()
         self._source, self._count, self._size = source, count, image_size
         self._threads, self._device = threads, device
         self._hardware_share = hardware_share
@@ -188,6 +182,19 @@ class DaliDecoder:
         except RuntimeError as error:
             raise JobError(f"DALI cannot begin ({_one_line(error)}); --decoder cpu does without it") from error
         return pipeline
+
+
+def _check_dali() -> None:
+    """Raise `JobError` where DALI is not there or too old."""
+    needs = "--decoder dali needs NVIDIA DALI"
+    way_out = "pip install 'divide-and-classify[dali-cuda13]' (or dali-cuda12), or use --decoder cpu"
+    try:
+        import nvidia.dali
+    except ImportError:
+        raise JobError(f"{needs}: {way_out}") from None
+    version = nvidia.dali.__version__
+    if int(version.split(".")[0]) < 2:  # which cannot take photos without a copy
+        raise JobError(f"{needs} 2.0 or later, not {version}: {way_out}")
 
 
 def _as_tensor_list(photos: list[np.ndarray]) -> Any:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from tiny import class_table
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from shards.console import JobError
 from shards.sampler import slots_of_rank
-from training.assembly import make_accelerator
+from training.assembly import make_accelerator, make_engine
 from training.distributed import World, averaged_batch_norms, batch_norms, join_after_restart
 from training.engine import Engine
 from training.head_bank import HeadBank
@@ -40,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_engine(case: str, batch_size: int, world: World) -> Engine:
+def engine_of(case: str, batch_size: int, world: World) -> Engine:
     """A float64 engine whose batch norms use fixed statistics."""
     config = TrainConfig(batch_size=batch_size, precision="fp32", s=20.0, **CASES[case])
     torch.manual_seed(0)
@@ -116,8 +117,8 @@ def work(rank: int, ranks: int, folder: str, batch_size: int) -> None:
     world = World(rank, ranks, CPU)
     results: dict[str, Any] = {}
     for case in CASES:
-        results[case] = gradients(make_engine(case, batch_size, world), batch_size, world)
-        results[f"{case} after"] = after_steps(make_engine(case, batch_size, world), batch_size, world)
+        results[case] = gradients(engine_of(case, batch_size, world), batch_size, world)
+        results[f"{case} after"] = after_steps(engine_of(case, batch_size, world), batch_size, world)
     norms = nn.Sequential(nn.BatchNorm2d(2))
     layer = norms[0]
     assert isinstance(layer, nn.BatchNorm2d)
@@ -145,10 +146,10 @@ def test_ranks_with_shares_of_the_batch_equal_one_rank_with_all_of_it(
     found = run_ranks(tmp_path, ranks, batch_size)
     alone = World(0, 1, CPU)
     for case in CASES:
-        expected = gradients(make_engine(case, batch_size, alone), batch_size, alone)
+        expected = gradients(engine_of(case, batch_size, alone), batch_size, alone)
         for of_rank in found:
             compare_gradients(of_rank[case], expected, case)
-        expected = after_steps(make_engine(case, batch_size, alone), batch_size, alone)
+        expected = after_steps(engine_of(case, batch_size, alone), batch_size, alone)
         for rank, of_rank in enumerate(found):
             after = of_rank[f"{case} after"]
             torch.testing.assert_close(after["losses"], expected["losses"], rtol=1e-9, atol=1e-12)
@@ -234,6 +235,37 @@ def join(rank: int, port: int, attempt: int) -> None:
     dist.all_reduce(total)
     assert total == 2
     os._exit(0)  # as one that is killed: it takes nothing back from the store
+
+
+def test_ddp_takes_the_gpu_of_the_model_not_that_of_the_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    class Wrapped(nn.Module):
+        def __init__(self, module: nn.Module, **options: Any) -> None:
+            super().__init__()
+            asked.update(options)
+
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", Wrapped)
+    monkeypatch.setattr(Accelerator, "multi_device", True)
+    monkeypatch.setattr(Accelerator, "local_process_index", 3)  # where this process sees one GPU, cuda:0
+    AcceleratorState._reset_state(reset_partial_state=True)
+    asked_for = TrainConfig(shards="s", out=Path("r"), backbone="small_cnn", weights="none", freeze_until=0, cpu=True)
+    accelerator, config = make_accelerator(asked_for)
+    make_engine(config, class_table(), accelerator, World(3, 4, CPU))
+    assert asked["device_ids"] is None
+    assert asked["output_device"] is None
+
+
+def test_accelerate_launch_with_cpu_trains_in_float32_also_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator, config = make_accelerator(TrainConfig(shards="s", out=Path("r"), precision="fp16"))
+    assert accelerator.device.type == "cpu"
+    assert config.precision == "fp32"
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("restarted", [False, True])

@@ -137,6 +137,12 @@ def test_dali_without_a_gpu_to_begin_on_is_one_line_with_the_way_out(dataset):
     assert "\n" not in str(error.value)
 
 
+def test_a_dali_before_2_0_is_one_line_with_the_way_out(dataset, monkeypatch):
+    monkeypatch.setattr("nvidia.dali.__version__", "1.53.0")
+    with pytest.raises(JobError, match=r"--decoder dali needs NVIDIA DALI 2\.0 .*not 1\.53\.0.*--decoder cpu"):
+        take(make_loader(dataset, decoder="dali"), 0, 1)
+
+
 def test_waiting_for_a_batch_holds_all_that_the_loader_does_before_it_is_there(dataset):
     pause, groups = 0.02, np.full(16, dataset.classes.groups[0])
 

@@ -23,9 +23,37 @@ from tiny import class_table, configure, fill, small_disk, train_here, write_dat
 
 from evaluation.cell_index import CellIndex
 from shards.console import JobError, WrongArguments
+from training.progress import Timing
 from training.queries import list_queries
 from training.scoring import assess_ranking
 from training.tracking import Tracker, batch_picture, check_tracker, epoch_line, error_colour, error_map
+
+
+def test_waiting_for_data_counts_on_a_gpu_only_while_it_stands_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([1.0, 4.0, 4.0, 7.0, 7.25, 9.0])  # in seconds, when the GPU gets to a step's begin and its end
+
+    class Moment:
+        def __init__(self, *, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.seconds = next(moments)
+
+        def elapsed_time(self, later: "Moment") -> float:
+            return 1000 * (later.seconds - self.seconds)
+
+    monkeypatch.setattr(torch.cuda, "Event", Moment)
+    timing = Timing(64, torch.device("cuda"))
+    waited = []
+    for seconds in (1.0, 2.0, 0.5):  # the first before any work, the second beside that of the step before
+        timing.begin_step()
+        timing.add(seconds)
+        waited.append(timing.waited)
+    assert waited == [1.0, 1.0, 1.25]
+    on_cpu = Timing(64, torch.device("cpu"))
+    on_cpu.begin_step()
+    on_cpu.add(0.5)
+    assert on_cpu.waited == 0.5
 
 
 def test_the_batch_picture_lays_the_images_out_in_rows() -> None:

@@ -318,6 +318,16 @@ def test_more_processes_than_gpus_are_one_line_before_nccl_meets_itself(
     assert make_world(here).size == 8
 
 
+def test_one_gpu_for_several_processes_is_one_line_unless_each_may_see_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = SimpleNamespace(device=torch.device("cuda", 0), process_index=1, num_processes=2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert make_world(here).size == 2  # by srun, say, with a GPU for each task
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with pytest.raises(JobError, match="2 processes were started here for 1 GPU; give --num_processes 1 "):
+        make_world(here)
+
+
 def test_batch_norms_over_several_gpus_are_not_compiled(shards: Path, tmp_path: Path) -> None:
     gpus, gpu = (World(0, size, torch.device("cuda")) for size in (2, 1))
     compiled = configure(shards, tmp_path / "r", sync_bn=True, compile=True)

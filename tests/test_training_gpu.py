@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from training.head_bank import HeadBank
 from training.heads import Head
 from training.interruption import Interruption
 from training.model import GeoModel
+from training.progress import Timing
 from training.run_folder import read_losses
 from training.schedules import make_schedule
 from training.sharded_head import ShardedHead
@@ -103,6 +105,26 @@ def test_a_run_that_resumes_goes_on_with_the_losses_of_one_that_did_not_stop(
     train_on_gpu(shards, tmp_path / "parts", **options, epochs=2)
     train_on_gpu(shards, tmp_path / "parts", **options, resume=True)
     np.testing.assert_allclose(read_losses(tmp_path / "parts"), read_losses(tmp_path / "whole"), rtol=2e-2, atol=2e-2)
+
+
+def test_waiting_for_data_counts_only_while_the_device_stands_idle() -> None:
+    timing = Timing(1, torch.device("cuda"))
+    weights = torch.rand(8192, 8192, device="cuda")
+    timing.begin_step()
+    for _ in range(50):
+        weights = weights @ weights
+    timing.add(0.0)
+    time.sleep(0.05)  # the device works on
+    timing.begin_step()
+    torch.cuda.synchronize()
+    timing.add(0.05)
+    assert timing.waited < 0.01
+    torch.cuda.synchronize()
+    time.sleep(0.05)
+    timing.begin_step()
+    torch.cuda.synchronize()
+    timing.add(0.05)
+    assert timing.waited == pytest.approx(0.05, abs=0.02)
 
 
 def test_offloaded_heads_and_their_moments_leave_the_device_and_come_back(shards: Path, tmp_path: Path) -> None:

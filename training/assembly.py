@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from shards.classes import ClassTable
 from shards.console import JobError, WrongArguments, format_count
@@ -31,7 +31,7 @@ from training.presets import TrainConfig
 
 def make_accelerator(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     """Accelerate's view of the machine, and the configuration that holds there: fp16 becomes fp32 without a GPU."""
-    cpu = config.cpu or not torch.cuda.is_available()
+    cpu = config.cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available()
     if cpu and config.precision == "fp16":
         config = replace(config, precision="fp32")
     join_after_restart("gloo" if cpu else "nccl")
@@ -126,6 +126,9 @@ def make_engine(config: TrainConfig, classes: ClassTable, accelerator: Accelerat
         keep_freed_memory()
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
+    # DDP's GPU is that of the model. Accelerate would name it by the local rank, which is another where each process
+    # sees only its own (Slurm's --gpus-per-task).
+    os.environ["ACCELERATE_BYPASS_DEVICE_MAP"] = "true"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
         # Parts of a batch have two sizes at most: each gets code of its own, which beats one code for any size.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from training.engine import StepOutcome
 
@@ -74,17 +75,32 @@ class Progress:
 
 
 class Timing:
-    """Images a second and the share of the time spent waiting for data, since the epoch began."""
+    """Images a second and the share of the time spent waiting for data, since the epoch began.
 
-    def __init__(self, batch_size: int) -> None:
+    A GPU goes on with the step before while its process waits for data: only what it stands idle counts.
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
         self.batch_size = batch_size
+        self.on_gpu = device.type == "cuda"
         self.begun = time.monotonic()
         self.ended = self.begun
         self.steps = 0
         self.waited = 0.0
+        self.step_begun: torch.cuda.Event | None = None
+        self.step_ended: torch.cuda.Event | None = None
+
+    def begin_step(self) -> None:
+        """The data of a step have come."""
+        if self.on_gpu:
+            self.step_begun = _moment_on_gpu()
 
     def add(self, wait_seconds: float) -> None:
-        """Count a step that is done and waited so long for its data."""
+        """Count a step whose losses are known and which waited so long for its data."""
+        if self.step_begun is not None and self.step_ended is not None:
+            wait_seconds = min(wait_seconds, self.step_ended.elapsed_time(self.step_begun) / 1000)
+        if self.on_gpu:
+            self.step_ended = _moment_on_gpu()
         self.steps += 1
         self.waited += wait_seconds
         self.ended = time.monotonic()
@@ -96,3 +112,10 @@ class Timing:
     def wait_share(self) -> float:
         """Share of the time spent waiting for data, 0 to 1."""
         return min(1.0, self.waited / max(self.ended - self.begun, 1e-9))
+
+
+def _moment_on_gpu() -> torch.cuda.Event:
+    """When the GPU is through with what it has been given so far."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

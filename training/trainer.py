@@ -73,7 +73,7 @@ class Trainer:
         self.progress = self._begin()
         self.tracker = Tracker(self.accelerator, config, self.progress.step, self.say)
         self.metrics: dict[str, float] = {}
-        self.timing = Timing(config.batch_size)
+        self.timing = Timing(config.batch_size, self.world.device)
         self.skipped_in_row = 0
         self.said_at = time.monotonic()
 
@@ -154,10 +154,11 @@ class Trainer:
         epoch = progress.step // config.iterations_per_epoch
         end = (epoch + 1) * config.iterations_per_epoch
         self.engine.bank.place(int(g) for g in np.unique(self.schedule(progress.step)))
-        self.timing = Timing(config.batch_size)
+        self.timing = Timing(config.batch_size, self.world.device)
         while progress.step < end:
             step = progress.step
             batch, asked_to_stop = self._next_batch(batches, step)
+            self.timing.begin_step()
             log = step % config.log_every == 0
             outcome = self.engine.step(
                 step,

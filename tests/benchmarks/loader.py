@@ -360,7 +360,7 @@ def main() -> None:
                 rows += hdd_rows(shards, scratch)
             if "warm" in parts:
                 rows += warm_rows(shards, scratch, quick=arguments.quick)
-            print_rows([row for row in rows if "storage" in row])
+            print_rows([row for row in rows if "storage" in row and "device" not in row])  # a GPU's are printed
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -52,7 +52,7 @@ def test_two_processes_under_accelerate_launch_train_validate_and_save(data: tup
     done = subprocess.run(
         [*command, *words],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=120,
