@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shards.console import JobError
 from shards.files import atomic_write_text, named, read_bytes
 from shards.layout import CHECKSUMS, INDEX, MANIFEST, PROVENANCE
 
@@ -65,6 +66,14 @@ def read_checksums(dataset: Path) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     return parse_checksums(data)
+
+
+def sealed_checksums(dataset: Path) -> dict[str, str]:
+    """As `read_checksums`, but none of a data set that was never sealed; raises `JobError` where they are damaged."""
+    try:
+        return read_checksums(dataset) or {}
+    except DamagedChecksums as error:
+        raise JobError(f"{dataset / CHECKSUMS}: damaged ({error}); run shards/verify.py --repair") from None
 
 
 def parse_checksums(data: bytes) -> dict[str, str]:
