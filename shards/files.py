@@ -143,5 +143,8 @@ def _flush(path: Path) -> None:
     try:
         with named(path):
             os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems, as vboxsf, do not flush folders
+            raise
     finally:
         os.close(descriptor)
