@@ -22,7 +22,7 @@ from shards.checksums import DamagedChecksums, files_below, read_checksums
 from shards.classes import ClassTable
 from shards.console import JobError, format_count, one_line
 from shards.dataset import Manifest, check_folder
-from shards.files import TEMPORARY_SUFFIX
+from shards.files import TEMPORARY_SUFFIX, json_text
 from shards.layout import (
     CHECKSUMS,
     CLASSES,
@@ -170,7 +170,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON file as `atomic_write_json` writes it."""
     text = path.read_text()
     value = json.loads(text)
-    if not isinstance(value, dict) or text != json.dumps(value, indent=2, sort_keys=True) + "\n":
+    if not isinstance(value, dict) or text != json_text(value):
         raise ValueError("not as it was written")
     return value
 

@@ -26,6 +26,19 @@ def test_a_file_that_opens_and_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert describe_os_error(raised.value) == f"{manifest}: Input/output error"
 
 
+def test_on_a_read_only_disk_the_file_is_named_and_not_what_it_is_written_as(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only") as raised:
+        atomic_write_text(tmp_path / "file", "text")
+    assert describe_os_error(raised.value).startswith(f"{tmp_path / 'file'}: Read-only file system")
+
+
 @pytest.mark.parametrize(("number", "goes_on"), [(errno.EINVAL, True), (errno.EIO, False)])
 def test_a_file_system_that_flushes_no_folders_is_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, goes_on: bool

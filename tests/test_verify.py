@@ -248,6 +248,17 @@ def test_the_seal_of_a_build_covers_the_manifest_that_is_about_to_be_written(cop
     assert (copy / CHECKSUMS).read_bytes() == sealed
 
 
+def test_the_seal_takes_no_other_folder_than_the_data_set(copy, monkeypatch):
+    def refuse(*_, **__):
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr("tempfile.gettempdir", refuse)  # as in a container whose root is read-only
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    manifest = Dataset.open(copy).manifest
+    seal(copy, manifest)
+    assert verify(copy).problems == []
+
+
 def test_checksums_are_what_sha256sum_checks(copy):
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum here")
