@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,13 @@ def write_shard(
         result.tar_bytes = writer.position
         publish_shard(stem, partial, writer, result.facts())
     except OSError as error:
-        if not stem.parent.is_dir():
+        if not out.is_dir():
             raise went_away(out) from None
         error.filename = error.filename or f"{stem}.tar"
         raise JobError(f"cannot write the shard: {describe_os_error(error)}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it has its final name, or there is none
+            partial.unlink()
     return result
 
 
