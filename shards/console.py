@@ -1,6 +1,7 @@
 """What a person sees: one-line errors, exit codes, and numbers with units."""
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -48,6 +49,7 @@ def entry(main: Callable[[], int | None], *, names_photos: bool = False) -> NoRe
     Errors of the operating system that no caller turned into a `JobError` (a full disk, a folder
     without permission) are printed as one line that names the file, and so is memory that does not suffice.
     """
+    _ready_streams()
     if signal.getsignal(signal.SIGINT) is _quit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if module := sys.modules["__main__"].__spec__:  # so that --help names what was typed, not a file in site-packages
@@ -73,6 +75,17 @@ def entry(main: Callable[[], int | None], *, names_photos: bool = False) -> NoRe
     if sys.stdout:  # None where it was closed from the start
         sys.stdout.flush()
     sys.exit(code)
+
+
+def _ready_streams() -> None:
+    """Let output have any character, whatever the terminal shows. Where a standard stream is closed from the start, let
+    no file that is opened later take its number, and bars go nowhere."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def _check_words(words: list[str]) -> None:

@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import pyarrow as pa
@@ -181,7 +182,7 @@ def _map(folder: Path, group: int) -> dict[str, np.ndarray]:
     try:
         with named(folder):
             return {name: _map_array(folder / f"{group_name(group)}.{name}.npy") for name in _ARRAYS}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TokenError) as error:
         if is_systems(error) and not isinstance(error, FileNotFoundError):
             raise
         raise _damaged(folder, one_line(error)) from None
