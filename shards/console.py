@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
 
+NO_THREAD = "no further thread can be started; allow more processes or memory (ulimit -u, ulimit -v, of a container)"
+
 
 class JobError(Exception):
     """A job cannot go on. The message is one line that names the file or field and the way out."""
@@ -63,6 +65,10 @@ def entry(main: Callable[[], int | None], *, names_photos: bool = False) -> NoRe
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        code = _fail(NO_THREAD)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -108,6 +114,8 @@ def describe_os_error(error: OSError) -> str:
         errno.EEXIST: ", but a folder is needed there",  # what making a folder says of a file
         errno.EACCES: "; check the permissions",
         errno.EROFS: "; choose a folder that can be written to",
+        errno.EAGAIN: "; allow more processes (ulimit -u, of a container), or use fewer --workers",
+        errno.EMFILE: "; allow this process more of them (ulimit -n 1024)",
     }.get(error.errno or 0, "")
     return f"{where}{what}{advice}"
 

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -45,9 +45,10 @@ from shards.layout import (
 )
 from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum
 from shards.store import Store
-from shards.workers import ctrl_c_held_back, end_pool, follow_parent
+from shards.workers import ctrl_c_held_back, end_pool, finished, follow_parent
 
 PARALLEL_BYTES = 1 << 29  # of tars: below, starting processes takes longer than checking in this one
+_POLL_SECONDS = 1.0
 _ROWS = {"skipped": SKIPPED, "quarantined": QUARANTINE}
 _STEM = re.compile(rf"(?P<stem>{SHARD_STEM})\.(tar|idx|parquet)")
 _ARRAY = re.compile(rf"{INDEX}/(group-\d{{2,}})\.(starts|shard|offset|size|crc32)\.npy")
@@ -363,9 +364,12 @@ def _run(tasks: Sequence[Callable[[], ShardReport]], workers: int) -> Iterator[S
     pool = ProcessPoolExecutor(workers, context, follow_parent, (os.getpid(),))
     try:
         with ctrl_c_held_back():
-            futures: list[Future[ShardReport]] = [pool.submit(task) for task in tasks]
-        for future in as_completed(futures):
-            yield future.result()
+            running: set[Future[ShardReport]] = {pool.submit(task) for task in tasks}
+        while running:
+            done = finished(pool, running, _POLL_SECONDS)
+            running -= done
+            for future in done:
+                yield future.result()
     except BrokenProcessPool:
         raise JobError("a worker process was killed (out of memory?); fewer --workers need less memory") from None
     finally:
