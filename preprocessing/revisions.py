@@ -94,7 +94,7 @@ class Revision:
                 Source(**facts["source"]) if facts["source"] else None,
                 samples,
                 ClassTable.load(f"{stem}-classes.parquet"),
-                pq.read_table(f"{stem}-skipped.parquet"),
+                pq.read_table(f"{stem}-skipped.parquet").select(SKIPPED_COLUMNS.names),
                 read_bad(Path(f"{stem}-bad.jsonl")),
                 facts["photos"],
             )

@@ -28,6 +28,7 @@ from shards.layout import (
     MANIFEST,
     PLAN,
     QUARANTINE,
+    REVISIONS,
     SKIPPED,
     shard_numbers,
     shard_stem,
@@ -138,7 +139,7 @@ def _check_shards(out: Output, manifest: Manifest, unfinished: list[Revision]) -
 def _check_tables(out: Output) -> None:
     """Raise `JobError` where a file that a change goes by is not the one that was sealed."""
     sums = sealed_checksums(out.folder)
-    for name in (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE):
+    for name in (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, *(n for n in sums if n.startswith(f"{REVISIONS}/"))):
         path = out.folder / name
         if name in sums and path.exists() and checksum(path) != sums[name]:
             raise JobError(f"{out.place}/{name}: differs from its checksum; run shards/verify.py {out.place}")

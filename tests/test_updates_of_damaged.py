@@ -87,6 +87,15 @@ def test_what_a_change_goes_by_is_held_against_its_checksum(begun, tmp_path, nam
     assert contents(begun) == before
 
 
+@pytest.mark.parametrize("name", ["000002.parquet", "000002-skipped.parquet"])
+def test_a_table_of_other_columns_where_a_revision_belongs_is_one_line(begun, tmp_path, name):
+    add(more(tmp_path), begun, HERE)
+    shutil.copy(begun / CLASSES, begun / "revisions" / name)
+    seal(begun)
+    with pytest.raises(JobError, match=r"000002\.parquet: damaged, or a file beside it"):
+        retry_quarantined(begun, HERE)
+
+
 @pytest.mark.parametrize("text", [b"\xff\xfe", b"{", b"[1]\n", b'{"source": "a"}\n', b"7\n"])
 def test_a_damaged_list_of_bad_photos_is_one_line(begun, tmp_path, text):
     (begun / QUARANTINE).write_bytes(text)
