@@ -1,6 +1,7 @@
 """Plans what new photos change in a finished data set: which join classes, which cells become classes, what stays
 skipped. Labels that exist stay; new classes follow those of their group, sorted among themselves."""
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, read_bad
 from preprocessing.sources import Source, prefix, split_sample, turns
 from shards.classes import ClassTable, cell_index, number_within
 from shards.files import read_table
-from shards.layout import QUARANTINE, SHARD_SAMPLES, SKIPPED, group_name, shard_tables
+from shards.layout import QUARANTINE, SHARD_SAMPLES, SKIPPED, shard_numbers, shard_tables
 from shards.names import hash_names
 
 
@@ -76,7 +77,7 @@ def plan_samples(samples: pa.Table, seed: int, out: Path) -> pa.Table:
     _, row = np.unique(group << 32 | label, return_inverse=True)
     order = class_order(row.astype(np.int32), hash_names(_large(samples["source"])), seed, 1)
     samples, group = samples.take(pa.array(order)), group[order]
-    shards = {g: len(list((out / group_name(g)).glob("group-*.parquet"))) for g in np.unique(group).tolist()}
+    shards = Counter(shard_numbers(table.stem)[0] for table in shard_tables(out))
     first = np.array([shards[g] for g in group.tolist()], np.int64)
     numbers = pa.array((first + number_within(group) // SHARD_SAMPLES).astype(np.int32))
     return samples.set_column(PLANNED.names.index("number"), PLANNED.field("number"), numbers)
@@ -89,7 +90,7 @@ def _classify(candidates: pa.Table, crops: np.ndarray, state: State) -> tuple[np
     of_old = _grid(old.cell_east, old.cell_north, M)
     box = CellBox.around(*(np.concatenate(pair) for pair in zip(own, of_old, strict=True)))
     codes, of_candidate = np.unique(box.codes(*own), return_inverse=True)
-    images = np.bincount(of_candidate, weights=crops, minlength=len(codes))
+    images = np.bincount(of_candidate, weights=np.maximum(crops, 1), minlength=len(codes))
     is_new = (images >= state.settings.min_images) & ~np.isin(codes, box.codes(*of_old))
     cells = box.indices(codes[is_new])
     added, _ = make_classes(*cells, np.zeros(len(cells[0]), np.int64), M=M, N=N, zone=old.zone)
@@ -117,11 +118,11 @@ def _samples(candidates: pa.Table, row: np.ndarray, classes: ClassTable, crops: 
     """Candidates that are in a class, panoramas crop by crop, with the columns `PLANNED`."""
     photos = np.flatnonzero(row >= 0)
     times = crops[photos]
-    repeated = np.repeat(photos, times)
+    repeated = np.repeat(photos, np.maximum(times, 1))
     table = candidates.take(pa.array(repeated))
-    if (times > 1).any():
+    if times.any():
         names = table["source"].to_pylist()
-        each = (turns(count) if count > 1 else [""] for count in times.tolist())
+        each = (turns(count) or [""] for count in times.tolist())
         ends = (turn for crop_turns in each for turn in crop_turns)
         table = table.set_column(
             0,
@@ -136,8 +137,8 @@ def _samples(candidates: pa.Table, row: np.ndarray, classes: ClassTable, crops: 
 
 
 def _crops(samples: pa.ChunkedArray, sources: list[Source]) -> np.ndarray:
-    """Into how many samples each photo is cut, int64 [n]."""
-    crops = [max(source.crops, 1) for source in sources]
+    """Into how many crops each photo is cut (0: it is taken whole), int64 [n]."""
+    crops = [source.crops for source in sources]
     if len(set(crops)) == 1:
         return np.full(len(samples), crops[0], np.int64)
     return np.array([crops[split_sample(sample)[0]] for sample in samples.to_pylist()], np.int64)

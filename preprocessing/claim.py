@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from preprocessing.plan import Plan, Settings
 from preprocessing.sources import Source
@@ -47,19 +47,28 @@ def claim(out: Path, source: Source, plan: Plan) -> None:
 def _check_same(before: dict[str, Any], facts: dict[str, Any], out: Path) -> None:
     if before.get("fingerprint") == facts["fingerprint"]:
         return
-    differing = [
-        f"{k} was {before.get(k)}, is {v}"
-        for k, v in facts.items()
-        if before.get(k) != v and k not in (*_PLACES, "fingerprint")
-    ]
-    raise JobError(
-        f"{out}: holds another data set ({'; '.join(differing or ['the list of photos changed'])}); choose another "
-        "--out or delete that folder"
-    )
+    differing = [k for k, v in facts.items() if before.get(k) != v and k not in (*_PLACES, "fingerprint")]
+    if differing == ["codec"]:
+        raise JobError(
+            f"{out}: was made with {before.get('codec')}, and here is {facts['codec']}; install those versions, or "
+            "choose another --out"
+        )
+    what = "; ".join(f"{k} was {before.get(k)}, is {facts[k]}" for k in differing) or "the list of photos changed"
+    raise JobError(f"{out}: holds another data set ({what}); choose another --out or delete that folder")
 
 
-def claimed(out: Path) -> tuple[Source, Settings, str]:
-    """The first source, the settings and the fingerprint of the data set in `out`; raises `JobError`."""
+class Claim(NamedTuple):
+    """What `plan.json` says of a data set: its first source, its settings, the name of the codec that began it, and its
+    fingerprint."""
+
+    source: Source
+    settings: Settings
+    codec: str
+    fingerprint: str
+
+
+def claimed(out: Path) -> Claim:
+    """Who has claimed `out`, a data set's folder; raises `JobError`."""
     facts = _read(out)
     again = "run the command that made the data set once more, with --source"
     if facts is None:
@@ -67,18 +76,28 @@ def claimed(out: Path) -> tuple[Source, Settings, str]:
     try:
         settings = Settings(**{name: facts[name] for name in Settings.__dataclass_fields__})
         settings = replace(settings, codec="gpu" if facts["codec"].startswith(GPU_CODEC) else "cpu")
-        return Source.of(facts["source"], facts["root"], settings.crops), settings, facts["fingerprint"]
+        source = Source.of(facts["source"], facts["root"], settings.crops)
+        return Claim(source, settings, facts["codec"], facts["fingerprint"])
     except KeyError as error:
         raise JobError(f"{out / PLAN}: {error.args[0]!r} is missing; {again}") from None
+    except (AttributeError, TypeError) as error:
+        raise _damaged(out, error) from None
 
 
 def _read(out: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(read_bytes(out / PLAN))
+        facts = json.loads(read_bytes(out / PLAN))
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise JobError(f"{out / PLAN}: damaged ({error}); run shards/verify.py --repair") from None
+        raise _damaged(out, error) from None
+    if not isinstance(facts, dict):
+        raise _damaged(out, ValueError("no JSON object"))
+    return facts
+
+
+def _damaged(out: Path, error: Exception) -> JobError:
+    return JobError(f"{out / PLAN}: damaged ({error}); run shards/verify.py --repair")
 
 
 @dataclass(frozen=True)

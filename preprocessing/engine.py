@@ -4,7 +4,7 @@ import ctypes
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import Synchronized
@@ -21,7 +21,7 @@ from shards.console import JobError
 from shards.layout import shard_stem
 from shards.mirror import scratch_folder
 from shards.store import Store, answered
-from shards.workers import ctrl_c_held_back, end_pool, follow_parent
+from shards.workers import ctrl_c_held_back, end_pool, finished, follow_parent
 
 _POLL_SECONDS = 0.2
 
@@ -82,9 +82,9 @@ def run_tasks(
             with ctrl_c_held_back():
                 running.add(pool.submit(_work, task))
             while len(running) >= 2 * workers:
-                yield from _finished(running, counters, progress)
+                yield from _finished(pool, running, counters, progress)
         while running:
-            yield from _finished(running, counters, progress)
+            yield from _finished(pool, running, counters, progress)
     except Stopped:
         stop.value = 1
         begun = [future for future in running if future.running() or future.done()]
@@ -107,9 +107,12 @@ def _set_aside(future: Future[ShardResult]) -> list[Bad]:
 
 
 def _finished(
-    running: set[Future[ShardResult]], counters: list["Synchronized[int]"], progress: Callable[[Counts], bool]
+    pool: ProcessPoolExecutor,
+    running: set[Future[ShardResult]],
+    counters: list["Synchronized[int]"],
+    progress: Callable[[Counts], bool],
 ) -> Iterator[ShardResult]:
-    done, _ = wait(running, _POLL_SECONDS, FIRST_COMPLETED)
+    done = finished(pool, running, _POLL_SECONDS)
     if not progress(Counts(*(counter.get_obj().value for counter in counters))):
         raise Stopped([])
     running -= done

@@ -17,8 +17,8 @@ from shards.checksums import seal
 from shards.classes import ClassTable
 from shards.dataset import Manifest
 from shards.files import read_table
-from shards.index import build_index
-from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST, QUARANTINE, SKIPPED, group_name, shard_tables
+from shards.index import build_index, check_labels
+from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST, QUARANTINE, SKIPPED, shard_tables
 from shards.writer import shard_facts
 
 
@@ -41,10 +41,12 @@ class Summary:
 
 @dataclass(frozen=True)
 class State:
-    """What a data set's tables follow from, besides its shards: classes, skipped photos (`SKIPPED_COLUMNS`), photos
-    that were set aside by their names, and what has changed since the first build."""
+    """What a data set's tables follow from, besides its shards: settings, the name of the codec that began it, classes,
+    skipped photos (`SKIPPED_COLUMNS`), photos that were set aside by their names, and what has changed since the first
+    build."""
 
     settings: Settings
+    codec: str
     fingerprint: str
     classes: ClassTable
     skipped: pa.Table
@@ -63,16 +65,18 @@ class State:
             "timestamp": timestamps,
         }
         skipped = pa.table(columns, SKIPPED_COLUMNS)
-        return State(plan.settings, plan.fingerprint, plan.classes, skipped, plan.bad, [])
+        codec = plan.settings.facts()["codec"]
+        return State(plan.settings, codec, plan.fingerprint, plan.classes, skipped, plan.bad, [])
 
     @staticmethod
     def of_dataset(out: Path) -> "State":
         """The state of a finished data set, or of one whose last revision was interrupted."""
-        _, settings, fingerprint = claimed(out)
+        claim = claimed(out)
         Manifest.load(out / MANIFEST)
         by_name = [b for b in read_bad(out / QUARANTINE) if b.sample is None]
         skipped = read_table(out / SKIPPED)
-        state = State(settings, fingerprint, ClassTable.load(out / CLASSES), skipped, by_name, [])
+        classes = ClassTable.load(out / CLASSES)
+        state = State(claim.settings, claim.codec, claim.fingerprint, classes, skipped, by_name, [])
         return state.after(revisions(out))
 
     def after(self, revisions: list[Revision]) -> "State":
@@ -96,11 +100,11 @@ def finish(
     bad = state.bad + _bad_photos(results, state.revisions)
     write_bad(bad, out / QUARANTINE)
     build_index(out, classes)
-    known = Manifest.__dataclass_fields__
+    settings = state.settings.facts() | {"codec": state.codec}
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         revision=1 + len(state.revisions),
-        **{name: value for name, value in state.settings.facts().items() if name in known},
+        **{name: value for name, value in settings.items() if name in Manifest.__dataclass_fields__},
         utm_zone=classes.zone,
         groups=len(classes.groups),
         classes=len(classes),
@@ -137,8 +141,8 @@ def _count(out: Path, classes: ClassTable) -> tuple[ClassTable, list[ShardResult
         first = int(np.searchsorted(classes.group, result.group))
         count = classes.count(result.group)
         labels = read_table(table, ["label"])["label"].to_numpy()
+        check_labels(table, labels, count)
         images[first : first + count] += np.bincount(labels, minlength=count)
-        assert table.parent.name == group_name(result.group)
     return replace(classes, images=images), results
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from preprocessing.shard_task import ShardResult, finished_shard
-from shards.checksums import files_below, read_checksums
+from shards.checksums import files_below, sealed_checksums
 from shards.console import JobError
 from shards.files import is_partial
 from shards.layout import (
@@ -112,7 +112,7 @@ class Output:
         fetch_all(self.store, above, self.folder, {})
         for name in above:
             self.known[name] = self._stamp(name)
-        self._fetch_tables(sizes, read_checksums(self.folder) or {})
+        self._fetch_tables(sizes, sealed_checksums(self.folder))
         if CHECKSUMS in above:  # as new as the tables: `seal` then takes their checksums from it
             (self.folder / CHECKSUMS).touch()
             self.known[CHECKSUMS] = self._stamp(CHECKSUMS)

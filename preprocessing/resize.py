@@ -7,6 +7,7 @@ to a square, as the reference does, and turned upright where their metadata say 
 
 import functools
 import io
+import re
 import threading
 import warnings
 import zlib
@@ -31,6 +32,8 @@ _SCALABLE = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))  # frames of cosine transf
 _ONE_SCAN_POSSIBLE = frozenset((0xC0, 0xC1))
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _TABLES_AND_COMMENTS = frozenset((0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE))
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # but those that pixels hold: stuffed bytes and restarts
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 _MOST_CUBIC = 1.6  # scaled decoding leaves less than a factor of 2, of which this much needs no area filter
 _PILLOW_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
 _ORIENTATION_TAG = 0x0112
@@ -155,7 +158,7 @@ class Resizer:
             raise _bad_jpeg(data, error) from None
         self._check_size(width, height)
         frame, one_scan, tagged = _segments(data)
-        if not one_scan and data.count(b"\xff\xda") > _MAX_SCANS:
+        if not one_scan and data.count(b"\xff\xda") > _MAX_SCANS and _has_too_many_scans(data):
             raise BadPhoto("too large", f"a JPEG of more than {_MAX_SCANS} scans")
         return JpegHeader(height, width, colorspace, frame in _SCALABLE, tagged)
 
@@ -227,8 +230,8 @@ def _bad_jpeg(data: bytes, error: ValueError) -> BadPhoto:
 
 def _check_png(data: bytes) -> None:
     """Raise `BadPhoto` where a part of a PNG fails its checksum: Pillow does not compare that of pixels."""
-    place = 8 if data.startswith(b"\x89PNG\r\n\x1a\n") else len(data)
-    while (end := place + 12 + int.from_bytes(data[place : place + 4], "big")) <= len(data):
+    place, kind = (8 if data.startswith(b"\x89PNG\r\n\x1a\n") else len(data)), b""
+    while kind != b"IEND" and (end := place + 12 + int.from_bytes(data[place : place + 4], "big")) <= len(data):
         kind, checksum = data[place + 4 : place + 8], int.from_bytes(data[end - 4 : end], "big")
         if zlib.crc32(memoryview(data)[place + 4 : end - 4]) != checksum:
             raise BadPhoto("CRC mismatch", f"PNG chunk {kind.decode('ascii', 'replace')}")
@@ -261,6 +264,15 @@ def _segments(jpeg: bytes) -> tuple[int, bool, bool]:
             break
         place += 2 + (jpeg[place + 2] << 8) + jpeg[place + 3]
     return frame, False, True
+
+
+def _has_too_many_scans(jpeg: bytes) -> bool:
+    """Whether a JPEG has more than `_MAX_SCANS` scans, those in metadata and behind its end (a film) aside."""
+    place, scans = 2, 0
+    while scans <= _MAX_SCANS and (found := _MARKER.search(jpeg, place)) and found[0] != _END_OF_IMAGE:
+        scans += found[0] == _START_OF_SCAN
+        place = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
+    return scans > _MAX_SCANS
 
 
 def _orientation(jpeg: bytes) -> int:

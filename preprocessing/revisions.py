@@ -87,14 +87,14 @@ class Revision:
         """Read a revision that `save` wrote; raises `JobError` where a file of it is lost or damaged."""
         stem = _stem(out, number)
         try:
-            samples = pq.read_table(f"{stem}.parquet")
+            samples = pq.read_table(f"{stem}.parquet").select(PLANNED.names)
             facts = json.loads(samples.schema.metadata[b"revision"])
             return Revision(
                 number,
                 Source(**facts["source"]) if facts["source"] else None,
                 samples,
                 ClassTable.load(f"{stem}-classes.parquet"),
-                pq.read_table(f"{stem}-skipped.parquet"),
+                pq.read_table(f"{stem}-skipped.parquet").select(SKIPPED_COLUMNS.names),
                 read_bad(Path(f"{stem}-bad.jsonl")),
                 facts["photos"],
             )
@@ -170,9 +170,12 @@ def write_bad(bad: list[Bad], path: Path) -> None:
 
 
 def read_bad(path: Path) -> list[Bad]:
-    """Read photos that `write_bad` wrote."""
-    lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
-    return [Bad(**facts) for facts in lines]
+    """Read photos that `write_bad` wrote; raises `JobError` where the file holds anything else."""
+    try:
+        lines: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
+        return [Bad(**facts) for facts in lines]
+    except (ValueError, TypeError) as error:
+        raise JobError(f"{path}: damaged ({one_line(error)}); run shards/verify.py --repair") from None
 
 
 def count_bad(path: Path) -> int:

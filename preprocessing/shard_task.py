@@ -3,21 +3,21 @@
 import math
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from preprocessing.photos import Bad
 from preprocessing.plan import ShardTask
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.samples import SampleMaker
 from preprocessing.sources import Source
-from shards.console import JobError, describe_os_error
+from shards.console import JobError, describe_os_error, is_systems
 from shards.files import TEMPORARY_SUFFIX
 from shards.layout import sample_key, shard_stem
 from shards.names import parse_name
+from shards.soundness import READ_ERRORS
 from shards.writer import ShardWriter, publish_shard, shard_facts
 
 Monitor = Callable[[int, int, int], bool]
@@ -96,12 +96,13 @@ def write_shard(
         result.tar_bytes = writer.position
         publish_shard(stem, partial, writer, result.facts())
     except OSError as error:
-        if not stem.parent.is_dir():
+        if not out.is_dir():
             raise went_away(out) from None
         error.filename = error.filename or f"{stem}.tar"
         raise JobError(f"cannot write the shard: {describe_os_error(error)}") from None
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it has its final name, or there is none
+            partial.unlink()
     return result
 
 
@@ -129,6 +130,9 @@ def finished_shard(out: Path, group: int, number: int, *, with_tar: bool = True)
     try:
         result = ShardResult.from_facts(shard_facts(stem.with_suffix(".parquet")))
         complete = not with_tar or os.path.getsize(stem.with_suffix(".tar")) == result.tar_bytes
-    except (FileNotFoundError, pa.ArrowInvalid, KeyError, TypeError):
+    except READ_ERRORS as error:
+        if is_systems(error) and not isinstance(error, FileNotFoundError):
+            raise
         return None
-    return result if complete and stem.with_suffix(".idx").exists() else None
+    its_own = (result.group, result.number) == (group, number)
+    return result if its_own and complete and stem.with_suffix(".idx").exists() else None

@@ -170,6 +170,7 @@ def read_photo(path: str, folder: str) -> bytes:
             raise BadPhoto("missing", "listed, but gone when it was read") from None
         if error.errno in _BAD_SECTOR_ERRORS:
             raise BadPhoto("unreadable", error.strerror or str(error)) from None
+        error.filename = error.filename or path
         raise JobError(
             f"the source folder went away ({describe_os_error(error)}); bring it back and run the same command again"
         ) from None

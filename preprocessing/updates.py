@@ -19,10 +19,21 @@ from preprocessing.samples import SampleMaker
 from preprocessing.shard_run import Machinery, TooManyBad, bad_limit, check_bad, write_shards
 from preprocessing.shard_task import finished_shard
 from preprocessing.sources import Source
-from shards.console import JobError
+from shards.checksums import checksum, sealed_checksums
+from shards.console import JobError, format_count
 from shards.dataset import Manifest
 from shards.files import remove_partials
-from shards.layout import MANIFEST, QUARANTINE, shard_stem
+from shards.layout import (
+    CLASSES,
+    MANIFEST,
+    PLAN,
+    QUARANTINE,
+    REVISIONS,
+    SKIPPED,
+    shard_numbers,
+    shard_stem,
+    shard_tables,
+)
 from shards.locks import at_work
 from shards.names import PHOTO_EXTENSIONS
 
@@ -96,10 +107,14 @@ def _sound(candidates: list[Bad], sources: list[Source], resizer: Resizer) -> li
 def _begin(out: Output, machinery: Machinery) -> tuple[State, list[Source]]:
     """The state and the sources of a finished data set, after a change of it that was interrupted is finished."""
     manifest = Manifest.load(out.folder / MANIFEST)
-    first = claimed(out.folder)[0]
-    state = State.of_dataset(out.folder)
-    if manifest.revision > 1 + len(state.revisions):
+    first = claimed(out.folder).source
+    begun = revisions(out.folder)
+    if manifest.revision > 1 + len(begun):
         raise JobError(f"{out.place}: what revision {manifest.revision} planned is lost; run shards/verify.py")
+    _check_shards(out, manifest, begun[manifest.revision - 1 :])
+    if manifest.revision == 1 + len(begun):
+        _check_tables(out)
+    state = State.of_dataset(out.folder)
     remove_partials(out.folder)
     if manifest.revision < 1 + len(state.revisions):
         print(f"finishing revision {1 + len(state.revisions)}, which was interrupted")
@@ -107,6 +122,27 @@ def _begin(out: Output, machinery: Machinery) -> tuple[State, list[Source]]:
         finish(out.folder, state)
         out.share()
     return state, _sources(first, state.revisions)
+
+
+def _check_shards(out: Output, manifest: Manifest, unfinished: list[Revision]) -> None:
+    """Raise `JobError` where the data set lacks a shard: once `finish` has counted the others, nobody would miss it."""
+    later = {shard for revision in unfinished for shard in revision.shards()}
+    named = {shard_numbers(table.stem) for table in shard_tables(out.folder)} - later
+    lost = manifest.shards - sum(finished_shard(out.folder, *shard, with_tar=False) is not None for shard in named)
+    if lost > 0:
+        raise JobError(
+            f"{out.place}: {lost} of {format_count(manifest.shards, 'shard')} missing or damaged; "
+            f"run shards/verify.py {out.place}"
+        )
+
+
+def _check_tables(out: Output) -> None:
+    """Raise `JobError` where a file that a change goes by is not the one that was sealed."""
+    sums = sealed_checksums(out.folder)
+    for name in (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, *(n for n in sums if n.startswith(f"{REVISIONS}/"))):
+        path = out.folder / name
+        if name in sums and path.exists() and checksum(path) != sums[name]:
+            raise JobError(f"{out.place}/{name}: differs from its checksum; run shards/verify.py {out.place}")
 
 
 def _withdraw(out: Output, revision: Revision) -> None:

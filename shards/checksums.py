@@ -9,10 +9,12 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shards.files import atomic_write_text, named, read_bytes
+from shards.console import JobError
+from shards.files import atomic_write_text, json_text, named, read_bytes
 from shards.layout import CHECKSUMS, INDEX, MANIFEST, PROVENANCE
 
 if TYPE_CHECKING:
@@ -48,9 +50,7 @@ def seal(dataset: Path, manifest: "Manifest | None" = None) -> None:
         known = before.get(name)
         sums[name] = known if known and path.stat().st_mtime_ns < sealed_at else checksum(path)
     if manifest is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            manifest.save(Path(folder) / MANIFEST)
-            sums[MANIFEST] = checksum(Path(folder) / MANIFEST)
+        sums[MANIFEST] = hashlib.sha256(json_text(asdict(manifest)).encode()).hexdigest()
     text = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
     atomic_write_text(dataset / CHECKSUMS, f"{text}{_OWN}{hashlib.sha256(text.encode()).hexdigest()}\n")
 
@@ -65,6 +65,14 @@ def read_checksums(dataset: Path) -> dict[str, str] | None:
     except FileNotFoundError:
         return None
     return parse_checksums(data)
+
+
+def sealed_checksums(dataset: Path) -> dict[str, str]:
+    """As `read_checksums`, but none of a data set that was never sealed; raises `JobError` where they are damaged."""
+    try:
+        return read_checksums(dataset) or {}
+    except DamagedChecksums as error:
+        raise JobError(f"{dataset / CHECKSUMS}: damaged ({error}); run shards/verify.py --repair") from None
 
 
 def parse_checksums(data: bytes) -> dict[str, str]:

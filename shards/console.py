@@ -1,12 +1,15 @@
 """What a person sees: one-line errors, exit codes, and numbers with units."""
 
 import errno
+import io
 import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
+
+NO_THREAD = "no further thread can be started; allow more processes or memory (ulimit -u, ulimit -v, of a container)"
 
 
 class JobError(Exception):
@@ -48,6 +51,7 @@ def entry(main: Callable[[], int | None], *, names_photos: bool = False) -> NoRe
     Errors of the operating system that no caller turned into a `JobError` (a full disk, a folder
     without permission) are printed as one line that names the file, and so is memory that does not suffice.
     """
+    _ready_streams()
     if signal.getsignal(signal.SIGINT) is _quit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if module := sys.modules["__main__"].__spec__:  # so that --help names what was typed, not a file in site-packages
@@ -61,6 +65,10 @@ def entry(main: Callable[[], int | None], *, names_photos: bool = False) -> NoRe
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         code = 130
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        code = _fail(NO_THREAD)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
@@ -73,6 +81,17 @@ def entry(main: Callable[[], int | None], *, names_photos: bool = False) -> NoRe
     if sys.stdout:  # None where it was closed from the start
         sys.stdout.flush()
     sys.exit(code)
+
+
+def _ready_streams() -> None:
+    """Let output have any character, whatever the terminal shows. Where a standard stream is closed from the start, let
+    no file that is opened later take its number, and bars go nowhere."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    sys.stderr = sys.stderr or os.fdopen(2, "w")
 
 
 def _check_words(words: list[str]) -> None:
@@ -95,6 +114,8 @@ def describe_os_error(error: OSError) -> str:
         errno.EEXIST: ", but a folder is needed there",  # what making a folder says of a file
         errno.EACCES: "; check the permissions",
         errno.EROFS: "; choose a folder that can be written to",
+        errno.EAGAIN: "; allow more processes (ulimit -u, of a container), or use fewer --workers",
+        errno.EMFILE: "; allow this process more of them (ulimit -n 1024)",
     }.get(error.errno or 0, "")
     return f"{where}{what}{advice}"
 

@@ -7,7 +7,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
             _flush(partial)
             os.replace(partial, path)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing is there
+            partial.unlink()
         if isinstance(error, OSError) and not is_systems(error):  # pyarrow's, where closing a file fails
             raise OSError(errno.EIO, str(error), str(path)) from error
         raise
@@ -104,8 +105,13 @@ def atomic_write_text(path: Path | str, text: str) -> None:
 
 
 def atomic_write_json(path: Path | str, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys to `path`, whole or not at all."""
-    atomic_write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+    """Write `value` as `json_text` to `path`, whole or not at all."""
+    atomic_write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON with sorted keys."""
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
 def is_partial(name: str) -> bool:
@@ -143,5 +149,8 @@ def _flush(path: Path) -> None:
     try:
         with named(path):
             os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL or not path.is_dir():  # some file systems, as vboxsf, do not flush folders
+            raise
     finally:
         os.close(descriptor)

@@ -10,6 +10,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import pyarrow as pa
@@ -140,14 +141,20 @@ def gather(tables: list[Path], labels: int) -> dict[str, np.ndarray]:
     columns["shard"] = shards
     gathered = {name: np.concatenate([np.empty(0, np.int64), *values]) for name, values in columns.items()}
     label = gathered.pop("label").astype(np.int64)
-    if len(label) and not 0 <= label.min() <= label.max() < labels:
-        raise JobError(
-            f"{tables[0].parent}: labels from {label.min()} to {label.max()}, where {CLASSES} has {labels} classes; "
-            "run shards/verify.py"
-        )
+    if tables:
+        check_labels(tables[0].parent, label, labels)
     order = np.argsort(label, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(label, minlength=labels))])
     return {"starts": starts} | {name: values[order].astype(_COLUMNS[name]) for name, values in gathered.items()}
+
+
+def check_labels(place: Path, label: np.ndarray, labels: int) -> None:
+    """Raise `JobError` where photos in `place` have labels (int [n]) that a group of so many classes has not."""
+    if len(label) and not 0 <= label.min() <= label.max() < labels:
+        raise JobError(
+            f"{place}: labels from {label.min()} to {label.max()}, where {CLASSES} has {labels} classes; "
+            "run shards/verify.py"
+        )
 
 
 def _read_table(table: Path) -> pa.Table:
@@ -175,7 +182,7 @@ def _map(folder: Path, group: int) -> dict[str, np.ndarray]:
     try:
         with named(folder):
             return {name: _map_array(folder / f"{group_name(group)}.{name}.npy") for name in _ARRAYS}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TokenError) as error:
         if is_systems(error) and not isinstance(error, FileNotFoundError):
             raise
         raise _damaged(folder, one_line(error)) from None

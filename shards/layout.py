@@ -15,6 +15,7 @@
 <dataset>/listing.parquet                   cached list of the source's photos; may be deleted
 """
 
+import re
 from pathlib import Path
 
 import pyarrow as pa
@@ -64,6 +65,8 @@ SAMPLE_COLUMNS = pa.schema(
 SHARD_STEM = r"group-(?P<group>\d{2,})/group-(?P=group)-\d{6,}"
 """What `shard_stem` gives, as a regular expression."""
 
+_TABLE = re.compile(rf"{SHARD_STEM}\.parquet")
+
 
 def group_name(group: int) -> str:
     """Name of a group's folder."""
@@ -88,4 +91,5 @@ def sample_key(index: int) -> str:
 
 def shard_tables(dataset: Path) -> list[Path]:
     """The sample tables of all finished shards in order of their paths, so that a group's are in order of number."""
-    return sorted(dataset.glob("group-*/group-*.parquet"))
+    found = dataset.glob("group-*/group-*.parquet")
+    return sorted(path for path in found if _TABLE.fullmatch(f"{path.parent.name}/{path.name}"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from shards.checksums import files_below
-from shards.console import JobError, format_bytes, format_count, printable
+from shards.console import JobError, format_bytes, format_count, one_line, printable
 from shards.dataset import Dataset
 from shards.layout import INDEX, QUARANTINE, shard_tables
 from shards.writer import shard_facts
@@ -45,7 +45,9 @@ def measure_sizes(dataset: Dataset) -> Sizes:
         try:
             jpeg += int(shard_facts(table)["jpeg_bytes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise JobError(f"{dataset.place}/{name}.parquet: {error}; run shards/verify.py --repair") from None
+            raise JobError(
+                f"{dataset.place}/{name}.parquet: {one_line(error)}; run shards/verify.py --repair"
+            ) from None
         for kind in sizes:
             if f"{name}.{kind}" not in found:
                 raise JobError(f"{dataset.place}/{name}.{kind}: missing; run shards/verify.py --repair")

@@ -136,6 +136,8 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: str | None
     command = [sys.executable, str(BUILD), "--source", str(source), "--out", str(dataset), "--workers", str(workers)]
     if plan["codec"].startswith(GPU_CODEC):
         command += ["--codec", "gpu"]
+    if "source" in plan and plan.get("root") == str(Path(plan["source"]).parent):
+        plan["root"] = None  # a list may have moved, and its photos with it
     for name, value in plan.items():
         if name not in _NOT_SETTINGS:
             command += _option(name, value)

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -22,7 +22,7 @@ from shards.checksums import DamagedChecksums, files_below, read_checksums
 from shards.classes import ClassTable
 from shards.console import JobError, format_count, one_line
 from shards.dataset import Manifest, check_folder
-from shards.files import TEMPORARY_SUFFIX
+from shards.files import TEMPORARY_SUFFIX, json_text
 from shards.layout import (
     CHECKSUMS,
     CLASSES,
@@ -45,9 +45,10 @@ from shards.layout import (
 )
 from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum
 from shards.store import Store
-from shards.workers import ctrl_c_held_back, end_pool, follow_parent
+from shards.workers import ctrl_c_held_back, end_pool, finished, follow_parent
 
 PARALLEL_BYTES = 1 << 29  # of tars: below, starting processes takes longer than checking in this one
+_POLL_SECONDS = 1.0
 _ROWS = {"skipped": SKIPPED, "quarantined": QUARANTINE}
 _STEM = re.compile(rf"(?P<stem>{SHARD_STEM})\.(tar|idx|parquet)")
 _ARRAY = re.compile(rf"{INDEX}/(group-\d{{2,}})\.(starts|shard|offset|size|crc32)\.npy")
@@ -170,7 +171,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     """A JSON file as `atomic_write_json` writes it."""
     text = path.read_text()
     value = json.loads(text)
-    if not isinstance(value, dict) or text != json.dumps(value, indent=2, sort_keys=True) + "\n":
+    if not isinstance(value, dict) or text != json_text(value):
         raise ValueError("not as it was written")
     return value
 
@@ -363,9 +364,12 @@ def _run(tasks: Sequence[Callable[[], ShardReport]], workers: int) -> Iterator[S
     pool = ProcessPoolExecutor(workers, context, follow_parent, (os.getpid(),))
     try:
         with ctrl_c_held_back():
-            futures: list[Future[ShardReport]] = [pool.submit(task) for task in tasks]
-        for future in as_completed(futures):
-            yield future.result()
+            running: set[Future[ShardReport]] = {pool.submit(task) for task in tasks}
+        while running:
+            done = finished(pool, running, _POLL_SECONDS)
+            running -= done
+            for future in done:
+                yield future.result()
     except BrokenProcessPool:
         raise JobError("a worker process was killed (out of memory?); fewer --workers need less memory") from None
     finally:

@@ -7,11 +7,14 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from shards import limits
+from shards.console import NO_THREAD, JobError
+
+T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 1.0
@@ -45,6 +48,18 @@ def ctrl_c_held_back() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+def finished(pool: ProcessPoolExecutor, running: set[Future[T]], seconds: float) -> set[Future[T]]:
+    """Those of `running` that are done, after a wait for one of up to so many seconds.
+
+    Raises `JobError` where the pool's own thread has died, as it does where no further thread can be started: no task
+    would ever be done.
+    """
+    done, _ = wait(running, seconds, FIRST_COMPLETED)
+    if not done and _has_lost_its_thread(pool):
+        raise JobError(NO_THREAD)
+    return done
+
+
 def end_pool(pool: ProcessPoolExecutor) -> None:
     """Drop what a pool has not begun and leave its workers a moment to end what they have; then they are killed.
 
@@ -54,9 +69,21 @@ def end_pool(pool: ProcessPoolExecutor) -> None:
     calls = vars(pool)["_call_queue"]  # Python has no other way to it
     killer = threading.Timer(_GRACE_SECONDS, _kill_children, (calls,))
     killer.daemon = True
-    killer.start()
-    pool.shutdown(wait=True, cancel_futures=True)
+    attended = not _has_lost_its_thread(pool)
+    try:
+        if attended:
+            killer.start()
+    except RuntimeError:  # no further thread can be started
+        attended = False
+    if not attended:
+        _kill_children(calls)
+    pool.shutdown(wait=attended, cancel_futures=True)
     killer.cancel()
+
+
+def _has_lost_its_thread(pool: ProcessPoolExecutor) -> bool:
+    thread = vars(pool)["_executor_manager_thread"]  # Python has no other way to it
+    return thread is not None and not thread.is_alive()
 
 
 def _kill_children(calls: Any) -> None:

@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import stat
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import pytest
 
 from shards.console import JobError, describe_os_error
 from shards.dataset import Dataset, Manifest
-from shards.files import _RENAME_EXCHANGE, atomic_folder, atomic_path, named
+from shards.files import _RENAME_EXCHANGE, atomic_folder, atomic_path, atomic_write_text, named
 
 UNREADABLE = Path("/proc/self/mem")  # opens, but its first bytes cannot be read: EIO, as of a bad disk
 
@@ -21,6 +24,38 @@ def test_a_file_that_opens_and_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="Input/output error") as raised:
         Manifest.load(manifest)
     assert describe_os_error(raised.value) == f"{manifest}: Input/output error"
+
+
+def test_on_a_read_only_disk_the_file_is_named_and_not_what_it_is_written_as(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only") as raised:
+        atomic_write_text(tmp_path / "file", "text")
+    assert describe_os_error(raised.value).startswith(f"{tmp_path / 'file'}: Read-only file system")
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.EINVAL, True), (errno.EIO, False)])
+def test_a_file_system_that_flushes_no_folders_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, goes_on: bool
+) -> None:
+    flush = os.fsync
+
+    def flush_no_folder(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr("os.fsync", flush_no_folder)
+    with nullcontext() if goes_on else pytest.raises(OSError, match=os.strerror(number)):
+        atomic_write_text(tmp_path / "file", "text")
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "file").write_text("text")
+        assert (tmp_path / "folder" / "file").read_text() == (tmp_path / "file").read_text() == "text"
 
 
 @pytest.mark.parametrize(

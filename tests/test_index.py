@@ -118,6 +118,13 @@ def test_a_damaged_class_table_is_named(copy):
         Dataset.open(copy)
 
 
+def test_an_array_whose_header_is_no_python_is_named(copy):
+    array = copy / "index" / "group-00.size.npy"
+    array.write_bytes(array.read_bytes().replace(b"'shape': (", b"'shape': [", 1).replace(b",), }", b",,(((", 1))
+    with pytest.raises(JobError, match=r"index: damaged .*; delete it, it is rebuilt"):
+        open_index(copy, ClassTable.load(copy / "classes.parquet"))
+
+
 def test_a_file_where_the_index_belongs_is_named(copy):
     shutil.rmtree(copy / "index")
     (copy / "index").write_text("no folder")

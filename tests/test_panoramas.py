@@ -15,9 +15,11 @@ from preprocessing.revisions import read_bad
 from preprocessing.samples import cut_crop
 from preprocessing.sources import Source
 from preprocessing.summaries import print_forecast
+from preprocessing.updates import add
 from shards.dataset import Dataset
 from shards.index import open_index
 from shards.reader import ShardReader
+from shards.verification import verify
 
 
 def write_panoramas(folder: Path, count: int = 4, width: int = 1248, height: int = 192) -> list[str]:
@@ -84,6 +86,25 @@ def test_the_last_panorama_of_a_class_may_be_cut_by_the_end_of_a_shard(tmp_path,
     plan = make_plan(source.photos(None, 0, lambda n: None), settings)
     pieces = [s for task in plan.tasks() for s in task.sources]
     assert pieces == [row["source"] for row in samples(tmp_path / "whole")]
+
+
+def test_of_panoramas_cut_into_one_crop_more_can_be_added(tmp_path):
+    write_panoramas(tmp_path / "panos", 12)
+    settings = replace(SETTINGS, crops=1)
+    build(Source.of(tmp_path / "panos", None, 1), tmp_path / "out", settings, HERE)
+    (tmp_path / "more").mkdir()
+    for i in range(3):
+        (tmp_path / "more" / name_at(500003 + i, 4180003, 7000 + i)).write_bytes(jpeg(96, i))
+    write_panoramas(tmp_path / "wide", 2)
+    for photo in (tmp_path / "wide").iterdir():
+        photo.rename(tmp_path / "more" / photo.name.replace("pano", "more"))
+    add(Source.of(tmp_path / "more"), tmp_path / "out", replace(HERE, max_bad_share=1))
+    added = [row["source"] for row in samples(tmp_path / "out") if row["source"].startswith("//1/")]
+    assert len(added) == 2
+    assert all(source.endswith(".jpg#0") for source in added)
+    assert [b.reason for b in read_bad(tmp_path / "out" / "quarantine.jsonl")] == ["not a panorama"] * 3
+    add(Source.of(tmp_path / "more"), tmp_path / "out", HERE, crops=0)
+    assert verify(tmp_path / "out").problems == []
 
 
 def test_what_is_no_panorama_is_set_aside_crop_by_crop(tmp_path):

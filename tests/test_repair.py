@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import HERE, SETTINGS
 from photos import jpeg, write_photos
+from test_sources import write_csv, write_listed
 from test_verify import IDX, TAR, contents, flip, only_problem, run
 
 from preprocessing.build import build
@@ -166,6 +167,21 @@ def test_repair_takes_the_photos_from_a_url(tmp_path):
     done = run(out, "--repair", "--source", url)
     assert done.returncode == 0, done.stderr
     assert contents(out) == before
+
+
+def test_repair_takes_the_photos_of_a_list_that_moved_with_them(tmp_path):
+    names = write_listed(tmp_path / "here" / "photos")
+    columns = {"east": [500003.0 + i % 12 for i in range(24)], "north": [4180003.0] * 24}
+    place = write_csv(tmp_path / "here" / "list.csv", path=[f"photos/{name}" for name in names], **columns)
+    out = tmp_path / "out"
+    build(Source.of(place), out, SETTINGS, HERE)
+    before = contents(out)
+    (tmp_path / "here").rename(tmp_path / "there")
+    (out / TAR).unlink()
+    repair(out, verify(out), str(tmp_path / "there" / "list.csv"), 1)
+    after = contents(out)
+    assert {name for name in before if before[name] != after[name]} <= {"plan.json", CHECKSUMS}
+    assert verify(out).problems == []
 
 
 @pytest.mark.slow

@@ -255,6 +255,12 @@ def test_a_png_with_a_changed_byte_is_refused_by_its_checksum():
     assert reasons == {"CRC mismatch"}
 
 
+def test_what_follows_the_end_of_a_png_is_no_part_of_it():
+    data = saved(Image.fromarray(picture(128, 1)), format="PNG")
+    for behind in (bytes(4096), b"\0\0\0\4IDATnone\0\0\0\0"):
+        assert RESIZER(data + behind) == RESIZER(data)
+
+
 @pytest.mark.parametrize("progressive", [False, True])
 def test_a_photo_cut_off_anywhere_is_truncated(progressive):
     data = saved(Image.fromarray(picture(256, 9)), format="JPEG", quality=97, progressive=progressive)
@@ -311,9 +317,11 @@ def test_further_scans_after_a_whole_one_are_refused():
 
 def test_scans_are_not_counted_in_thumbnails_comments_and_second_pictures():
     plain = jpeg(128, 1)
+    progressive = saved(Image.fromarray(picture(128, 1)), format="JPEG", progressive=True)
     comment = b"\xff\xfe" + (2 + 200).to_bytes(2, "big") + b"\xff\xda" * 100
-    for data in (plain[:2] + comment + plain[2:], plain + comment):
-        assert RESIZER(data) == RESIZER(plain)
+    for photo in (plain, progressive):
+        for data in (photo[:2] + comment + photo[2:], photo + comment):
+            assert RESIZER(data) == RESIZER(photo)
 
 
 def test_flipped_bytes_never_crash_and_never_pass_as_another_size():

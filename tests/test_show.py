@@ -168,3 +168,14 @@ def test_a_data_set_with_a_missing_tar_is_one_clear_line(dataset, tmp_path):
     assert done.stderr.count("\n") == 1
     assert "verify.py --repair" in done.stderr
     assert (copy / PLAN).exists()
+
+
+@pytest.mark.parametrize("streams", ["2>&-", "<&- 2>&-", "PYTHONIOENCODING=ascii"])
+def test_a_terminal_without_these_characters_and_a_closed_one_are_no_error(dataset, streams):
+    word, *variable = (streams,) if ">" in streams else ("", streams)
+    command = ["env", *variable, "bash", "-c", f'exec "$@" {word}', "bash", sys.executable, SCRIPT, dataset.path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "images a class" in done.stdout
+    command[-2] = SCRIPT.with_name("verify.py")
+    assert subprocess.run(command, capture_output=True).returncode == 0

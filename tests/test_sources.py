@@ -291,6 +291,15 @@ def test_an_output_folder_that_vanishes_midway_is_named_and_not_made_again(tmp_p
         assert not out.exists()
 
 
+def test_a_group_whose_folder_cannot_be_made_is_named(tmp_path):
+    write_photos(tmp_path / "photos", cells=1)
+    task = next(make_plan(Source.of(tmp_path / "photos").photos(None, 0, lambda n: None), SETTINGS).tasks())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "group-00").write_text("no folder")
+    with pytest.raises(JobError, match="/out/group-00: File exists, but a folder is needed"):
+        write_shard(task, tmp_path / "photos", tmp_path / "out", Resizer(64, 90), lambda *_: True)
+
+
 def test_a_folder_above_the_photos_may_have_a_name_that_is_not_utf8(tmp_path):
     photos = tmp_path / os.fsdecode(b"caf\xe9") / "photos"
     write_photos(photos)

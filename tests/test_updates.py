@@ -328,9 +328,21 @@ def test_damage_to_what_an_addition_planned_is_found_and_neither_repaired_nor_bu
     assert contents(begun) == before
 
 
-@pytest.mark.parametrize("name", ["skipped.parquet", "group-00/group-00-000000.parquet"])
-def test_a_damaged_table_under_a_change_is_one_line_that_names_the_data_set(begun, tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize(
+    ("name", "sealed", "said"),
+    [
+        ("skipped.parquet", True, "/skipped.parquet: differs from its checksum"),
+        ("skipped.parquet", False, ": a table is damaged"),
+        ("group-00/group-00-000000.parquet", True, ": 1 of 2 shards missing or damaged"),
+        ("checksums.txt", True, "/checksums.txt: damaged"),
+    ],
+)
+def test_a_damaged_table_under_a_change_is_one_line_that_names_the_data_set(
+    begun, tmp_path, monkeypatch, capsys, name, sealed, said
+):
     (begun / name).write_bytes(b"PAR1 and nothing")
+    if not sealed:
+        (begun / CHECKSUMS).unlink()
     write_cell(tmp_path / "more", 0, 3, first=100)
     words = ["--out", str(begun), "--add", str(tmp_path / "more")]
     monkeypatch.setattr("sys.argv", ["build_shards.py", *words])
@@ -339,7 +351,7 @@ def test_a_damaged_table_under_a_change_is_one_line_that_names_the_data_set(begu
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert exit.value.code == 1
     assert len(errors) == 1
-    assert f"{begun}: a table is damaged" in errors[0]
+    assert f"{begun}{said}" in errors[0]
 
 
 def test_what_cannot_be_added_is_refused_and_changes_nothing(begun, tmp_path):

@@ -12,11 +12,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import HERE, SETTINGS
 from present import present
+from test_sources import write_csv, write_listed
 
+from preprocessing.build import build
+from preprocessing.sources import Source
 from shards import verification
 from shards.checksums import DamagedChecksums, read_checksums, seal
 from shards.console import entry
+from shards.dataset import Dataset
 from shards.files import atomic_write_json
 from shards.layout import CHECKSUMS, MANIFEST, PLAN
 from shards.verification import verify
@@ -243,6 +248,17 @@ def test_the_seal_of_a_build_covers_the_manifest_that_is_about_to_be_written(cop
     assert (copy / CHECKSUMS).read_bytes() == sealed
 
 
+def test_the_seal_takes_no_other_folder_than_the_data_set(copy, monkeypatch):
+    def refuse(*_, **__):
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr("tempfile.gettempdir", refuse)  # as in a container whose root is read-only
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    manifest = Dataset.open(copy).manifest
+    seal(copy, manifest)
+    assert verify(copy).problems == []
+
+
 def test_checksums_are_what_sha256sum_checks(copy):
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum here")
@@ -327,3 +343,12 @@ def test_an_unfinished_data_set_is_said_to_be_unfinished(copy):
         (copy / name).unlink()
     assert "not finished" in str(next(p for p in verify(copy).problems if p.file == "dataset.json"))
     assert json.loads((copy / "plan.json").read_text())["M"] == 20
+
+
+def test_a_photo_a_hair_west_or_south_of_the_origin_lies_in_its_cell(tmp_path):
+    names = write_listed(tmp_path, 24)
+    hairs = [-1e-16, -3.5e-15, -5e-324, -1e-300, -20.0, -0.25] * 2
+    place = write_csv(tmp_path / "list.csv", path=names, east=hairs + [0.0, 5e-324] * 6, north=[*hairs, *hairs])
+    build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
+    assert Dataset.open(tmp_path / "out").classes.cell_east.tolist() == [0, -20]
+    assert verify(tmp_path / "out").problems == []

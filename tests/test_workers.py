@@ -1,16 +1,19 @@
 """Worker processes end with the process that started them."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from shards.workers import ctrl_c_held_back
+from shards.console import JobError
+from shards.workers import ctrl_c_held_back, end_pool, finished
 
 POOL = """
 import multiprocessing, os, time
@@ -115,3 +118,36 @@ def test_ctrl_c_that_is_held_back_comes_after_the_block_also_where_another_threa
         press()
     assert ended.is_set()
     done.set()
+
+
+def test_a_pool_whose_thread_could_start_no_other_is_one_line_and_its_workers_end(monkeypatch):
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("multiprocessing.queues.Queue._start_thread", refuse)
+    monkeypatch.setattr("threading.excepthook", lambda _: None)
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    task = pool.submit(os.getpid)
+    vars(pool)["_executor_manager_thread"].join(10)
+    with pytest.raises(JobError, match="no further thread can be started; allow more processes"):
+        finished(pool, {task}, 0.05)
+    workers = multiprocessing.active_children()
+    end_pool(pool)
+    for worker in workers:
+        worker.join(10)
+    assert workers
+    assert not any(worker.is_alive() for worker in workers)
+
+
+def test_a_pool_ends_where_no_thread_can_be_started_that_would_end_it(monkeypatch):
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    assert pool.submit(int, "7").result() == 7
+    monkeypatch.setattr("threading.Timer.start", refuse)
+    workers = multiprocessing.active_children()
+    end_pool(pool)
+    for worker in workers:
+        worker.join(10)
+    assert not any(worker.is_alive() for worker in workers)
