@@ -145,9 +145,8 @@ def error_map(classes: ClassTable, queries: Queries, outcome: QueryScores, width
     radius = 3 if outcome.scored.sum() <= _MANY else 1
     for i in np.flatnonzero(outcome.scored):
         x, y = place(queries.east[i], queries.north[i])
-        draw.ellipse(
-            (x - radius, y - radius, x + radius, y + radius), fill=error_colour(float(outcome.ranking.distances[i, 0]))
-        )
+        colour = error_colour(float(outcome.distances[i, 0]))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
     return np.asarray(image)
 
 

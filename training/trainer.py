@@ -268,7 +268,7 @@ class Trainer:
             for n, value in outcome.recall.items():
                 values[f"val/LR@{n}"] = value
                 self.metrics[f"LR@{n}"] = value
-            errors = outcome.ranking.distances[outcome.scored, 0]
+            errors = outcome.distances[outcome.scored, 0]
             values["val/median_error_m"] = float(np.median(errors)) if len(errors) else math.nan
             picture = error_map(self.classes, self.validator.queries, outcome)
             self.tracker.picture("val/error_map", picture, self.progress.step)
