@@ -124,7 +124,7 @@ def _begin(source: Source, out: Output, settings: Settings, rescan: bool) -> tup
 def _finish(plan: Plan, listing: Listing, source: Source, out: Output, machinery: Machinery, start: float) -> Summary:
     """Write what is missing of a plan's shards, and of later revisions', then the tables and the manifest."""
     before = _write_planned(plan, source, out, machinery, 0, 1)
-    state = complete_revisions(out, State.of_plan(plan), source, machinery)
+    state = complete_revisions(out, State.of_plan(plan, source), machinery)
     summary = finish(out.folder, state, other_files=listing.others, shards_before=len(before), start=start)
     out.share()
     return summary
