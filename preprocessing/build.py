@@ -13,7 +13,7 @@ from preprocessing.output import Output
 from preprocessing.photos import Listing, reasons_of, store_listing
 from preprocessing.plan import Plan, Settings, make_plan
 from preprocessing.revisions import count_bad, retried, revisions
-from preprocessing.shard_run import Machinery, write_shards
+from preprocessing.shard_run import Machinery, bad_of, write_shards
 from preprocessing.shard_task import ShardResult
 from preprocessing.sources import Source
 from preprocessing.trial import Forecast, check_space, forecast
@@ -159,16 +159,17 @@ def _write_planned(
     results = write_shards(
         Job((source,), out.folder, resizer, out.store),
         (plan.task(*shard).without(elsewhere) for shard, result in finished.items() if result is None),
-        before,
-        plan.bad if count == 1 else [],
+        finished,
+        machinery.tolerance(
+            plan.photos // count,
+            named=plan.bad if count == 1 else (),
+            accepted=count_bad(out.folder / QUARANTINE),
+        ),
         machinery,
-        shards=len(shards),
         images=images,
-        photos=plan.photos // count,
-        accepted=count_bad(out.folder / QUARANTINE),
     )
     if count == 1 and machinery.max_bad_share is None and not any(result.images for result in results):
-        reasons = reasons_of(bad for result in results for bad in result.bad)
+        reasons = reasons_of(bad_of(results))
         raise JobError(f"{source.place}: no photo can be used ({reasons}); mend the source, or choose another --out")
     out.gather(finished)
     return before

@@ -15,7 +15,7 @@ from preprocessing.photos import Bad
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.revisions import PLANNED, Revision, count_bad, publish, read_bad, retried, revisions, stage
 from preprocessing.samples import SampleMaker
-from preprocessing.shard_run import Machinery, TooManyBad, bad_limit, check_bad, write_shards
+from preprocessing.shard_run import Machinery, TooManyBad, write_shards
 from preprocessing.shard_task import finished_shard
 from preprocessing.sources import Source
 from shards.console import JobError
@@ -49,7 +49,7 @@ def add(
             raise JobError(f"{source.place}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
         revision, gain = plan_addition(out.folder, state, source, listing)
         new_bad = revision.bad[len(state.bad) :]
-        check_bad(new_bad, [], bad_limit(machinery.max_bad_share, listing.found), listing.found)
+        machinery.tolerance(listing.found, named=new_bad).check()
         if not gain.new and not new_bad:
             return None
         revision.save(out.folder)
@@ -138,13 +138,10 @@ def _complete(out: Output, state: State, elsewhere: frozenset[str], machinery: M
     write_shards(
         Job(tuple(state.sources), staged, state.settings.resizer(), out.store),
         (t.without(elsewhere) for t in revision.tasks() if finished[t.group, t.number] is None),
-        [result for result in finished.values() if result is not None],
-        [],
+        finished,
+        machinery.tolerance(revision.photos, accepted=count_bad(out.folder / QUARANTINE)),
         machinery,
-        shards=len(shards),
         images=len(revision.samples),
-        photos=revision.photos,
-        accepted=count_bad(out.folder / QUARANTINE),
     )
     publish(out.folder, shards)
     out.gather(shards)
