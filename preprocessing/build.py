@@ -4,8 +4,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from preprocessing.claim import TaskLock, check_output, claim, unlock
 from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
@@ -132,10 +130,9 @@ def _finish(plan: Plan, listing: Listing, source: Source, out: Output, machinery
 
 def _plan(source: Source, out: Path, settings: Settings, rescan: bool) -> tuple[Listing, Plan]:
     cache = None if rescan else out / LISTING
-    with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
-        changed_since = bool(list((out / REVISIONS).glob("*.parquet")))  # then new photos may lie beside the first ones
-        listing = source.photos(cache, settings.zone, lambda n: bar.update(n - bar.n), changed_since)
-    if listing.fresh and len(listing) and not (out / PLAN).exists():  # with a plan there, only once it is the same one
+    changed_since = any((out / REVISIONS).glob("*.parquet"))  # then new photos may lie beside the first ones
+    listing = source.photos(cache, settings.zone, as_recorded=changed_since)
+    if listing.fresh and not (out / PLAN).exists():  # with a plan there, only once it is the same one
         store_listing(listing, out / LISTING)
         listing = replace(listing, fresh=False)
     return listing, make_plan(listing, settings)

@@ -25,7 +25,7 @@ from preprocessing.sources import turns
 from shards.classes import ClassTable, number_within
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
-from shards.names import PHOTO_EXTENSIONS, string_bytes
+from shards.names import string_bytes
 from shards.plane import Places, half_of
 
 _STEP = 1 << 20
@@ -178,8 +178,6 @@ def headings_and_timestamps(places: Places, rows: np.ndarray) -> tuple[list[floa
 
 def make_plan(listing: Listing, settings: Settings) -> Plan:
     """Plan a data set; raises `JobError` where there is nothing to make one of."""
-    if not len(listing):
-        raise JobError(f"{listing.root}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
     places, zone, names, named_bad = locate(listing, settings.zone)
     bad = [*listing.bad, *named_bad]
     finite = np.isfinite(places.east)

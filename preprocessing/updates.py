@@ -23,7 +23,6 @@ from shards.dataset import Manifest
 from shards.files import remove_partials
 from shards.layout import MANIFEST, QUARANTINE, shard_stem
 from shards.locks import at_work
-from shards.names import PHOTO_EXTENSIONS
 
 
 def add(
@@ -41,12 +40,8 @@ def add(
     with at_work(out.folder):
         state = _begin(out, machinery)
         source = replace(source, crops=state.settings.crops if crops is None else crops)
-        with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
-            classes = state.classes
-            southern = classes.southern if classes.zone else None
-            listing = source.photos(None, classes.zone, lambda n: bar.update(n - bar.n), southern=southern)
-        if not len(listing):
-            raise JobError(f"{source.place}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
+        zone = state.classes.zone
+        listing = source.photos(None, zone, southern=state.classes.southern if zone else None)
         revision, gain = plan_addition(out.folder, state, source, listing)
         new_bad = revision.bad[len(state.bad) :]
         machinery.tolerance(listing.found, named=new_bad).check()

@@ -257,7 +257,7 @@ def write_photos_at(folder: Path, row: int) -> None:
 def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_command_goes_on(tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     write_photos(photos, cells=1, per_cell=20)
-    task = next(make_plan(Source.of(photos).photos(None, 0, lambda n: None), SETTINGS).tasks())
+    task = next(make_plan(Source.of(photos).photos(None, 0), SETTINGS).tasks())
     assert len(task.sources) > Resizer.batch
     seen = []
 
@@ -276,7 +276,7 @@ def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_comm
 
 def test_an_output_folder_that_vanishes_midway_is_named_and_not_made_again(tmp_path):
     write_photos(tmp_path / "photos", cells=1)
-    task = next(make_plan(Source.of(tmp_path / "photos").photos(None, 0, lambda n: None), SETTINGS).tasks())
+    task = next(make_plan(Source.of(tmp_path / "photos").photos(None, 0), SETTINGS).tasks())
     out = tmp_path / "out"
 
     def unmount(*_: int) -> bool:
@@ -338,7 +338,7 @@ def test_a_list_may_name_objects_below_a_url_and_those_that_are_gone_are_set_asi
         tmp_path / "list.csv", path=[f"{i}.jpg" for i in range(13)], east=[500003.0] * 13, north=[4180003.0] * 13
     )
     source = Source.of(place, "memory://bucket/photos")
-    task = next(make_plan(source.photos(None, 0, lambda n: None), SETTINGS).tasks())
+    task = next(make_plan(source.photos(None, 0), SETTINGS).tasks())
     result = write_shard(task, [source], tmp_path / "out", Resizer(64, 90), lambda *_: True)
     assert (result.images, [b.reason for b in result.bad]) == (12, ["missing"])
     memory.rm("/bucket/photos", recursive=True)
