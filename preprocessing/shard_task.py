@@ -66,13 +66,13 @@ def write_shard(
     partial = stem.with_name(f".{stem.name}.tar.{os.getpid()}{TEMPORARY_SUFFIX}")
     result = ShardResult(task.group, task.number)
     rows = [i for i, sample in enumerate(task.sources) if sample not in task.elsewhere]
-    samples = [task.sources[i] for i in rows]
-    maker = SampleMaker([Source.of(sources)] if isinstance(sources, Path) else sources, resizer, samples)
+    places = [Source.of(sources)] if isinstance(sources, Path) else sources
+    maker = SampleMaker(places, resizer, [task.sources[i] for i in rows])
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb", buffering=1 << 20) as file:
             writer = ShardWriter(file)
-            for i, (jpeg, read) in zip(rows, maker.make(samples), strict=True):
+            for i, (jpeg, read) in zip(rows, maker.make(), strict=True):
                 sample = task.sources[i]
                 is_bad = isinstance(jpeg, BadPhoto)
                 if isinstance(jpeg, BadPhoto):

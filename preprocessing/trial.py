@@ -100,11 +100,11 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
         with suppress(UnreadablePhoto), open_photo(io.BytesIO(data)) as image:
             wide.append(image.width >= 2 * image.height)
 
-    maker = SampleMaker([source], resizer, task.sources, look_at)
+    made = SampleMaker([source], resizer, task.sources, look_at).make()
     bad: Counter[str] = Counter()
     written = read = 0
     start = time.perf_counter()
-    for jpeg, photo_bytes in maker.make(task.sources):
+    for jpeg, photo_bytes in made:
         read += photo_bytes
         if isinstance(jpeg, BadPhoto):
             bad[jpeg.reason] += 1

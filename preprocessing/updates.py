@@ -81,8 +81,7 @@ def retry_quarantined(out: Output | Path, machinery: Machinery) -> tuple[Summary
 
 
 def _sound(candidates: list[Bad], sources: list[Source], resizer: Resizer) -> list[Bad]:
-    samples = [b.source for b in candidates]
-    made = SampleMaker(sources, resizer, samples).make(samples)
+    made = SampleMaker(sources, resizer, [b.source for b in candidates]).make()
     tried = tqdm(zip(candidates, made, strict=True), "trying quarantined photos", len(candidates), unit=" photos")
     return [bad for bad, (jpeg, _) in tried if not isinstance(jpeg, BadPhoto)]
 
