@@ -147,7 +147,7 @@ def _bad_photos(results: list[ShardResult], revisions: list[Revision]) -> list[B
     of_shard = {(r.group, r.number): {b.source for b in r.bad} for r in results}
     for revision in revisions:
         if revision.source is None:
-            still_bad = set().union(*(of_shard[t.group, t.number] for t in revision.tasks()))
+            still_bad = set().union(*(of_shard[shard] for shard in revision.shards()))
             for source in revision.samples["source"].to_pylist():
                 if source not in still_bad:
                     bad.pop(source, None)

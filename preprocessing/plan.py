@@ -64,7 +64,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: planned samples `first` onwards of a group. Columns have shape [k]; metres, degrees.
+    """One shard to write: the planned samples of a group that have its number. Columns have shape [k]; metres, degrees.
 
     A timestamp of None means that the photo's name says it, and the heading too; a heading of None is unknown.
     `elsewhere`: samples that a retry brought into a later shard; they are left out.
@@ -72,7 +72,6 @@ class ShardTask:
 
     group: int
     number: int
-    first: int
     sources: list[str]
     labels: list[int]
     east: list[float]
@@ -84,6 +83,11 @@ class ShardTask:
     def __post_init__(self) -> None:
         for column in (self.headings, self.timestamps):
             column += [None] * (len(self.sources) - len(column))
+
+    @property
+    def first(self) -> int:
+        """The number of its first sample among those planned for the group."""
+        return self.number * SHARD_SAMPLES
 
     def without(self, samples: frozenset[str]) -> "ShardTask":
         """The same task, which leaves `samples` out: they keep their keys, as holes."""
@@ -143,13 +147,11 @@ class Plan:
 
     def task(self, group: int, number: int) -> ShardTask:
         """One shard to write."""
-        first = number * SHARD_SAMPLES
-        start = self.group_starts[group] + first
-        size = min(SHARD_SAMPLES, self.group_sizes[group] - first)
-        return self.task_of(group, first, self.order[start : start + size])
+        of_group = self.order[self.group_starts[group] :][: self.group_sizes[group]]
+        return self.task_of(group, number, of_group[number * SHARD_SAMPLES :][:SHARD_SAMPLES])
 
-    def task_of(self, group: int, first: int, samples: np.ndarray) -> ShardTask:
-        """A task of planned `samples` (values of `order`), of which the first is number `first` of its group."""
+    def task_of(self, group: int, number: int, samples: np.ndarray) -> ShardTask:
+        """A task of planned `samples` (values of `order`), whatever shard they are planned for."""
         crops = self.settings.crops
         rows = samples // crops if crops else samples
         sources = self.paths.take(pa.array(rows)).to_pylist()
@@ -158,8 +160,7 @@ class Plan:
             sources = [f"{path}#{turn[i]}" for path, i in zip(sources, (samples % crops).tolist(), strict=True)]
         return ShardTask(
             group,
-            first // SHARD_SAMPLES,
-            first,
+            number,
             sources,
             self.label[rows].tolist(),
             self.places.east[rows].tolist(),

@@ -28,7 +28,7 @@ from preprocessing.sources import Source
 from shards.classes import ClassTable
 from shards.console import JobError, one_line
 from shards.files import atomic_path, atomic_write_text
-from shards.layout import REVISION_FILES, REVISIONS, SHARD_SAMPLES, shard_stem
+from shards.layout import REVISION_FILES, REVISIONS, shard_stem
 from shards.plane import Places
 from shards.soundness import READ_ERRORS
 
@@ -114,7 +114,7 @@ class Revision:
         names = ("source", "label", "east", "north", "heading", "timestamp")
         for (group, number), (first, last) in zip(self.shards(), pairwise(self._starts().tolist()), strict=True):
             columns = self.samples.slice(first, last - first).to_pydict()
-            yield ShardTask(group, number, number * SHARD_SAMPLES, *(columns[name] for name in names))
+            yield ShardTask(group, number, *(columns[name] for name in names))
 
     def _starts(self) -> np.ndarray:
         """The first sample of every new shard, and the end of the last, int64 [shards + 1]."""
