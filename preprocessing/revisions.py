@@ -28,7 +28,7 @@ from preprocessing.sources import Source
 from shards.classes import ClassTable
 from shards.console import JobError, one_line
 from shards.files import atomic_path, atomic_write_text
-from shards.layout import REVISION_FILES, REVISIONS, shard_stem
+from shards.layout import REVISION_FILES, REVISIONS, SHARD_KINDS, shard_stem
 from shards.plane import Places
 from shards.soundness import READ_ERRORS
 
@@ -156,7 +156,7 @@ def publish(out: Path, shards: Iterable[tuple[int, int]]) -> None:
         stem = shard_stem(group, number)
         (out / stem).parent.mkdir(parents=True, exist_ok=True)
         if (stage(out) / f"{stem}.parquet").exists():
-            for kind in ("tar", "idx", "parquet"):
+            for kind in SHARD_KINDS:
                 if (stage(out) / f"{stem}.{kind}").exists():
                     os.replace(stage(out) / f"{stem}.{kind}", out / f"{stem}.{kind}")
     shutil.rmtree(stage(out), ignore_errors=True)

@@ -21,7 +21,7 @@ from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import Manifest
 from shards.files import remove_partials
-from shards.layout import MANIFEST, QUARANTINE, shard_stem
+from shards.layout import MANIFEST, QUARANTINE, SHARD_KINDS, shard_stem
 from shards.locks import at_work
 
 
@@ -103,7 +103,7 @@ def _withdraw(out: Output, revision: Revision) -> None:
     """Undo a revision of which nothing is published; into a store its shards have gone already, so they go first."""
     if out.store is not None:
         there = out.store.sizes()
-        shards = [f"{shard_stem(*shard)}.{kind}" for kind in ("parquet", "idx", "tar") for shard in revision.shards()]
+        shards = [f"{shard_stem(*shard)}.{kind}" for kind in reversed(SHARD_KINDS) for shard in revision.shards()]
         out.store.remove([name for name in [*shards, *revision.files()] if name in there])
     revision.withdraw(out.folder)
 

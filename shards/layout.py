@@ -60,6 +60,8 @@ SAMPLE_COLUMNS = pa.schema(
     ]
 )
 
+SHARD_KINDS = ("tar", "idx", "parquet")
+"""The extensions of a shard's files, in the order of writing."""
 
 SHARD_STEM = r"group-(?P<group>\d{2,})/group-(?P=group)-\d{6,}"
 """What `shard_stem` gives, as a regular expression."""
