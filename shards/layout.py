@@ -33,9 +33,6 @@ REVISIONS = "revisions"
 REVISION_FILES = ("-classes.parquet", "-skipped.parquet", "-bad.jsonl", ".parquet")
 """What follows a revision's number in the names of its files, in the order of writing."""
 
-LOCK = ".lock"
-"""Locked by those who are at work on a data set, where folders cannot be locked, or who share the work."""
-
 LISTING = "listing.parquet"
 CHECKSUMS = "checksums.txt"
 

@@ -29,7 +29,6 @@ from shards.layout import (
     CLASSES,
     INDEX,
     LISTING,
-    LOCK,
     MANIFEST,
     OPTIONAL_TOP_FILES,
     PLAN,
@@ -45,6 +44,7 @@ from shards.layout import (
     shard_numbers,
     shard_stem,
 )
+from shards.locks import LOCK
 from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum
 from shards.store import Store
 from shards.workers import ctrl_c_held_back, end_pool, follow_parent
