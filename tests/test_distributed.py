@@ -106,7 +106,7 @@ def after_steps(engine: Engine, batch_size: int, world: World) -> dict[str, Any]
         "rows": rows,
         "head bytes": torch.tensor(engine.bytes_reduced - engine.model_bytes),
         "scores": scores,
-        "state": state.tensors,
+        "state": state,
         "heads": {f"{group}.{name}": tensor for group, head in heads.items() for name, tensor in head.items()},
     }
 

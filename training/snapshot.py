@@ -204,7 +204,7 @@ def _checkpoint(
     run: RunState,
     progress: Progress,
     heads: dict[int, dict[str, Tensor]],
-    head_state: TrainingState,
+    head_state: dict[str, Tensor],
     statistics: dict[str, list[Tensor]],
     best_by: str | None,
 ) -> Checkpoint:
@@ -220,7 +220,7 @@ def _checkpoint(
         }
         | statistics
     )
-    tensors = own.tensors | {f"{HEAD_STATE}{name}": tensor for name, tensor in head_state.tensors.items()}
+    tensors = own.tensors | {f"{HEAD_STATE}{name}": tensor for name, tensor in head_state.items()}
     return Checkpoint(
         model=engine.model.state_dict(),
         heads=heads,
