@@ -72,14 +72,13 @@ class Loader:
         if empty:
             raise JobError(f"{dataset.place}: group {empty[0]} has no photos; run shards/verify.py")
         self._slots = slots_of_rank(batch_size, rank, world_size)
-        reader, sampler = dataset.reader(index), IndexedSampler(index, seed)
-        photo_size, crop = dataset.manifest.image_size, CropRange()
+        reader, photo_size, crop = dataset.reader(index), dataset.manifest.image_size, CropRange()
         if mode == "stream":
             settings = stream or StreamSettings()
             both = Stream(index, reader, schedule, self._slots, batch_size, seed, settings)
             self._source = Source(both, both, photo_size, crop)
         else:
-            self._source = Source(sampler, reader, photo_size, crop)
+            self._source = Source(IndexedSampler(index, seed), reader, photo_size, crop)
         self._schedule = schedule
         self._device = torch.device(device)
         self._image_size = image_size
