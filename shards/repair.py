@@ -17,7 +17,7 @@ from typing import Any
 
 from shards.checksums import seal
 from shards.classes import ClassTable
-from shards.console import JobError, format_count
+from shards.console import JobError, flag_of, format_count
 from shards.dataset import GPU_CODEC, Manifest
 from shards.files import (
     TEMPORARY_SUFFIX,
@@ -139,7 +139,7 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: str | None
         command += ["--codec", "gpu"]
     for name, value in plan.items():
         if name not in _NOT_SETTINGS and value is not None:
-            command += [f"--{name.replace('_', '-')}", str(value)]
+            command += [flag_of(name), str(value)]
     if QUARANTINE in broken:  # else the build counts there how many bad photos were accepted
         command += ["--max-bad-share", "1"]
     print(f"rebuilding {format_count(len(stems), 'shard')} from {source}", flush=True)

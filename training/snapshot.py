@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from shards.classes import ClassTable
-from shards.console import JobError
+from shards.console import JobError, flag_of
 from shards.provenance import provenance
 from training.checkpoint import (
     Checkpoint,
@@ -86,12 +86,11 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
         progress.best = None
     say(f"goes on from {path} after step {progress.step:,}")
     for name in _changed_fields(before, config):
-        flag = f"--{name.replace('_', '-')}"
         if name in _STARTS_FROM:
-            say(f"{flag} has no effect: the run goes on from its own weights")
+            say(f"{flag_of(name)} has no effect: the run goes on from its own weights")
         elif name != "resume":
             values = [json.dumps(of.to_json()[name]) for of in (before, config)]
-            say(f"changed since then: {flag} {' -> '.join(values)}")
+            say(f"changed since then: {flag_of(name)} {' -> '.join(values)}")
     if not np.array_equal(saved.classes.images, run.classes.images):
         then, now = int(saved.classes.images.sum()), int(run.classes.images.sum())
         say(f"changed since then: the data set, {then:,} -> {now:,} photos; from here on others are drawn")
@@ -114,7 +113,7 @@ def _check_fits(path: Path, saved: Checkpoint, before: TrainConfig, run: RunStat
     for name in _changed_fields(before, run.config):
         if name in _FIXED_BY_CHECKPOINT:
             raise JobError(
-                f"{path}: was trained with --{name.replace('_', '-')} {getattr(before, name)}, not "
+                f"{path}: was trained with {flag_of(name)} {getattr(before, name)}, not "
                 f"{getattr(run.config, name)}; give that, or another --out"
             )
 
