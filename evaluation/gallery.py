@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from shards import limits
 from shards.classes import cell_index
-from shards.console import JobError, format_bytes, format_count, is_systems, one_line, printable
+from shards.console import JobError, format_bytes, format_count, printable
 from shards.dataset import Dataset
-from shards.files import atomic_path, read_table
+from shards.files import atomic_path
+from shards.index import read_samples
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
 from shards.photo_list import is_list
@@ -134,16 +134,8 @@ def describe_shards(
 
     Raises JobError for a table of samples that cannot be read, and where no photo can.
     """
-    tables = []
-    for path in shard_tables(dataset.path):
-        try:
-            table = read_table(path, ["east", "north", "key", "offset", "size", "crc32"])
-        except (pa.ArrowException, OSError, KeyError) as error:
-            if is_systems(error):
-                raise
-            way_out = f"mend it: python shards/verify.py {dataset.place} --repair"
-            raise JobError(f"{path}: damaged ({one_line(error)}); {way_out}") from error
-        tables.append((path.with_suffix(".tar"), table))
+    columns = ["east", "north", "key", "offset", "size", "crc32"]
+    tables = [(path.with_suffix(".tar"), read_samples(path, columns)) for path in shard_tables(dataset.path)]
     photos = [
         ShardPhoto(dataset, tar, f"{tar.stem}/{key}", *place)
         for tar, table in tables

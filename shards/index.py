@@ -136,7 +136,7 @@ def gather(tables: list[Path], labels: int) -> dict[str, np.ndarray]:
 
     `labels`: how many classes the group has. Raises `JobError` where a table is damaged or has other labels.
     """
-    parts = [_read_table(t) for t in tables]
+    parts = [read_samples(t, ["label", "offset", "size", "crc32"]) for t in tables]
     shards = [np.full(len(part), number) for number, part in enumerate(parts)]
     columns = {name: [part[name].to_numpy() for part in parts] for name in ("label", "offset", "size", "crc32")}
     columns["shard"] = shards
@@ -152,9 +152,10 @@ def gather(tables: list[Path], labels: int) -> dict[str, np.ndarray]:
     return {"starts": starts} | {name: values[order].astype(_COLUMNS[name]) for name, values in gathered.items()}
 
 
-def _read_table(table: Path) -> pa.Table:
+def read_samples(table: Path, columns: list[str]) -> pa.Table:
+    """Columns of a sample table; raises `JobError` where it is damaged."""
     try:
-        return read_table(table, ["label", "offset", "size", "crc32"])
+        return read_table(table, columns)
     except (pa.ArrowException, OSError) as error:
         if is_systems(error):
             raise
