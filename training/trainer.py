@@ -70,7 +70,11 @@ class Trainer:
         self.loader = make_loader(config, dataset, self.schedule, self.accelerator, self.world)
         self.total_steps = config.epochs * config.iterations_per_epoch
         self.run_state = RunState(config, self.classes, self.engine, self.world)
+        self.lock = self._lock()
         self.progress = self._begin()
+        self.loss_file = self.world.made_on(
+            self.world.is_main, lambda: begin_run(config.out, config, self.progress.step)
+        )
         self.tracker = Tracker(self.accelerator, config, self.progress.step, self.say)
         self.metrics: dict[str, float] = {}
         self.timing = Timing(config.batch_size)
@@ -78,15 +82,12 @@ class Trainer:
         self.said_at = time.monotonic()
 
     def _begin(self) -> Progress:
-        """Go on where the run was left, start from another run's weights, or start anew; then open the folder."""
-        self.lock = self._lock()
+        """Go on where the run was left, start from another run's weights, or start anew."""
         progress = resume_latest(self.run_state, self.say) if self.config.resume else None
         if progress is None and self.config.init_from is not None:
             self.say(start_from(self.config.init_from, self.engine.model, self.engine.bank, self.classes))
             self.engine.start_averages()
         progress = progress or Progress()
-        step = progress.step
-        self.loss_file = self.world.made_on(self.world.is_main, lambda: begin_run(self.config.out, self.config, step))
         photos = self.validator.queries.fingerprint() if self.validator else ""
         if progress.val_photos and photos and progress.val_photos != photos:
             self.say("other validation queries than before: the best checkpoint is chosen anew")
