@@ -187,8 +187,8 @@ def _add(outcome: Outcome, results: Results) -> None:
     _warn_of_photos(source, "unreadable", outcome.failures, results)
     unlocated = outcome.queries.unlocated(outcome.readable)
     _warn_of_photos(source, "predicted but not scored", unlocated, results)
-    if outcome.queries.reprojected:
-        zone = outcome.classes.zone
+    zone = outcome.classes.zone
+    if outcome.queries.reprojected and (source, zone) not in {(o.name[1], o.classes.zone) for o in results.outcomes}:
         moved = format_count(outcome.queries.reprojected, "photo")
         print(f"note: {printable(source)}: {moved} of a neighbouring UTM zone reprojected to {zone}", file=sys.stderr)
     results.outcomes.append(outcome)
