@@ -46,7 +46,7 @@ class Reader(Protocol):
 
 
 @dataclass
-class Source:
+class Supply:
     """Where batches come from: what draws samples, what reads them, their size in pixels and how they are cropped.
 
     `failed` photos could not be read or decoded; each was replaced by the next draw of its slot. More than
@@ -94,30 +94,30 @@ class BatchPlan:
     `replace` moves a slot on to its next draw (law 1 of the design).
     """
 
-    def __init__(self, source: Source, step: int, slots: np.ndarray, groups: np.ndarray) -> None:
+    def __init__(self, supply: Supply, step: int, slots: np.ndarray, groups: np.ndarray) -> None:
         self.step, self.slots = step, slots
-        self._source = source
-        drawn = source.sampler.draw(step, slots, groups)
+        self._supply = supply
+        drawn = supply.sampler.draw(step, slots, groups)
         self.groups, self.labels, self._rows = drawn.group, drawn.label, drawn.row
-        self.boxes = crops(drawn.uniform, source.photo_size, source.photo_size, source.crop)
+        self.boxes = crops(drawn.uniform, supply.photo_size, supply.photo_size, supply.crop)
         self._attempts = np.zeros(len(slots), np.int64)
-        source.reader.expect(self.groups, self._rows)
+        supply.reader.expect(self.groups, self._rows)
 
     def __len__(self) -> int:
         return len(self.slots)
 
     def encoded(self, i: int) -> bytes:
         """The JPEG of sample `i`; raises `OSError`."""
-        return self._source.reader.read(int(self.groups[i]), int(self._rows[i]))
+        return self._supply.reader.read(int(self.groups[i]), int(self._rows[i]))
 
     def replace(self, i: int, reason: Exception) -> None:
         """Draw slot `i` anew because its photo could not be used."""
-        source = self._source
-        source.fail(source.reader.place(int(self.groups[i]), int(self._rows[i])), reason)
+        supply = self._supply
+        supply.fail(supply.reader.place(int(self.groups[i]), int(self._rows[i])), reason)
         self._attempts[i] += 1
         if self._attempts[i] > _MAX_ATTEMPTS:
             raise JobError(f"step {self.step}: {_MAX_ATTEMPTS} draws in a row could not be read; last: {reason}")
         one = slice(i, i + 1)
-        drawn = source.sampler.draw(self.step, self.slots[one], self.groups[one], int(self._attempts[i]))
+        drawn = supply.sampler.draw(self.step, self.slots[one], self.groups[one], int(self._attempts[i]))
         self.labels[i], self._rows[i] = drawn.label[0], drawn.row[0]
-        self.boxes[one] = crops(drawn.uniform, source.photo_size, source.photo_size, source.crop)
+        self.boxes[one] = crops(drawn.uniform, supply.photo_size, supply.photo_size, supply.crop)
