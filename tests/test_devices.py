@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evaluation.ranking import RANKING_FORMS, ClassRanker
 from shards.sampler import slots_of_rank
-from training.distributed import HostCopy, World, averaged_batch_norms
+from training.batch_norms import averaged_batch_norms
+from training.distributed import HostCopy, World
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.heads import Head, HeadKind, MarginSoftmax, ScoreForm

@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from shards.console import JobError
 from shards.sampler import slots_of_rank
 from training.assembly import make_accelerator
-from training.distributed import World, averaged_batch_norms, batch_norms, join_after_restart
+from training.batch_norms import averaged_batch_norms, batch_norms
+from training.distributed import World, join_after_restart
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.model import GeoModel

@@ -18,6 +18,12 @@ from torch import Tensor
 from shards.classes import ClassTable
 from shards.console import JobError, flag_of
 from shards.provenance import provenance
+from training.batch_norms import (
+    averaged_batch_norms,
+    running_statistics,
+    set_running_statistics,
+    statistics_over_ranks,
+)
 from training.checkpoint import (
     Checkpoint,
     TrainingState,
@@ -29,13 +35,7 @@ from training.checkpoint import (
     training_state,
     training_values,
 )
-from training.distributed import (
-    World,
-    averaged_batch_norms,
-    running_statistics,
-    set_running_statistics,
-    statistics_over_ranks,
-)
+from training.distributed import World
 from training.engine import Engine
 from training.presets import TrainConfig
 from training.progress import Progress

@@ -25,9 +25,10 @@ from training.assembly import (
     profile_folder,
     stream_warning,
 )
+from training.batch_norms import averaged_batch_norms
 from training.checkpoint import best_checkpoint, list_checkpoints
 from training.curves import epoch_curves, step_curves
-from training.distributed import averaged_batch_norms, to_device
+from training.distributed import to_device
 from training.engine import StepOutcome
 from training.interruption import AskedToStop, Interruption
 from training.presets import TrainConfig
