@@ -207,7 +207,7 @@ def _warn_of_photos(source: str, kind: str, photos: Sequence[SetAside], results:
         results.warn(f"{source}: {len(photos) - _LINES_A_KIND} more photos {kind}")
 
 
-def write_results(results: Results, *, report: bool = True, samples: SamplePhotos) -> None:
+def write_results(results: Results, *, report: bool = True, samples: SamplePhotos | None = None) -> None:
     """Write all files, print the table and where the files are; without a row leave the folder as it was.
 
     Without a report, one of an earlier evaluation is removed: it would tell of other results.
@@ -217,7 +217,7 @@ def write_results(results: Results, *, report: bool = True, samples: SamplePhoto
         print(f"no row of the table could be made; nothing is written to {out}", file=sys.stderr)
         return
     for outcome in results.outcomes:
-        if report and samples.dataset is not None and not samples.covers(outcome.classes):
+        if report and samples is not None and not samples.covers(outcome.classes):
             results.warn(f"--shards {samples.dataset.place}: has none of the cells of {outcome.checkpoint}")
     facts: dict[str, Any] = {
         "settings": asdict(results.job.settings),

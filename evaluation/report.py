@@ -30,7 +30,7 @@ def write_report(
     outcomes: Sequence[Outcome],
     rows: Sequence[Row],
     facts: dict[str, Any],
-    samples: SamplePhotos,
+    samples: SamplePhotos | None,
     warn: Callable[[str], None],
 ) -> None:
     """Write the report of `outcomes`, whose result table is `rows`, to `path`.
@@ -48,7 +48,7 @@ def report_data(
     outcomes: Sequence[Outcome],
     rows: Sequence[Row],
     facts: dict[str, Any],
-    samples: SamplePhotos,
+    samples: SamplePhotos | None,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything that the page shows. Coordinates are metres from a corner of the first class map."""
@@ -130,7 +130,7 @@ def _galleries(outcome: Outcome) -> dict[str, list[int]]:
     }
 
 
-def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos, warn: Callable[[str], None]) -> dict[str, str]:
+def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos | None, warn: Callable[[str], None]) -> dict[str, str]:
     """A photo of the answered cell and, for a mistake, one of the true cell, as far as the shards have them."""
     classes = outcome.classes
     rows = {"answer": int(outcome.own.rows[i, 0])}
@@ -142,7 +142,7 @@ def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos, warn: Callable
     for name, row in rows.items():
         cell = None if row < 0 else (int(classes.cell_east[row]), int(classes.cell_north[row]))
         try:
-            jpeg = samples.of_cell(cell, classes.M, heading) if cell else None
+            jpeg = samples.of_cell(cell, classes.M, heading) if samples and cell else None
         except OSError as error:
             warn(f"the report lacks photos of cells: {describe_os_error(error)}")
             jpeg = None
