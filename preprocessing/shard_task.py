@@ -55,19 +55,18 @@ class Stopped(Exception):
 
 
 def write_shard(
-    task: ShardTask, sources: Path | Sequence[Source], out: Path, resizer: Resizer, monitor: Monitor
+    task: ShardTask, sources: Sequence[Source], out: Path, resizer: Resizer, monitor: Monitor
 ) -> ShardResult:
     """Write one shard; nothing of it has its final name until all of it is on disk.
 
-    `sources`: where samples' photos are, or just the folder of all. Raises `Stopped` when the monitor says so,
-    `JobError` when the disk is full or the source has vanished.
+    `sources`: where samples' photos are. Raises `Stopped` when the monitor says so, `JobError` when the disk is full or
+    the source has vanished.
     """
     stem = out / shard_stem(task.group, task.number)
     partial = stem.with_name(f".{stem.name}.tar.{os.getpid()}{TEMPORARY_SUFFIX}")
     result = ShardResult(task.group, task.number)
     rows = [i for i, sample in enumerate(task.sources) if sample not in task.elsewhere]
-    places = [Source.of(sources)] if isinstance(sources, Path) else sources
-    maker = SampleMaker(places, resizer, [task.sources[i] for i in rows])
+    maker = SampleMaker(sources, resizer, [task.sources[i] for i in rows])
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb", buffering=1 << 20) as file:

@@ -268,10 +268,10 @@ def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_comm
         return True
 
     with pytest.raises(JobError, match=r"source folder went away .*same command again"):
-        write_shard(task, photos, tmp_path / "out", Resizer(64, 90), unmount)
+        write_shard(task, [Source.of(photos)], tmp_path / "out", Resizer(64, 90), unmount)
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     (tmp_path / "elsewhere").rename(photos)
-    assert write_shard(task, photos, tmp_path / "out", Resizer(64, 90), lambda *_: True).images == 20
+    assert write_shard(task, [Source.of(photos)], tmp_path / "out", Resizer(64, 90), lambda *_: True).images == 20
 
 
 def test_an_output_folder_that_vanishes_midway_is_named_and_not_made_again(tmp_path):

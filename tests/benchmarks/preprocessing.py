@@ -82,7 +82,7 @@ def make_task(photos: list[str]) -> ShardTask:
 
 
 def ours(source: Path, photos: list[str], out: Path) -> None:
-    write_shard(make_task(photos), source, out, Resizer(SIZE, QUALITY), lambda *_: True)
+    write_shard(make_task(photos), [Source.of(source)], out, Resizer(SIZE, QUALITY), lambda *_: True)
 
 
 def pillow(source: Path, photos: list[str], out: Path) -> None:
