@@ -47,7 +47,7 @@ class Reader(Protocol):
 
 @dataclass
 class Supply:
-    """Where batches come from: what draws samples, what reads them, their size in pixels and how they are cropped.
+    """Where batches come from: what draws samples, what reads them, and their size in pixels.
 
     `failed` photos could not be read or decoded; each was replaced by the next draw of its slot. More than
     `max_bad_share` of those tried lately (the last 50,000 to 100,000), and more than 20, stop the job: a disk that
@@ -57,12 +57,15 @@ class Supply:
     sampler: Sampler
     reader: Reader
     photo_size: int
-    crop: CropRange
     max_bad_share: float = 0.01
     failed: int = 0
     _tried: list[int] = field(default_factory=lambda: [0, 0])  # of the present 50,000 and those before
     _bad: list[int] = field(default_factory=lambda: [0, 0])
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def boxes(self, drawn: Draws) -> np.ndarray:
+        """The crop boxes of samples, int64 [b, 4]; see `crops`."""
+        return crops(drawn.uniform, self.photo_size, self.photo_size, CropRange())
 
     def count(self, photos: int) -> None:
         """Count photos that could be used."""
@@ -99,7 +102,7 @@ class BatchPlan:
         self._supply = supply
         drawn = supply.sampler.draw(step, slots, groups)
         self.groups, self.labels, self._rows = drawn.group, drawn.label, drawn.row
-        self.boxes = crops(drawn.uniform, supply.photo_size, supply.photo_size, supply.crop)
+        self.boxes = supply.boxes(drawn)
         self._attempts = np.zeros(len(slots), np.int64)
         supply.reader.expect(self.groups, self._rows)
 
@@ -120,4 +123,4 @@ class BatchPlan:
         one = slice(i, i + 1)
         drawn = supply.sampler.draw(self.step, self.slots[one], self.groups[one], int(self._attempts[i]))
         self.labels[i], self._rows[i] = drawn.label[0], drawn.row[0]
-        self.boxes[one] = crops(drawn.uniform, supply.photo_size, supply.photo_size, supply.crop)
+        self.boxes[one] = supply.boxes(drawn)

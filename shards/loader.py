@@ -20,7 +20,7 @@ from shards.dataset import Dataset
 from shards.decode_cpu import CpuDecoder
 from shards.decode_dali import HARDWARE_SHARE, DaliDecoder
 from shards.index import open_index
-from shards.sampler import CropRange, IndexedSampler, Schedule, slots_of_rank
+from shards.sampler import IndexedSampler, Schedule, slots_of_rank
 from shards.stream import Stream, StreamSettings
 from shards.workers import cores_of_process
 
@@ -72,13 +72,13 @@ class Loader:
         if empty:
             raise JobError(f"{dataset.place}: group {empty[0]} has no photos; run shards/verify.py")
         self._slots = slots_of_rank(batch_size, rank, world_size)
-        reader, photo_size, crop = dataset.reader(index), dataset.manifest.image_size, CropRange()
+        reader, photo_size = dataset.reader(index), dataset.manifest.image_size
         if mode == "stream":
             settings = stream or StreamSettings()
             both = Stream(index, reader, schedule, self._slots, batch_size, seed, settings)
-            self._supply = Supply(both, both, photo_size, crop)
+            self._supply = Supply(both, both, photo_size)
         else:
-            self._supply = Supply(IndexedSampler(index, seed), reader, photo_size, crop)
+            self._supply = Supply(IndexedSampler(index, seed), reader, photo_size)
         self._schedule = schedule
         self._device = torch.device(device)
         self._image_size = image_size
