@@ -13,7 +13,7 @@ from evaluation.pages import map_cells, map_corner, read_page, to_script
 from evaluation.query_set import Outcome
 from evaluation.result_files import Row
 from evaluation.sample_photos import SamplePhotos
-from evaluation.thumbnails import data_url, data_urls, thumbnails
+from evaluation.thumbnails import data_url, thumbnails
 from shards.console import describe_os_error
 from shards.files import atomic_write_text
 from shards.names import BadName, parse_name
@@ -67,8 +67,10 @@ def report_data(
         cells.setdefault(outcome.classes.fingerprint(), map_cells(outcome.classes, corner))
         galleries = _galleries(outcome)
         shown = sorted({i for some in galleries.values() for i in some})
-        missing = [(i, outcome.queries.paths[i]) for i in shown if i not in sets[key]["large"]]
-        sets[key]["large"] |= data_urls(missing, _GALLERY_PIXELS)
+        large = sets[key]["large"]
+        for i in shown:
+            if i not in large and (url := data_url(outcome.queries.paths[i], _GALLERY_PIXELS)):
+                large[i] = url
         pictures = {i: _cell_photos(outcome, i, samples, warn) for i in shown}
         answers.append(
             {
