@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -76,13 +76,9 @@ class ShardTask:
     labels: list[int]
     east: list[float]
     north: list[float]
-    headings: list[float | None] = field(default_factory=list)
-    timestamps: list[str | None] = field(default_factory=list)
+    headings: list[float | None]
+    timestamps: list[str | None]
     elsewhere: frozenset[str] = frozenset()
-
-    def __post_init__(self) -> None:
-        for column in (self.headings, self.timestamps):
-            column += [None] * (len(self.sources) - len(column))
 
     @property
     def first(self) -> int:
