@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.measures import calibration, percent
+from evaluation.measures import percent, reliability
 from evaluation.ranking import RANKING_FORMS, RankingForm
 from shards.console import JobError
 from shards.files import atomic_write_json, read_bytes
@@ -97,8 +97,8 @@ def fit(
         likelihood = np.where(right[:, None], np.log(sure), np.log1p(-sure)).mean(axis=0)
         best = int(likelihood.argmax())
         temperatures[form] = TEMPERATURES[best]
-        after[form] = calibration(confidence[:, best], right)[1]
-        before[form] = calibration(confidence[:, TEMPERATURES.index(1.0)], right)[1]
+        after[form] = reliability(confidence[:, best], right)[1]
+        before[form] = reliability(confidence[:, TEMPERATURES.index(1.0)], right)[1]
     first = {form: percent(right) for form, (right, _) in answers.items()}
     better = (form for form in answers if _is_surely_better(answers[form][0], answers[own][0]))
     form = max((own, *better), key=lambda form: first[form])

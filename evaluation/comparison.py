@@ -42,9 +42,13 @@ class Job:
 
 @dataclass
 class Results:
-    """Rows and outcomes in the order of the job, `problems` in words, and `failed`, how much could not be made."""
+    """Rows and outcomes in the order of the job, `problems` in words, and `failed`, how much could not be made.
+
+    `speaks`: problems are said as they are noted, which the main process alone does.
+    """
 
     job: Job
+    speaks: bool = True
     rows: list[Row] = field(default_factory=list)
     outcomes: list[Outcome] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -64,7 +68,8 @@ class Results:
         line = f"{kind}: {printable(message)}"
         if line not in self.problems:
             self.problems.append(line)
-            print(line, file=sys.stderr)
+            if self.speaks:
+                print(line, file=sys.stderr)
 
 
 @contextmanager
@@ -85,34 +90,32 @@ def evaluate_all(job: Job, world: World) -> Results | None:
     """
     if world.is_main:
         prepare_folder(job.out)
-    results = Results(job)
-    silent = Results(job)
+    results = Results(job, speaks=world.is_main)
     for path in job.checkpoints:
-        _evaluate_checkpoint(path, results, results if world.is_main else silent, world)
+        _evaluate_checkpoint(path, results, world)
     return results if world.is_main else None
 
 
-def _evaluate_checkpoint(path: Path, results: Results, notes: Results, world: World) -> None:
+def _evaluate_checkpoint(path: Path, results: Results, world: World) -> None:
     """One checkpoint on every query set; its weights are let go before those of the next are read."""
     job = results.job
-    localiser = _load(path, notes, world)
+    localiser = _load(path, results, world)
     if localiser is None:
         return
-    _calibrate(localiser, path, notes, world)
-    notes.calibrations[str(path)] = localiser.calibration
+    _calibrate(localiser, path, results, world)
+    results.calibrations[str(path)] = localiser.calibration
     form = job.form or localiser.form
     for source in job.query_sets:
         queries = _list(source, localiser, world)
         if isinstance(queries, str):
-            if world.is_main:
-                notes.error(queries)
+            results.error(queries)
             continue
         outcome = evaluate_set(localiser, str(path), queries, form, job.settings, world)
         if outcome is not None:
             _add(outcome, results)
 
 
-def _load(path: Path, notes: Results, world: World) -> Localiser | None:
+def _load(path: Path, results: Results, world: World) -> Localiser | None:
     """The checkpoint, or None on all ranks, with the reason noted."""
     localiser, reason = None, ""
     try:
@@ -123,11 +126,10 @@ def _load(path: Path, notes: Results, world: World) -> Localiser | None:
         reason = describe_os_error(error)
     reasons = [r for r in world.gather(reason) if r]
     if not reasons:
-        for line in localiser.passed_over if localiser and world.is_main else []:
-            notes.warn(line)
+        for line in localiser.passed_over if localiser else []:
+            results.warn(line)
         return localiser
-    if world.is_main:
-        notes.error(reasons[0], rows=len(notes.job.query_sets))
+    results.error(reasons[0], rows=len(results.job.query_sets))
     return None
 
 
@@ -143,37 +145,36 @@ def _list(source: Path, localiser: Localiser, world: World) -> Queries | str:
     return found
 
 
-def _calibrate(localiser: Localiser, path: Path, notes: Results, world: World) -> None:
+def _calibrate(localiser: Localiser, path: Path, results: Results, world: World) -> None:
     """Fit form and temperature on the validation queries that were given or, where nothing is stored, trained with."""
-    source = notes.job.val_queries
+    source = results.job.val_queries
     if source is None and localiser.calibration is None:
         trained_with = localiser.config.val_queries
         source = world.gather(trained_with if trained_with is not None and trained_with.exists() else None)[0]
-        if source is None and trained_with is not None and world.is_main:
-            notes.warn(
+        if source is None and trained_with is not None:
+            results.warn(
                 f"{trained_with}: the training's validation queries are not here; {path} keeps {localiser.form} scores "
                 "and a confidence that is not calibrated (--val-queries)"
             )
     if source is None:
         return
     queries = _list(source, localiser, world)
-    if notes.job.val_queries is None and isinstance(queries, Queries):
+    if results.job.val_queries is None and isinstance(queries, Queries):
         known = validation_photos(localiser.path)
         if known and queries.fingerprint() != known:
             queries = f"{source}: other photos than the training's validation queries (--val-queries)"
-    fitted = calibrate(localiser, queries, notes.job.settings, world) if isinstance(queries, Queries) else None
+    fitted = calibrate(localiser, queries, results.job.settings, world) if isinstance(queries, Queries) else None
     if fitted is None:
         reason = queries if isinstance(queries, str) else f"{source}: no readable query of it is answered rightly"
-        say = notes.warn if notes.job.val_queries is None else notes.error
-        if world.is_main:
-            say(f"{reason}; {path} keeps {localiser.form} scores")
+        say = results.warn if results.job.val_queries is None else results.error
+        say(f"{reason}; {path} keeps {localiser.form} scores")
         return
     localiser.calibration = fitted
     if world.is_main:
         try:
             fitted.save(localiser.path)
         except OSError as error:
-            notes.warn(f"the calibration is not stored: {describe_os_error(error)}")
+            results.warn(f"the calibration is not stored: {describe_os_error(error)}")
 
 
 def _add(outcome: Outcome, results: Results) -> None:
@@ -186,8 +187,8 @@ def _add(outcome: Outcome, results: Results) -> None:
     _warn_of_photos(source, "unreadable", outcome.failures, results)
     unlocated = outcome.queries.unlocated(outcome.readable)
     _warn_of_photos(source, "predicted but not scored", unlocated, results)
-    if outcome.queries.reprojected:
-        zone = outcome.classes.zone
+    zone = outcome.classes.zone
+    if outcome.queries.reprojected and (source, zone) not in {(o.name[1], o.classes.zone) for o in results.outcomes}:
         moved = format_count(outcome.queries.reprojected, "photo")
         print(f"note: {printable(source)}: {moved} of a neighbouring UTM zone reprojected to {zone}", file=sys.stderr)
     results.outcomes.append(outcome)
@@ -206,7 +207,7 @@ def _warn_of_photos(source: str, kind: str, photos: Sequence[SetAside], results:
         results.warn(f"{source}: {len(photos) - _LINES_A_KIND} more photos {kind}")
 
 
-def write_results(results: Results, *, report: bool = True, samples: SamplePhotos) -> None:
+def write_results(results: Results, *, report: bool = True, samples: SamplePhotos | None = None) -> None:
     """Write all files, print the table and where the files are; without a row leave the folder as it was.
 
     Without a report, one of an earlier evaluation is removed: it would tell of other results.
@@ -216,7 +217,7 @@ def write_results(results: Results, *, report: bool = True, samples: SamplePhoto
         print(f"no row of the table could be made; nothing is written to {out}", file=sys.stderr)
         return
     for outcome in results.outcomes:
-        if report and samples.dataset is not None and not samples.covers(outcome.classes):
+        if report and samples is not None and not samples.covers(outcome.classes):
             results.warn(f"--shards {samples.dataset.place}: has none of the cells of {outcome.checkpoint}")
     facts: dict[str, Any] = {
         "settings": asdict(results.job.settings),

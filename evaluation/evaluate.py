@@ -95,7 +95,9 @@ def main() -> int:
         arguments.score_form,
         arguments.val_queries,
     )
-    samples = SamplePhotos.open(arguments.shards if arguments.report else None)
+    samples = None
+    if arguments.report and arguments.shards is not None:
+        samples = SamplePhotos.open(arguments.shards)
     with open_world(cpu=arguments.cpu) as world:
         results = evaluate_all(job, world)
         if results is None:

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from shards import limits
 from shards.classes import cell_index
-from shards.console import JobError, format_bytes, format_count, is_systems, one_line, printable
+from shards.console import JobError, format_bytes, format_count, printable
 from shards.dataset import Dataset
-from shards.files import atomic_path, read_table
+from shards.files import atomic_path
+from shards.index import read_samples
 from shards.layout import MANIFEST, shard_tables
 from shards.names import BadName, parse_name
 from shards.photo_list import is_list
@@ -75,35 +75,6 @@ class Gallery:
         return len(self.images) - int(self.starts[-1])
 
 
-def describe_photos(
-    localiser: Localiser,
-    photos: Queries,
-    say: Callable[[str], None],
-    *,
-    batch_size: int,
-    threads: int,
-    parts: Path | None = None,
-) -> Images:
-    """Descriptors of the photos of a folder or list; those without a place are said and left out.
-
-    Those of many photos are kept part by part in the folder `parts`, if it is given, and read from there.
-    """
-    source = photos.source
-    title = f"describing {source}"
-    vectors, readable, reasons = _describe(localiser, photos.paths, parts, title, batch_size, threads)
-    failures = [SetAside(photos.paths[i], reason) for i, reason in reasons.items()][:5]
-    for aside in (*photos.set_aside[:5], *failures, *photos.unlocated(readable)[:5]):
-        say(f"{aside.path}: left out: {aside.reason}")
-    kept = np.flatnonzero(readable & photos.located)
-    if len(kept) < len(photos) + len(photos.set_aside):
-        left_out = len(photos) + len(photos.set_aside) - len(kept)
-        say(f"{source}: {format_count(left_out, 'photo')} left out")
-    if len(kept) == 0:
-        raise JobError(f"{source}: no readable photo with coordinates")
-    names = tuple(photos.names[i] for i in kept)
-    return Images(_rows(vectors, kept), photos.east[kept], photos.north[kept], names)
-
-
 @dataclass(frozen=True, slots=True)
 class ShardPhoto:
     """A photo in a shard, by what its sample table says; opens as a file does."""
@@ -120,85 +91,127 @@ class ShardPhoto:
         return io.BytesIO(self.dataset.jpeg(self.tar, self.offset, self.size, self.crc32))
 
 
-def describe_shards(
-    localiser: Localiser,
-    dataset: Dataset,
-    say: Callable[[str], None],
-    *,
-    batch_size: int,
-    threads: int,
-    parts: Path | None = None,
-) -> Images:
-    """Descriptors of all photos in the shards of a data set; damaged ones are said and left out. `parts` as in
-    `describe_photos`.
+@dataclass(frozen=True)
+class Describer:
+    """Describes many photos by a checkpoint, `batch_size` at once, read by `threads`; `say` is told what is left out.
 
-    Raises JobError for a table of samples that cannot be read, and where no photo can.
+    With a folder `parts`, descriptors of many photos are kept there part by part, and read from there. Raises JobError
+    where no photo can be described.
     """
-    tables = []
-    for path in shard_tables(dataset.path):
-        try:
-            table = read_table(path, ["east", "north", "key", "offset", "size", "crc32"])
-        except (pa.ArrowException, OSError, KeyError) as error:
-            if is_systems(error):
-                raise
-            way_out = f"mend it: python shards/verify.py {dataset.place} --repair"
-            raise JobError(f"{path}: damaged ({one_line(error)}); {way_out}") from error
-        tables.append((path.with_suffix(".tar"), table))
-    photos = [
-        ShardPhoto(dataset, tar, f"{tar.stem}/{key}", *place)
-        for tar, table in tables
-        for key, *place in zip(*(table[name].to_pylist() for name in ("key", "offset", "size", "crc32")), strict=True)
-    ]
-    title = f"describing {dataset.place}"
-    vectors, readable, reasons = _describe(localiser, photos, parts, title, batch_size, threads)
-    failures = dict.fromkeys(f"{photos[i].tar}: {reason}" for i, reason in reasons.items())
-    kept = np.flatnonzero(readable)
-    for reason in list(failures)[:5]:
-        say(f"left out: {reason}")
-    if failures:
-        missing = format_count(len(photos) - len(kept), "photo")
-        say(f"{dataset.place}: {missing} left out; mend them: python shards/verify.py {dataset.place} --repair")
-    if len(kept) == 0:
-        raise JobError(f"{dataset.place}: no readable photo")
-    east, north = (np.concatenate([table[name].to_numpy() for _, table in tables])[kept] for name in ("east", "north"))
-    return Images(_rows(vectors, kept), east, north, tuple(photos[i].name for i in kept))
 
+    localiser: Localiser
+    say: Callable[[str], None]
+    batch_size: int = 32
+    threads: int = 1
 
-def _describe(
-    localiser: Localiser, photos: Sequence[Photo], parts: Path | None, title: str, batch_size: int, threads: int
-) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-    """Descriptors float32 [K, D], bool [K] whether a photo could be read, and by number why one could not."""
-    vectors = np.zeros((len(photos), localiser.model.descriptor_dim), np.float32)
-    readable = np.zeros(len(photos), dtype=bool)
-    reasons: dict[int, str] = {}
-    for first in range(0, len(photos), _PART):
-        part = slice(first, first + _PART)
-        file = parts and parts / f"{first}.npz"
-        found = _read_arrays(file) if file else None
-        if found is None:
-            failures: dict[int, str] = {}
-            batches = read_queries(
-                photos[part],
-                shorter_side=localiser.shorter_side,
-                batch_size=batch_size,
-                threads=threads,
-                on_failure=failures.__setitem__,
+    def photos(self, photos: Queries, parts: Path | None = None) -> Images:
+        """Descriptors of the photos of a folder or list that have a place."""
+        source = photos.source
+        vectors, readable, reasons = self._describe(photos.paths, f"describing {source}", parts)
+        failures = [SetAside(photos.paths[i], reason) for i, reason in reasons.items()][:5]
+        for aside in (*photos.set_aside[:5], *failures, *photos.unlocated(readable)[:5]):
+            self.say(f"{aside.path}: left out: {aside.reason}")
+        kept = np.flatnonzero(readable & photos.located)
+        if left_out := len(photos) + len(photos.set_aside) - len(kept):
+            self.say(f"{source}: {format_count(left_out, 'photo')} left out")
+        if len(kept) == 0:
+            raise JobError(f"{source}: no readable photo with coordinates")
+        names = tuple(photos.names[i] for i in kept)
+        return Images(_rows(vectors, kept), photos.east[kept], photos.north[kept], names)
+
+    def shards(self, dataset: Dataset, parts: Path | None = None) -> Images:
+        """Descriptors of all photos in the shards of a data set; raises JobError for a damaged table of samples too."""
+        columns = ["east", "north", "key", "offset", "size", "crc32"]
+        tables = [(path.with_suffix(".tar"), read_samples(path, columns)) for path in shard_tables(dataset.path)]
+        photos = [
+            ShardPhoto(dataset, tar, f"{tar.stem}/{key}", *place)
+            for tar, table in tables
+            for key, *place in zip(*(table[name].to_pylist() for name in columns[2:]), strict=True)
+        ]
+        vectors, readable, reasons = self._describe(photos, f"describing {dataset.place}", parts)
+        failures = dict.fromkeys(f"{photos[i].tar}: {reason}" for i, reason in reasons.items())
+        kept = np.flatnonzero(readable)
+        for reason in list(failures)[:5]:
+            self.say(f"left out: {reason}")
+        if failures:
+            missing = format_count(len(photos) - len(kept), "photo")
+            self.say(
+                f"{dataset.place}: {missing} left out; mend them: python shards/verify.py {dataset.place} --repair"
             )
-            bar = f"{title}, those from {first + 1:,} on of {len(photos):,}" if file else title
-            described = describe_batches(
-                localiser.model, batches, len(photos[part]), device=localiser.device, title=bar
-            )
-            found = {
-                "vectors": described.vectors.numpy(),
-                "readable": described.readable,
-                "failed": np.array(list(failures), np.int64),
-                "reasons": _to_bytes(list(failures.values())),
-            }
-            if file:
-                _write_arrays(file, found)
-        vectors[part], readable[part] = found["vectors"], found["readable"]
-        reasons |= dict(zip((first + found["failed"]).tolist(), _read_texts(found["reasons"]), strict=True))
-    return vectors, readable, reasons
+        if len(kept) == 0:
+            raise JobError(f"{dataset.place}: no readable photo")
+        east, north = (np.concatenate([table[axis].to_numpy() for _, table in tables])[kept] for axis in columns[:2])
+        return Images(_rows(vectors, kept), east, north, tuple(photos[i].name for i in kept))
+
+    def database(self, place: str, cache: Path) -> Images:
+        """The database's descriptors: read from a file or from `cache`, or made of the photos of a folder, a list or a
+        data set (in a folder or at a URL) and kept in `cache`."""
+        path, classes = Path(place), self.localiser.classes
+        if path.is_file() and not is_list(path):
+            return read_descriptors(path, classes.zone, southern=classes.southern)
+        source: Dataset | Queries
+        if is_url(place) or (path / MANIFEST).exists():
+            source = Dataset.open(place)
+        else:
+            source = self.localiser.list_queries(path)
+        count = source.manifest.images if isinstance(source, Dataset) else len(source)
+        _check_memory(place, count, self.localiser.model.descriptor_dim)
+        fingerprint = _fingerprint(self.localiser, source)
+        if (found := _read_arrays(cache, fingerprint)) is not None:
+            self.say(f"{cache}: {len(found['descriptors']):,} descriptors made before")
+            return Images(found["descriptors"], found["east"], found["north"], tuple(_read_texts(found["names"])))
+        parts = cache.with_name(f"{cache.stem}-parts-{fingerprint[:16]}") if count > _PART else None
+        if parts:
+            parts.mkdir(exist_ok=True)
+        images = self.shards(source, parts) if isinstance(source, Dataset) else self.photos(source, parts)
+        _write_arrays(
+            cache,
+            {
+                "descriptors": images.vectors,
+                "east": images.east,
+                "north": images.north,
+                "names": _to_bytes(images.names),
+                "fingerprint": np.array(fingerprint),
+            },
+        )
+        for done in cache.parent.glob(f"{cache.stem}-parts-*"):
+            shutil.rmtree(done)
+        return images
+
+    def _describe(
+        self, photos: Sequence[Photo], title: str, parts: Path | None
+    ) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+        """Descriptors float32 [K, D], bool [K] whether a photo could be read, and by number why one could not."""
+        vectors = np.zeros((len(photos), self.localiser.model.descriptor_dim), np.float32)
+        readable = np.zeros(len(photos), dtype=bool)
+        reasons: dict[int, str] = {}
+        for first in range(0, len(photos), _PART):
+            part = slice(first, first + _PART)
+            file = parts and parts / f"{first}.npz"
+            found = _read_arrays(file) if file else None
+            if found is None:
+                failures: dict[int, str] = {}
+                batches = read_queries(
+                    photos[part],
+                    shorter_side=self.localiser.shorter_side,
+                    batch_size=self.batch_size,
+                    threads=self.threads,
+                    on_failure=failures.__setitem__,
+                )
+                bar = f"{title}, those from {first + 1:,} on of {len(photos):,}" if file else title
+                model, device = self.localiser.model, self.localiser.device
+                described = describe_batches(model, batches, len(photos[part]), device=device, title=bar)
+                found = {
+                    "vectors": described.vectors.numpy(),
+                    "readable": described.readable,
+                    "failed": np.array(list(failures), np.int64),
+                    "reasons": _to_bytes(list(failures.values())),
+                }
+                if file:
+                    _write_arrays(file, found)
+            vectors[part], readable[part] = found["vectors"], found["readable"]
+            reasons |= dict(zip((first + found["failed"]).tolist(), _read_texts(found["reasons"]), strict=True))
+        return vectors, readable, reasons
 
 
 def _rows(vectors: np.ndarray, kept: np.ndarray) -> np.ndarray:
@@ -246,53 +259,6 @@ def read_descriptors(path: Path, zone: int = 0, *, southern: bool = False) -> Im
         raise JobError(f"{path}: the descriptor of {name} holds numbers that are not finite; make it again")
     vectors /= np.maximum(lengths, 1e-12)
     return Images(vectors, places.east, places.north, tuple(names))
-
-
-def database_images(
-    localiser: Localiser,
-    database: str,
-    cache: Path,
-    say: Callable[[str], None],
-    *,
-    batch_size: int = 32,
-    threads: int = 1,
-) -> Images:
-    """The database's descriptors: read from a file or from `cache`, or made of the photos of a folder, a list or a data
-    set (in a folder or at a URL) and kept in `cache`."""
-    path, classes = Path(database), localiser.classes
-    if path.is_file() and not is_list(path):
-        return read_descriptors(path, classes.zone, southern=classes.southern)
-    source: Dataset | Queries
-    if is_url(database) or (path / MANIFEST).exists():
-        source = Dataset.open(database)
-    else:
-        source = localiser.list_queries(path)
-    count = source.manifest.images if isinstance(source, Dataset) else len(source)
-    _check_memory(database, count, localiser.model.descriptor_dim)
-    fingerprint = _fingerprint(localiser, source)
-    if (found := _read_arrays(cache, fingerprint)) is not None:
-        say(f"{cache}: {len(found['descriptors']):,} descriptors made before")
-        return Images(found["descriptors"], found["east"], found["north"], tuple(_read_texts(found["names"])))
-    parts = cache.with_name(f"{cache.stem}-parts-{fingerprint[:16]}") if count > _PART else None
-    if parts:
-        parts.mkdir(exist_ok=True)
-    if isinstance(source, Dataset):
-        images = describe_shards(localiser, source, say, batch_size=batch_size, threads=threads, parts=parts)
-    else:
-        images = describe_photos(localiser, source, say, batch_size=batch_size, threads=threads, parts=parts)
-    _write_arrays(
-        cache,
-        {
-            "descriptors": images.vectors,
-            "east": images.east,
-            "north": images.north,
-            "names": _to_bytes(images.names),
-            "fingerprint": np.array(fingerprint),
-        },
-    )
-    for done in cache.parent.glob(f"{cache.stem}-parts-*"):
-        shutil.rmtree(done)
-    return images
 
 
 def _check_memory(database: str, count: int, dim: int) -> None:

@@ -24,7 +24,7 @@ _PIXELS = 320
 
 
 class KnownPhotos:
-    """Training photos out of a data set, for the cells of a checkpoint's class map; none without a data set.
+    """Training photos out of a data set, for the cells of a checkpoint's class map.
 
     Raises JobError where the data set has none of the checkpoint's cells.
     """
@@ -32,11 +32,8 @@ class KnownPhotos:
     def __init__(self, samples: SamplePhotos, classes: ClassTable) -> None:
         self.samples = samples
         self.classes = classes
-        if samples.dataset is not None and not samples.covers(classes):
+        if not samples.covers(classes):
             raise JobError(f"--shards {samples.dataset.place}: has none of the checkpoint's cells")
-
-    def __bool__(self) -> bool:
-        return self.samples.dataset is not None
 
     def nearest(
         self, place: Place, query: Tensor, shorter_side: int, describe: Callable[[Sequence[np.ndarray]], Future[Tensor]]

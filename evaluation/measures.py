@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from evaluation.cell_index import CellIndex
 from shards.classes import cell_index, group_of
 
 CURVE_METRES = (5, 10, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 500, 750, 1000)
-CALIBRATION_BINS = 10
+RELIABILITY_BINS = 10
 
 
 def chance_recall(near: np.ndarray, classes: int, ns: Sequence[int]) -> dict[int, float]:
@@ -53,7 +53,7 @@ def error_quantiles(errors: np.ndarray) -> dict[str, float]:
 
 
 @dataclass(frozen=True)
-class CalibrationBin:
+class ReliabilityBin:
     """Answers with a confidence from `low` to `high` percent: how many, mean confidence, percent that is right."""
 
     low: float
@@ -63,20 +63,20 @@ class CalibrationBin:
     right: float | None
 
 
-def calibration(confidence: np.ndarray, right: np.ndarray) -> tuple[list[CalibrationBin], float]:
+def reliability(confidence: np.ndarray, right: np.ndarray) -> tuple[list[ReliabilityBin], float]:
     """The reliability table and the expected calibration error, in percent points (Guo et al. 2017, section 2).
 
     `confidence` float [Q] from 0 to 1, `right` bool [Q].
     """
-    edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
-    which = np.clip((confidence * CALIBRATION_BINS).astype(int), 0, CALIBRATION_BINS - 1)
+    edges = np.linspace(0, 1, RELIABILITY_BINS + 1)
+    which = np.clip((confidence * RELIABILITY_BINS).astype(int), 0, RELIABILITY_BINS - 1)
     table, gap = [], 0.0
-    for i in range(CALIBRATION_BINS):
+    for i in range(RELIABILITY_BINS):
         inside = which == i
         count = int(inside.sum())
         mean = float(confidence[inside].mean(dtype=np.float64) * 100) if count else None
         hits = percent(right[inside]) if count else None
-        table.append(CalibrationBin(float(edges[i] * 100), float(edges[i + 1] * 100), count, mean, hits))
+        table.append(ReliabilityBin(float(edges[i] * 100), float(edges[i + 1] * 100), count, mean, hits))
         if mean is not None and hits is not None:
             gap += abs(mean - hits) * count
     return table, gap / len(confidence) if len(confidence) else float("nan")
@@ -112,8 +112,3 @@ def recall_curve(distances: np.ndarray, ns: Sequence[int]) -> dict[str, list[flo
         best = distances[:, :n].min(axis=1) if len(distances) else np.empty(0)
         curve[f"lr_at_{n}"] = [percent(best <= metres) for metres in CURVE_METRES]
     return curve
-
-
-def as_rows(table: Sequence[CalibrationBin]) -> list[dict[str, Any]]:
-    """The reliability table as JSON values."""
-    return [asdict(line) for line in table]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from evaluation.measures import (
     accuracy_by_group,
-    as_rows,
-    calibration,
     chance_recall,
     error_quantiles,
     percent,
     recall_curve,
+    reliability,
 )
 from evaluation.ranking import OWN_FORMS, RANKING_FORMS, Answers, RankingForm, first_rank
 from shards.classes import ClassTable
@@ -120,7 +119,7 @@ class Outcome:
         scored, settings, queries = self.scored, self.settings, self.queries
         east, north = queries.east[scored], queries.north[scored]
         recalls = {form: _by_name(self.recall(form)) for form in self.answers}
-        table, calibration_error = calibration(self.own.confidence[scored, 0], self.right[scored])
+        table, calibration_error = reliability(self.own.confidence[scored, 0], self.right[scored])
         seconds = self.timing.describe + self.timing.rank
         return {
             "checkpoint": self.checkpoint,
@@ -154,7 +153,7 @@ class Outcome:
             "temperature": temperature_of(self.calibration, self.form),
             "calibration_error": calibration_error,
             "percent_within_radius": percent(self.within_radius[scored]),
-            "calibration": as_rows(table),
+            "calibration": [asdict(line) for line in table],
             "by_group": accuracy_by_group(self.index, east, north, self.own.rows[scored, 0], self.right[scored]),
             "curve": recall_curve(self.distances[self.form][scored], settings.ns),
         }

@@ -13,7 +13,7 @@ from evaluation.pages import map_cells, map_corner, read_page, to_script
 from evaluation.query_set import Outcome
 from evaluation.result_files import Row
 from evaluation.sample_photos import SamplePhotos
-from evaluation.thumbnails import data_url, data_urls, thumbnails
+from evaluation.thumbnails import data_url, thumbnails
 from shards.console import describe_os_error
 from shards.files import atomic_write_text
 from shards.names import BadName, parse_name
@@ -30,7 +30,7 @@ def write_report(
     outcomes: Sequence[Outcome],
     rows: Sequence[Row],
     facts: dict[str, Any],
-    samples: SamplePhotos,
+    samples: SamplePhotos | None,
     warn: Callable[[str], None],
 ) -> None:
     """Write the report of `outcomes`, whose result table is `rows`, to `path`.
@@ -48,7 +48,7 @@ def report_data(
     outcomes: Sequence[Outcome],
     rows: Sequence[Row],
     facts: dict[str, Any],
-    samples: SamplePhotos,
+    samples: SamplePhotos | None,
     warn: Callable[[str], None],
 ) -> dict[str, Any]:
     """Everything that the page shows. Coordinates are metres from a corner of the first class map."""
@@ -67,8 +67,10 @@ def report_data(
         cells.setdefault(outcome.classes.fingerprint(), map_cells(outcome.classes, corner))
         galleries = _galleries(outcome)
         shown = sorted({i for some in galleries.values() for i in some})
-        missing = [(i, outcome.queries.paths[i]) for i in shown if i not in sets[key]["large"]]
-        sets[key]["large"] |= data_urls(missing, _GALLERY_PIXELS)
+        large = sets[key]["large"]
+        for i in shown:
+            if i not in large and (url := data_url(outcome.queries.paths[i], _GALLERY_PIXELS)):
+                large[i] = url
         pictures = {i: _cell_photos(outcome, i, samples, warn) for i in shown}
         answers.append(
             {
@@ -130,7 +132,7 @@ def _galleries(outcome: Outcome) -> dict[str, list[int]]:
     }
 
 
-def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos, warn: Callable[[str], None]) -> dict[str, str]:
+def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos | None, warn: Callable[[str], None]) -> dict[str, str]:
     """A photo of the answered cell and, for a mistake, one of the true cell, as far as the shards have them."""
     classes = outcome.classes
     rows = {"answer": int(outcome.own.rows[i, 0])}
@@ -142,7 +144,7 @@ def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos, warn: Callable
     for name, row in rows.items():
         cell = None if row < 0 else (int(classes.cell_east[row]), int(classes.cell_north[row]))
         try:
-            jpeg = samples.of_cell(cell, classes.M, heading) if cell else None
+            jpeg = samples.of_cell(cell, classes.M, heading) if samples and cell else None
         except OSError as error:
             warn(f"the report lacks photos of cells: {describe_os_error(error)}")
             jpeg = None

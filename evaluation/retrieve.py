@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import tyro
 
-from evaluation.gallery import Gallery, Images, database_images, describe_photos, read_descriptors
+from evaluation.gallery import Describer, Gallery, Images, read_descriptors
 from evaluation.localiser import Localiser, choose_device, load_localiser
 from evaluation.result_files import prepare_folder, write_json
 from evaluation.searchers import BestOfCells, CellSearcher, FaissSearcher, Searcher, load_faiss
@@ -94,12 +94,10 @@ def main() -> None:
     load_faiss()  # before the database is described, which takes hours where it is large
     prepare_folder(arguments.out)
     localiser = load_localiser(arguments.checkpoint, choose_device(cpu=arguments.cpu))
-    batch_size, threads = arguments.batch_size, cores_of_process()
-    found = localiser.list_queries(arguments.queries)
-    queries = describe_photos(localiser, found, _warn, batch_size=batch_size, threads=threads)
+    describer = Describer(localiser, _warn, arguments.batch_size, cores_of_process())
+    queries = describer.photos(localiser.list_queries(arguments.queries))
     vectors = _other_descriptors(arguments.query_descriptors, queries) or queries
-    cache = arguments.out / "database.npz"
-    database = database_images(localiser, arguments.database, cache, _warn, batch_size=batch_size, threads=threads)
+    database = describer.database(arguments.database, arguments.out / "database.npz")
     if vectors.vectors.shape[1] != database.vectors.shape[1]:
         raise JobError(
             f"queries have descriptors of {vectors.vectors.shape[1]} numbers and the database of "

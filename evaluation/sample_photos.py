@@ -36,14 +36,12 @@ class SamplePhoto:
 
 
 class SamplePhotos:
-    """A training photo of any cell of a data set, seen in about the direction of the query; none without a data set."""
+    """A training photo of any cell of a data set, seen in about the direction of the query."""
 
-    def __init__(self, dataset: Dataset | None) -> None:
+    def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
         self.tables: dict[int, list[Path]] = {}
         self.spans: dict[int, list[tuple[int, int]]] = {}
-        if dataset is None:
-            return
         classes = dataset.classes
         cells = zip(classes.cell_east.tolist(), classes.cell_north.tolist(), strict=True)
         self.rows = {cell: row for row, cell in enumerate(cells)}
@@ -52,16 +50,14 @@ class SamplePhotos:
 
     def covers(self, classes: ClassTable) -> bool:
         """Whether the data set has cells of a class map."""
-        if self.dataset is None:
-            return False
         theirs = self.dataset.classes
         cells = zip(classes.cell_east.tolist(), classes.cell_north.tolist(), strict=True)
         return (theirs.M, theirs.zone) == (classes.M, classes.zone) and not self.rows.keys().isdisjoint(cells)
 
     @classmethod
-    def open(cls, place: str | None) -> SamplePhotos:
-        """The photos of the data set in a folder or at a URL (None: no photos); JobError where there is none."""
-        return cls(None if place is None else Dataset.open(place))
+    def open(cls, place: str) -> SamplePhotos:
+        """The photos of the data set in a folder or at a URL; JobError where there is none."""
+        return cls(Dataset.open(place))
 
     def of_cell(self, cell: tuple[int, int], M: int, heading: float | None = None) -> bytes | None:
         """A JPEG of the cell with this lower-left corner (metres) and side `M`; None where there is none.
@@ -85,7 +81,6 @@ class SamplePhotos:
         ]
 
     def _read(self, table: pa.Table, tar: Path, i: int) -> bytes:
-        assert self.dataset is not None
         try:
             return self.dataset.jpeg(tar, *(table[name][i].as_py() for name in _PLACE))
         except OSError as error:
@@ -95,7 +90,7 @@ class SamplePhotos:
 
     def _photos(self, cell: tuple[int, int], M: int) -> Iterator[tuple[pa.Table, Path]]:
         """The cell's samples of each shard that has some, and the shard's tar."""
-        if self.dataset is None or self.dataset.classes.M != M or cell not in self.rows:
+        if self.dataset.classes.M != M or cell not in self.rows:
             return
         classes, row = self.dataset.classes, self.rows[cell]
         label = int(classes.label[row])

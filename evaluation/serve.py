@@ -92,7 +92,9 @@ def main() -> None:
     listener = listen(arguments.host, arguments.port)
     device = choose_device(cpu=arguments.cpu)
     localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
-    known = KnownPhotos(SamplePhotos.open(arguments.shards), localiser.classes)
+    known = None
+    if arguments.shards is not None:
+        known = KnownPhotos(SamplePhotos.open(arguments.shards), localiser.classes)
     threads = min(cores_of_process(), _DECODERS)
     request = Request(arguments.top, arguments.apart, threads=threads)
     limits = Limits(round(arguments.max_megabytes * 1e6), round(arguments.max_megapixels * 1e6))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -54,8 +54,3 @@ def _spread(count: int) -> list[int]:
     """All of range(count), in an order whose every beginning covers the range evenly."""
     stride = max(1, count // 97)
     return [i for start in range(stride) for i in range(start, count, stride)]
-
-
-def data_urls(paths: Iterable[tuple[int, Path]], side: int) -> dict[int, str]:
-    """`data:` URLs of the photos that can be read, by the number they come with."""
-    return {i: url for i, path in paths if (url := data_url(path, side))}

@@ -55,7 +55,7 @@ _HEADERS = {
 class WebApp:
     """Answers uploads out of a queue, and shows them on a page."""
 
-    def __init__(self, queue: AnswerQueue, known: KnownPhotos, *, private: bool) -> None:
+    def __init__(self, queue: AnswerQueue, known: KnownPhotos | None, *, private: bool) -> None:
         self.queue = queue
         self.known = known
         self.answers: OrderedDict[str, Located] = OrderedDict()
@@ -103,7 +103,7 @@ class WebApp:
         known = located.photo.known
         classes = self.queue.localiser.classes
         document["known_east_north"] = known and east_north(known, classes.zone, southern=classes.southern)
-        if self.known:
+        if self.known is not None:
             document["answer"] = self._keep(located)
         return JSONResponse(without_nan(document))
 
@@ -111,7 +111,7 @@ class WebApp:
         """The training photos most like an answered photo in the cell of one of its places (0: the best)."""
         located = self.answers.get(request.path_params["answer"])
         rank = request.path_params["rank"]
-        if located is None or rank >= len(located.photo.places):
+        if self.known is None or located is None or rank >= len(located.photo.places):
             raise Refused(HTTPStatus.NOT_FOUND, "This answer is no longer kept; ask again with the photo.")
         place, side = located.photo.places[rank], self.queue.localiser.shorter_side
         loop = asyncio.get_running_loop()
@@ -121,9 +121,7 @@ class WebApp:
                     self.queue.decoders, self.known.nearest, place, located.vector, side, self.queue.describe
                 )
             except OSError as error:
-                print(
-                    f"error: {self.known.samples.dataset and self.known.samples.dataset.path}: {error}", file=sys.stderr
-                )
+                print(f"error: {self.known.samples.dataset.path}: {error}", file=sys.stderr)
                 raise Refused(HTTPStatus.INTERNAL_SERVER_ERROR, "The photos of this cell cannot be read.") from error
         return JSONResponse(without_nan({"photos": photos}))
 

@@ -13,8 +13,8 @@ from preprocessing.coordinates import locate
 from preprocessing.finishing import State
 from preprocessing.partition import CellBox, make_classes
 from preprocessing.photos import Bad, Listing
-from preprocessing.plan import class_order, headings_and_timestamps
-from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, read_bad
+from preprocessing.plan import class_order
+from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, photo_table, read_bad
 from preprocessing.sources import Source, prefix, split_sample, turns
 from shards.classes import ClassTable, cell_index, number_within
 from shards.files import read_table
@@ -33,26 +33,17 @@ class Gain:
     classes: ClassTable
 
 
-def plan_addition(
-    out: Path, state: State, sources: list[Source], source: Source, listing: Listing
-) -> tuple[Revision, Gain]:
-    """The revision that adds the photos of `listing` to the data set `out` with these `sources` so far."""
+def plan_addition(out: Path, state: State, source: Source, listing: Listing) -> tuple[Revision, Gain]:
+    """The revision that adds the photos of `listing`, those of `source`, to the data set `out`."""
+    sources = state.sources
     number = sources.index(source) if source in sources else len(sources)
     zone = state.classes.zone
     places, _, names, named_bad = locate(listing, zone, state.classes.southern if zone else None)
     usable = np.isfinite(places.east)
     fresh = np.flatnonzero(usable & ~np.isin(names, _known(out, sources, source)))
-    headings, timestamps = headings_and_timestamps(places, fresh)
     start, nothing = (pa.scalar(text, pa.large_string()) for text in (prefix(number), ""))
     paths = pc.binary_join_element_wise(start, listing.paths.take(pa.array(fresh)), nothing)
-    columns = {
-        "source": paths,
-        "east": places.east[fresh],
-        "north": places.north[fresh],
-        "heading": headings,
-        "timestamp": timestamps,
-    }
-    candidates = pa.concat_tables([pa.table(columns, SKIPPED_COLUMNS), state.skipped.cast(SKIPPED_COLUMNS)])
+    candidates = pa.concat_tables([photo_table(paths, places, fresh), state.skipped.cast(SKIPPED_COLUMNS)])
     crops = _crops(candidates["source"], [*sources, source])
     row, classes, added = _classify(candidates, crops, state)
     samples = plan_samples(_samples(candidates, row, classes, crops), state.settings.seed, out)

@@ -4,8 +4,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from preprocessing.claim import TaskLock, check_output, claim, unlock
 from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
@@ -13,7 +11,7 @@ from preprocessing.output import Output
 from preprocessing.photos import Listing, reasons_of, store_listing
 from preprocessing.plan import Plan, Settings, make_plan
 from preprocessing.revisions import count_bad, retried, revisions
-from preprocessing.shard_run import Machinery, write_shards
+from preprocessing.shard_run import Machinery, bad_of, write_shards
 from preprocessing.shard_task import ShardResult
 from preprocessing.sources import Source
 from preprocessing.trial import Forecast, check_space, forecast
@@ -124,7 +122,7 @@ def _begin(source: Source, out: Output, settings: Settings, rescan: bool) -> tup
 def _finish(plan: Plan, listing: Listing, source: Source, out: Output, machinery: Machinery, start: float) -> Summary:
     """Write what is missing of a plan's shards, and of later revisions', then the tables and the manifest."""
     before = _write_planned(plan, source, out, machinery, 0, 1)
-    state = complete_revisions(out, State.of_plan(plan), source, machinery)
+    state = complete_revisions(out, State.of_plan(plan, source), machinery)
     summary = finish(out.folder, state, other_files=listing.others, shards_before=len(before), start=start)
     out.share()
     return summary
@@ -132,10 +130,9 @@ def _finish(plan: Plan, listing: Listing, source: Source, out: Output, machinery
 
 def _plan(source: Source, out: Path, settings: Settings, rescan: bool) -> tuple[Listing, Plan]:
     cache = None if rescan else out / LISTING
-    with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
-        changed_since = bool(list((out / REVISIONS).glob("*.parquet")))  # then new photos may lie beside the first ones
-        listing = source.photos(cache, settings.zone, lambda n: bar.update(n - bar.n), changed_since)
-    if listing.fresh and len(listing) and not (out / PLAN).exists():  # with a plan there, only once it is the same one
+    changed_since = any((out / REVISIONS).glob("*.parquet"))  # then new photos may lie beside the first ones
+    listing = source.photos(cache, settings.zone, as_recorded=changed_since)
+    if listing.fresh and not (out / PLAN).exists():  # with a plan there, only once it is the same one
         store_listing(listing, out / LISTING)
         listing = replace(listing, fresh=False)
     return listing, make_plan(listing, settings)
@@ -159,16 +156,17 @@ def _write_planned(
     results = write_shards(
         Job((source,), out.folder, resizer, out.store),
         (plan.task(*shard).without(elsewhere) for shard, result in finished.items() if result is None),
-        before,
-        plan.bad if count == 1 else [],
+        finished,
+        machinery.tolerance(
+            plan.photos // count,
+            named=plan.bad if count == 1 else (),
+            accepted=count_bad(out.folder / QUARANTINE),
+        ),
         machinery,
-        shards=len(shards),
         images=images,
-        photos=plan.photos // count,
-        accepted=count_bad(out.folder / QUARANTINE),
     )
     if count == 1 and machinery.max_bad_share is None and not any(result.images for result in results):
-        reasons = reasons_of(bad for result in results for bad in result.bad)
+        reasons = reasons_of(bad_of(results))
         raise JobError(f"{source.place}: no photo can be used ({reasons}); mend the source, or choose another --out")
     out.gather(finished)
     return before

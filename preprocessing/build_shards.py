@@ -30,7 +30,7 @@ from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from preprocessing.summaries import print_forecast, print_gain, print_recovery, print_summary
 from preprocessing.updates import add, retry_quarantined
-from shards.console import WrongArguments, entry, format_count
+from shards.console import WrongArguments, check_ranges, entry, flag_of, format_count
 from shards.soundness import damaged_tables_named
 from shards.workers import cores_of_process
 
@@ -94,12 +94,10 @@ class Arguments:
     """List the source anew even where no folder's time has changed."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("M", 1, 100_000), ("N", 1, 100), ("min_images", 1, 10**9), ("image_size", 16, 4096),
-                                ("quality", 1, 100), ("workers", 1, 4096), ("seed", 0, 2**63), ("crops", 0, 360),
-                                ("zone", 0, 60), ("limit", 0, 10**12)):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise WrongArguments(f"--{name.replace('_', '-')} must be from {low} to {high}")
+        check_ranges(
+            self, M=(1, 100_000), N=(1, 100), min_images=(1, 10**9), image_size=(16, 4096), quality=(1, 100),
+            workers=(1, 4096), seed=(0, 2**63), crops=(0, 360), zone=(0, 60), limit=(0, 10**12),
+        )  # fmt: skip
         if self.max_bad_share is not None and not 0 <= self.max_bad_share <= 1:
             raise WrongArguments("--max-bad-share must be from 0 to 1: a share of the photos, 0.05 for 5 %")
         changes = (self.add is not None) + self.retry_quarantined
@@ -142,7 +140,7 @@ def _check_flags_of_a_change(arguments: Arguments) -> None:
     if arguments.add is None and not arguments.retry_quarantined:
         return
     change, own = ("--retry-quarantined", set()) if arguments.add is None else ("--add", {"root", "crops"})
-    fixed = {f"--{name.replace('_', '-')}" for name in {"source", "root", *Settings.__dataclass_fields__} - own}
+    fixed = {flag_of(name) for name in {"source", "root", *Settings.__dataclass_fields__} - own}
     given = {word.partition("=")[0].replace("_", "-") for word in sys.argv[1:]}  # a value cannot begin with --
     if wrong := sorted(fixed & given):
         raise WrongArguments(f"leave out {', '.join(wrong)}: {change} goes by what the data set was made with")

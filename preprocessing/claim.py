@@ -13,8 +13,8 @@ from preprocessing.sources import Source
 from shards.console import JobError
 from shards.dataset import GPU_CODEC
 from shards.files import atomic_write_json, is_partial, read_bytes
-from shards.layout import LISTING, LOCK, MANIFEST, PLAN, PROVENANCE
-from shards.locks import try_lock
+from shards.layout import LISTING, MANIFEST, PLAN, PROVENANCE
+from shards.locks import LOCK, try_lock
 from shards.provenance import provenance
 
 _PLACES = ("source", "root")

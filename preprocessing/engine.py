@@ -18,7 +18,7 @@ from preprocessing.resize import Resizer
 from preprocessing.shard_task import Monitor, ShardResult, Stopped, went_away, write_shard
 from preprocessing.sources import Source
 from shards.console import JobError
-from shards.layout import shard_stem
+from shards.layout import SHARD_KINDS, shard_stem
 from shards.mirror import scratch_folder
 from shards.store import Store, answered
 from shards.workers import ctrl_c_held_back, end_pool, finished, follow_parent
@@ -49,7 +49,7 @@ class Job:
         with scratch_folder() as folder:
             result = write_shard(task, self.sources, folder, self.resizer, monitor)
             stem = shard_stem(task.group, task.number)
-            for kind in ("tar", "idx", "parquet"):
+            for kind in SHARD_KINDS:
                 self.store.put(folder / f"{stem}.{kind}", f"{stem}.{kind}")
         return result
 

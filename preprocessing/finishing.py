@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from preprocessing.claim import claimed
 from preprocessing.photos import Bad
-from preprocessing.plan import Plan, Settings, headings_and_timestamps
-from preprocessing.revisions import SKIPPED_COLUMNS, Revision, read_bad, revisions, write_bad, write_table
+from preprocessing.plan import Plan, Settings
+from preprocessing.revisions import Revision, photo_table, read_bad, revisions, write_bad, write_table
 from preprocessing.shard_task import ShardResult
+from preprocessing.sources import Source
 from shards.checksums import seal
 from shards.classes import ClassTable
 from shards.dataset import Manifest
@@ -41,10 +42,11 @@ class Summary:
 
 @dataclass(frozen=True)
 class State:
-    """What a data set's tables follow from, besides its shards: settings, the name of the codec that began it, classes,
-    skipped photos (`SKIPPED_COLUMNS`), photos that were set aside by their names, and what has changed since the first
-    build."""
+    """What a data set's tables follow from, besides its shards: the source, settings and name of the codec that it was
+    begun with, classes, skipped photos (`SKIPPED_COLUMNS`), photos that were set aside by their names, and what has
+    changed since the first build."""
 
+    source: Source
     settings: Settings
     codec: str
     fingerprint: str
@@ -54,30 +56,26 @@ class State:
     revisions: list[Revision]
 
     @staticmethod
-    def of_plan(plan: Plan) -> "State":
+    def of_plan(plan: Plan, source: Source) -> "State":
         """The state after the first build."""
-        headings, timestamps = headings_and_timestamps(plan.places, plan.skipped)
-        columns = {
-            "source": plan.paths.take(pa.array(plan.skipped)),
-            "east": plan.places.east[plan.skipped],
-            "north": plan.places.north[plan.skipped],
-            "heading": headings,
-            "timestamp": timestamps,
-        }
-        skipped = pa.table(columns, SKIPPED_COLUMNS)
+        skipped = photo_table(plan.paths.take(pa.array(plan.skipped)), plan.places, plan.skipped)
         codec = plan.settings.facts()["codec"]
-        return State(plan.settings, codec, plan.fingerprint, plan.classes, skipped, plan.bad, [])
+        return State(source, plan.settings, codec, plan.fingerprint, plan.classes, skipped, plan.bad, [])
 
     @staticmethod
     def of_dataset(out: Path) -> "State":
         """The state of a finished data set, or of one whose last revision was interrupted."""
         claim = claimed(out)
-        Manifest.load(out / MANIFEST)
         by_name = [b for b in read_bad(out / QUARANTINE) if b.sample is None]
-        skipped = read_table(out / SKIPPED)
-        classes = ClassTable.load(out / CLASSES)
-        state = State(claim.settings, claim.codec, claim.fingerprint, classes, skipped, by_name, [])
+        skipped, classes = read_table(out / SKIPPED), ClassTable.load(out / CLASSES)
+        state = State(claim.source, claim.settings, claim.codec, claim.fingerprint, classes, skipped, by_name, [])
         return state.after(revisions(out))
+
+    @property
+    def sources(self) -> list[Source]:
+        """Where samples are from, by the number that their names begin with; by absolute paths, as revisions have them,
+        among which the first one is again where it grew."""
+        return list(dict.fromkeys([self.source.resolved(), *(r.source for r in self.revisions if r.source)]))
 
     def after(self, revisions: list[Revision]) -> "State":
         """The state after the last of `revisions`, all there are."""
@@ -152,7 +150,7 @@ def _bad_photos(results: list[ShardResult], revisions: list[Revision]) -> list[B
     of_shard = {(r.group, r.number): {b.source for b in r.bad} for r in results}
     for revision in revisions:
         if revision.source is None:
-            still_bad = set().union(*(of_shard[t.group, t.number] for t in revision.tasks()))
+            still_bad = set().union(*(of_shard[shard] for shard in revision.shards()))
             for source in revision.samples["source"].to_pylist():
                 if source not in still_bad:
                     bad.pop(source, None)

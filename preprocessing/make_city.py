@@ -21,7 +21,7 @@ import tyro
 
 from preprocessing.city.plan import CitySettings
 from preprocessing.city.writer import render_city
-from shards.console import WrongArguments, entry
+from shards.console import check_ranges, entry
 from shards.dataset import refuse_data_set
 from shards.workers import cores_of_process
 
@@ -37,8 +37,7 @@ class Arguments:
     """Processes that render; the default is one for each core."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise WrongArguments(f"--workers is {self.workers}; it must be 1 or more")
+        check_ranges(self, workers=(1, 4096))
 
 
 def main() -> None:

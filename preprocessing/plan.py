@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -25,7 +25,7 @@ from preprocessing.sources import turns
 from shards.classes import ClassTable, number_within
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
-from shards.names import PHOTO_EXTENSIONS, string_bytes
+from shards.names import string_bytes
 from shards.plane import Places, half_of
 
 _STEP = 1 << 20
@@ -64,7 +64,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write: planned samples `first` onwards of a group. Columns have shape [k]; metres, degrees.
+    """One shard to write: the planned samples of a group that have its number. Columns have shape [k]; metres, degrees.
 
     A timestamp of None means that the photo's name says it, and the heading too; a heading of None is unknown.
     `elsewhere`: samples that a retry brought into a later shard; they are left out.
@@ -72,18 +72,18 @@ class ShardTask:
 
     group: int
     number: int
-    first: int
     sources: list[str]
     labels: list[int]
     east: list[float]
     north: list[float]
-    headings: list[float | None] = field(default_factory=list)
-    timestamps: list[str | None] = field(default_factory=list)
+    headings: list[float | None]
+    timestamps: list[str | None]
     elsewhere: frozenset[str] = frozenset()
 
-    def __post_init__(self) -> None:
-        for column in (self.headings, self.timestamps):
-            column += [None] * (len(self.sources) - len(column))
+    @property
+    def first(self) -> int:
+        """The number of its first sample among those planned for the group."""
+        return self.number * SHARD_SAMPLES
 
     def without(self, samples: frozenset[str]) -> "ShardTask":
         """The same task, which leaves `samples` out: they keep their keys, as holes."""
@@ -143,13 +143,11 @@ class Plan:
 
     def task(self, group: int, number: int) -> ShardTask:
         """One shard to write."""
-        first = number * SHARD_SAMPLES
-        start = self.group_starts[group] + first
-        size = min(SHARD_SAMPLES, self.group_sizes[group] - first)
-        return self.task_of(group, first, self.order[start : start + size])
+        of_group = self.order[self.group_starts[group] :][: self.group_sizes[group]]
+        return self.task_of(group, number, of_group[number * SHARD_SAMPLES :][:SHARD_SAMPLES])
 
-    def task_of(self, group: int, first: int, samples: np.ndarray) -> ShardTask:
-        """A task of planned `samples` (values of `order`), of which the first is number `first` of its group."""
+    def task_of(self, group: int, number: int, samples: np.ndarray) -> ShardTask:
+        """A task of planned `samples` (values of `order`), whatever shard they are planned for."""
         crops = self.settings.crops
         rows = samples // crops if crops else samples
         sources = self.paths.take(pa.array(rows)).to_pylist()
@@ -158,8 +156,7 @@ class Plan:
             sources = [f"{path}#{turn[i]}" for path, i in zip(sources, (samples % crops).tolist(), strict=True)]
         return ShardTask(
             group,
-            first // SHARD_SAMPLES,
-            first,
+            number,
             sources,
             self.label[rows].tolist(),
             self.places.east[rows].tolist(),
@@ -178,8 +175,6 @@ def headings_and_timestamps(places: Places, rows: np.ndarray) -> tuple[list[floa
 
 def make_plan(listing: Listing, settings: Settings) -> Plan:
     """Plan a data set; raises `JobError` where there is nothing to make one of."""
-    if not len(listing):
-        raise JobError(f"{listing.root}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
     places, zone, names, named_bad = locate(listing, settings.zone)
     bad = [*listing.bad, *named_bad]
     finite = np.isfinite(places.east)

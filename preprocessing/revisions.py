@@ -23,12 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from preprocessing.photos import Bad
-from preprocessing.plan import ShardTask
+from preprocessing.plan import ShardTask, headings_and_timestamps
 from preprocessing.sources import Source
 from shards.classes import ClassTable
 from shards.console import JobError, one_line
 from shards.files import atomic_path, atomic_write_text
-from shards.layout import REVISION_FILES, REVISIONS, SHARD_SAMPLES, shard_stem
+from shards.layout import REVISION_FILES, REVISIONS, SHARD_KINDS, shard_stem
+from shards.plane import Places
 from shards.soundness import READ_ERRORS
 
 _STAGE = ".revision"
@@ -113,13 +114,21 @@ class Revision:
         names = ("source", "label", "east", "north", "heading", "timestamp")
         for (group, number), (first, last) in zip(self.shards(), pairwise(self._starts().tolist()), strict=True):
             columns = self.samples.slice(first, last - first).to_pydict()
-            yield ShardTask(group, number, number * SHARD_SAMPLES, *(columns[name] for name in names))
+            yield ShardTask(group, number, *(columns[name] for name in names))
 
     def _starts(self) -> np.ndarray:
         """The first sample of every new shard, and the end of the last, int64 [shards + 1]."""
         group, number = (self.samples[name].to_numpy() for name in ("group", "number"))
         begins = np.flatnonzero((np.diff(group) != 0) | (np.diff(number) != 0)) + 1
         return np.concatenate([[0], begins, [len(group)]]) if len(group) else np.zeros(1, np.int64)
+
+
+def photo_table(names: pa.Array, places: Places, rows: np.ndarray) -> pa.Table:
+    """Photos as a table of `SKIPPED_COLUMNS`: their `names` as samples (large_string [k]), and `rows` (int [k]) of
+    `places`."""
+    headings, timestamps = headings_and_timestamps(places, rows)
+    columns = {"source": names, "east": places.east[rows], "north": places.north[rows]}
+    return pa.table({**columns, "heading": headings, "timestamp": timestamps}, SKIPPED_COLUMNS)
 
 
 def revisions(out: Path) -> list[Revision]:
@@ -147,7 +156,7 @@ def publish(out: Path, shards: Iterable[tuple[int, int]]) -> None:
         stem = shard_stem(group, number)
         (out / stem).parent.mkdir(parents=True, exist_ok=True)
         if (stage(out) / f"{stem}.parquet").exists():
-            for kind in ("tar", "idx", "parquet"):
+            for kind in SHARD_KINDS:
                 if (stage(out) / f"{stem}.{kind}").exists():
                     os.replace(stage(out) / f"{stem}.{kind}", out / f"{stem}.{kind}")
     shutil.rmtree(stage(out), ignore_errors=True)

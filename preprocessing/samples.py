@@ -12,24 +12,24 @@ _MOST_BYTES = 1 << 26
 
 
 class SampleMaker:
-    """Makes the samples of one shard. A panorama is read and decoded once for all of its crops in `wanted`, the
-    shard's samples: its crops wait as small JPEGs, at most one shard's worth. `on_read` gets the bytes of every
-    photo."""
+    """Makes `samples`, those of one shard. A panorama is read and decoded once for all of its crops among them: these
+    wait as small JPEGs, at most one shard's worth. `on_read` gets the bytes of every photo."""
 
     def __init__(
         self,
         sources: Sequence[Source],
         resizer: Resizer,
-        wanted: Sequence[str],
+        samples: Sequence[str],
         on_read: Callable[[bytes], None] = lambda data: None,
     ) -> None:
         self._on_read = on_read
         self._sources = sources
         self._resizer = resizer
+        self._samples = samples
         self._waiting: dict[str, bytes | BadPhoto] = {}
         self._crops: dict[str, list[str]] = defaultdict(list)
         if any(source.crops for source in sources):
-            for sample in wanted:
+            for sample in samples:
                 if self.turn(sample) is not None:
                     self._crops[sample.rpartition("#")[0]].append(sample)
 
@@ -43,12 +43,12 @@ class SampleMaker:
         number, rest = split_sample(sample)
         return rest.rpartition("#")[0] if self._sources[number].crops else rest
 
-    def make(self, samples: Sequence[str]) -> Iterator[tuple[bytes | BadPhoto, int]]:
-        """For each of `samples`, in order, its small JPEG or why there is none, and how many bytes were read for it.
+    def make(self) -> Iterator[tuple[bytes | BadPhoto, int]]:
+        """For each of the samples, in order, its small JPEG or why there is none, and how many bytes were read for it.
 
         Photos are read and resized as many at a time as the resizer takes. Raises `JobError`.
         """
-        for part in self._parts(samples):
+        for part in self._parts():
             crops = [self.turn(sample) is not None for sample, _ in part]
             whole = [d for (_, d), crop in zip(part, crops, strict=True) if not crop and not isinstance(d, BadPhoto)]
             small = iter(self._resizer.make(whole))
@@ -58,13 +58,13 @@ class SampleMaker:
                 else:
                     yield self._crop(sample, data) if crop else next(small), len(data)
 
-    def _parts(self, samples: Sequence[str]) -> Iterator[list[tuple[str, bytes | BadPhoto]]]:
+    def _parts(self) -> Iterator[list[tuple[str, bytes | BadPhoto]]]:
         """Samples with the bytes of their photos: a batch of the resizer's, or fewer where photos are large; one by one
         where there are panoramas, whose first crop reads for all."""
         most = 1 if self._crops else self._resizer.batch
         part: list[tuple[str, bytes | BadPhoto]] = []
         held = 0
-        for sample in samples:
+        for sample in self._samples:
             data = self._read(sample)
             part.append((sample, data))
             held += 0 if isinstance(data, BadPhoto) else len(data)

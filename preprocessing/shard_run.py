@@ -1,6 +1,6 @@
 """Writes the shards of a plan that are not there yet: progress, the limit of bad photos, a clean Ctrl-C."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tqdm import tqdm
@@ -11,12 +11,32 @@ from preprocessing.plan import ShardTask
 from preprocessing.shard_task import ShardResult, Stopped
 from shards.console import JobError, format_bytes, format_count, printable
 
-DEFAULT_BAD_SHARE = 0.01
+_BAD_SHARE = 0.01
 _TOLERATED_BAD = 25
 
 
 class TooManyBad(JobError):
     """More photos were set aside than a job allows."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How many bad photos a job bears: `limit` of the `photos` that are considered, counting `named`, those that were
+    set aside by their names."""
+
+    limit: float
+    photos: int
+    named: Sequence[Bad]
+
+    def check(self, found: Iterable[Bad] = ()) -> None:
+        """Raise `TooManyBad`, with the reasons, where `named` and what was `found` are more."""
+        bad = [*self.named, *found]
+        if len(bad) > self.limit:
+            raise TooManyBad(
+                f"{len(bad)} of {self.photos} photos are bad ({reasons_of(bad)}; e.g. {printable(bad[-1].source)}), "
+                f"more than the limit of {self.limit:.0f}; mend the source, or raise --max-bad-share and run the same "
+                "command again"
+            )
 
 
 RunTasks = Callable[[Job, Iterator[ShardTask], int, Callable[[Counts], bool]], Iterator[ShardResult]]
@@ -31,34 +51,36 @@ class Machinery:
     max_bad_share: float | None = None
     run_tasks: RunTasks = run_tasks
 
+    def tolerance(self, photos: int, *, named: Sequence[Bad] = (), accepted: int = 0) -> Tolerance:
+        """How many of `photos` may be bad, on top of those that an earlier job `accepted`."""
+        share = self.max_bad_share
+        limit = max(_BAD_SHARE * photos, _TOLERATED_BAD) if share is None else share * photos
+        return Tolerance(accepted + limit, photos, named)
+
 
 def write_shards(
     job: Job,
     tasks: Iterator[ShardTask],
-    done: list[ShardResult],
-    bad_names: list[Bad],
+    finished: Mapping[tuple[int, int], ShardResult | None],
+    tolerance: Tolerance,
     machinery: Machinery,
     *,
-    shards: int,
     images: int,
-    photos: int,
-    accepted: int,
 ) -> list[ShardResult]:
-    """Write `tasks`; returns their results after those that are `done`.
+    """Write `tasks`; returns their results after those of shards that are done.
 
-    `shards` and `images`: how many the plan has, done ones included; `photos`: how many were considered for it,
-    `bad_names` included. Raises `JobError` where more photos are bad than `machinery` allows on top of the `accepted`
-    ones of an earlier build.
+    `finished`: the results of all shards of the plan, by group and number, None of those to write; `images`: how many
+    are planned for all. Raises `JobError` where more photos are bad than is tolerated.
     """
-    results = list(done)
-    limit = accepted + bad_limit(machinery.max_bad_share, photos)
-    check_bad(bad_names, results, limit, photos)
-    if len(done) == shards:
+    results = [result for result in finished.values() if result is not None]
+    shards, done = len(finished), len(results)
+    tolerance.check(bad_of(results))
+    if done == shards:
         return results
     if done:
-        print(f"going on: {len(done)} of {format_count(shards, 'shard')} done before")
+        print(f"going on: {done} of {format_count(shards, 'shard')} done before")
     left = images - sum(r.images + len(r.bad) for r in results)
-    bad_before = len(bad_names) + sum(len(r.bad) for r in results)
+    bad_before = len(tolerance.named) + sum(len(r.bad) for r in results)
     with tqdm(desc="starting workers", total=left, unit=" images", unit_scale=True, smoothing=0.05) as bar:
 
         def progress(counts: Counts) -> bool:
@@ -66,13 +88,13 @@ def write_shards(
                 bar.set_description_str("writing shards", refresh=False)
             bar.set_postfix_str(f"{format_bytes(counts.source_bytes)} read, {counts.bad} set aside", refresh=False)
             bar.update(counts.photos - bar.n)
-            return counts.bad + bad_before <= limit
+            return counts.bad + bad_before <= tolerance.limit
 
         try:
-            results += machinery.run_tasks(job, tasks, min(machinery.workers, shards - len(done)), progress)
+            results += machinery.run_tasks(job, tasks, min(machinery.workers, shards - done), progress)
             bar.update(left - bar.n)
         except Stopped as stopped:
-            check_bad(bad_names + stopped.bad, results, limit, photos)
+            tolerance.check([*stopped.bad, *bad_of(results)])
             raise AssertionError("stopped without a reason") from stopped
         except KeyboardInterrupt:
             bar.close()
@@ -82,22 +104,10 @@ def write_shards(
                 f"are done in {job.place}; the same command goes on from there"
             )
             raise
-    check_bad(bad_names, results, limit, photos)
+    tolerance.check(bad_of(results))
     return results
 
 
-def bad_limit(share: float | None, photos: int) -> float:
-    """How many of `photos` may be bad."""
-    return max(DEFAULT_BAD_SHARE * photos, _TOLERATED_BAD) if share is None else share * photos
-
-
-def check_bad(bad_names: list[Bad], results: list[ShardResult], limit: float, photos: int) -> None:
-    """Raise `TooManyBad`, with the reasons, where more than `limit` photos were set aside."""
-    bad = bad_names + [b for result in results for b in result.bad]
-    if len(bad) <= limit:
-        return
-    reasons = reasons_of(bad)
-    raise TooManyBad(
-        f"{len(bad)} of {photos} photos are bad ({reasons}; e.g. {printable(bad[-1].source)}), more than the limit of "
-        f"{limit:.0f}; mend the source, or raise --max-bad-share and run the same command again"
-    )
+def bad_of(results: Iterable[ShardResult]) -> list[Bad]:
+    """The photos that shards set aside."""
+    return [bad for result in results for bad in result.bad]

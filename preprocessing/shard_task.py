@@ -55,24 +55,23 @@ class Stopped(Exception):
 
 
 def write_shard(
-    task: ShardTask, sources: Path | Sequence[Source], out: Path, resizer: Resizer, monitor: Monitor
+    task: ShardTask, sources: Sequence[Source], out: Path, resizer: Resizer, monitor: Monitor
 ) -> ShardResult:
     """Write one shard; nothing of it has its final name until all of it is on disk.
 
-    `sources`: where samples' photos are, or just the folder of all. Raises `Stopped` when the monitor says so,
-    `JobError` when the disk is full or the source has vanished.
+    `sources`: where samples' photos are. Raises `Stopped` when the monitor says so, `JobError` when the disk is full or
+    the source has vanished.
     """
     stem = out / shard_stem(task.group, task.number)
     partial = stem.with_name(f".{stem.name}.tar.{os.getpid()}{TEMPORARY_SUFFIX}")
     result = ShardResult(task.group, task.number)
     rows = [i for i, sample in enumerate(task.sources) if sample not in task.elsewhere]
-    samples = [task.sources[i] for i in rows]
-    maker = SampleMaker([Source.of(sources)] if isinstance(sources, Path) else sources, resizer, samples)
+    maker = SampleMaker(sources, resizer, [task.sources[i] for i in rows])
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb", buffering=1 << 20) as file:
             writer = ShardWriter(file)
-            for i, (jpeg, read) in zip(rows, maker.make(samples), strict=True):
+            for i, (jpeg, read) in zip(rows, maker.make(), strict=True):
                 sample = task.sources[i]
                 is_bad = isinstance(jpeg, BadPhoto)
                 if isinstance(jpeg, BadPhoto):

@@ -8,17 +8,18 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from tqdm import tqdm
 
 from preprocessing.photos import Bad, Listing, list_photos, reasons_of
 from preprocessing.remote import list_remote, read_remote
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
 from shards.console import JobError, describe_os_error, printable
+from shards.names import PHOTO_EXTENSIONS
 from shards.photo_list import BACKSLASHES, is_list, read_list
 from shards.store import is_url
 
@@ -72,20 +73,24 @@ class Source:
         return [f"{name}/" for name in sets] if (place / "train").is_dir() else []
 
     def photos(
-        self,
-        cache: Path | None,
-        zone: int,
-        progress: Callable[[int], None],
-        as_recorded: bool = False,
-        southern: bool | None = None,
+        self, cache: Path | None, zone: int, *, as_recorded: bool = False, southern: bool | None = None
     ) -> Listing:
-        """List the photos; see `list_photos`, `list_remote` and `read_list`."""
-        if is_url(self.place):
-            return list_remote(self.place, cache, progress)
-        if not self.is_list:
-            return list_photos(Path(self.place), cache, progress, as_recorded=as_recorded)
-        listing = list_named(Path(self.place), self.root, zone, southern)
-        progress(len(listing))
+        """List the photos under a progress bar; see `list_photos`, `list_remote` and `read_list`. Raises `JobError`
+        where there are none."""
+        with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
+
+            def progress(found: int) -> None:
+                bar.update(found - bar.n)
+
+            if is_url(self.place):
+                listing = list_remote(self.place, cache, progress)
+            elif self.is_list:
+                listing = list_named(Path(self.place), self.root, zone, southern)
+                progress(len(listing))
+            else:
+                listing = list_photos(Path(self.place), cache, progress, as_recorded=as_recorded)
+        if not len(listing):
+            raise JobError(f"{self.place}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
         return listing
 
     def read(self, photo: str) -> bytes:

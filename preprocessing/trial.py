@@ -16,7 +16,7 @@ from preprocessing.photos import Listing, list_reasons
 from preprocessing.plan import Plan
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.samples import SampleMaker
-from preprocessing.shard_run import Machinery, bad_limit
+from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from shards.console import JobError, format_bytes, format_count
 from shards.upright import UnreadablePhoto, open_photo
@@ -73,7 +73,7 @@ def forecast(plan: Plan, listing: Listing, source: Source, out: Path | None, mac
         plan,
         trial,
         bad=len(plan.bad) + images * trial.bad.total() / trial.tried,
-        bad_limit=bad_limit(machinery.max_bad_share, plan.photos),
+        bad_limit=machinery.tolerance(plan.photos).limit,
         other_files=listing.others,
         bytes_needed=trial.bytes_per_image * images,
         bytes_free=None if out is None else free_bytes(out),
@@ -100,11 +100,11 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
         with suppress(UnreadablePhoto), open_photo(io.BytesIO(data)) as image:
             wide.append(image.width >= 2 * image.height)
 
-    maker = SampleMaker([source], resizer, task.sources, look_at)
+    made = SampleMaker([source], resizer, task.sources, look_at).make()
     bad: Counter[str] = Counter()
     written = read = 0
     start = time.perf_counter()
-    for jpeg, photo_bytes in maker.make(task.sources):
+    for jpeg, photo_bytes in made:
         read += photo_bytes
         if isinstance(jpeg, BadPhoto):
             bad[jpeg.reason] += 1

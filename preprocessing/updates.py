@@ -8,7 +8,6 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from preprocessing.addition import Gain, plan_addition, plan_samples
-from preprocessing.claim import claimed
 from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
 from preprocessing.output import Output
@@ -16,7 +15,7 @@ from preprocessing.photos import Bad
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.revisions import PLANNED, Revision, count_bad, publish, read_bad, retried, revisions, stage
 from preprocessing.samples import SampleMaker
-from preprocessing.shard_run import Machinery, TooManyBad, bad_limit, check_bad, write_shards
+from preprocessing.shard_run import Machinery, TooManyBad, write_shards
 from preprocessing.shard_task import finished_shard
 from preprocessing.sources import Source
 from shards.checksums import checksum, sealed_checksums
@@ -29,13 +28,13 @@ from shards.layout import (
     PLAN,
     QUARANTINE,
     REVISIONS,
+    SHARD_KINDS,
     SKIPPED,
     shard_numbers,
     shard_stem,
     shard_tables,
 )
 from shards.locks import at_work
-from shards.names import PHOTO_EXTENSIONS
 
 
 def add(
@@ -51,24 +50,20 @@ def add(
     source.check(out.folder)
     Manifest.load(out.folder / MANIFEST)
     with at_work(out.folder):
-        state, sources = _begin(out, machinery)
+        state = _begin(out, machinery)
         source = replace(source, crops=state.settings.crops if crops is None else crops)
-        with tqdm(desc="listing photos", unit=" photos", unit_scale=True) as bar:
-            classes = state.classes
-            southern = classes.southern if classes.zone else None
-            listing = source.photos(None, classes.zone, lambda n: bar.update(n - bar.n), southern=southern)
-        if not len(listing):
-            raise JobError(f"{source.place}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
-        revision, gain = plan_addition(out.folder, state, sources, source, listing)
+        zone = state.classes.zone
+        listing = source.photos(None, zone, southern=state.classes.southern if zone else None)
+        revision, gain = plan_addition(out.folder, state, source, listing)
         new_bad = revision.bad[len(state.bad) :]
-        check_bad(new_bad, [], bad_limit(machinery.max_bad_share, listing.found), listing.found)
+        machinery.tolerance(listing.found, named=new_bad).check()
         if not gain.new and not new_bad:
             return None
         revision.save(out.folder)
         out.share()
         before = Manifest.load(out.folder / MANIFEST).images
         try:
-            summary = _end(out, state, sources, machinery, start)
+            summary = _end(out, state, machinery, start)
             return summary, replace(gain, images=summary.manifest.images - before)
         except TooManyBad:
             _withdraw(out, revision)
@@ -84,9 +79,9 @@ def retry_quarantined(out: Output | Path, machinery: Machinery) -> tuple[Summary
     start, out = time.monotonic(), Output.of(out)
     Manifest.load(out.folder / MANIFEST)
     with at_work(out.folder):
-        state, sources = _begin(out, machinery)
+        state = _begin(out, machinery)
         candidates = [b for b in read_bad(out.folder / QUARANTINE) if b.sample is not None]
-        sound = _sound(candidates, sources, state.settings.resizer())
+        sound = _sound(candidates, state.sources, state.settings.resizer())
         if not sound:
             return None
         rows = [{**(b.sample or {}), "number": 0, "source": b.source} for b in sound]
@@ -94,20 +89,18 @@ def retry_quarantined(out: Output | Path, machinery: Machinery) -> tuple[Summary
         number = 2 + len(state.revisions)
         Revision(number, None, samples, state.classes, state.skipped, state.bad, len(sound)).save(out.folder)
         out.share()
-        return _end(out, state, sources, machinery, start), len(sound), len(candidates)
+        return _end(out, state, machinery, start), len(sound), len(candidates)
 
 
 def _sound(candidates: list[Bad], sources: list[Source], resizer: Resizer) -> list[Bad]:
-    samples = [b.source for b in candidates]
-    made = SampleMaker(sources, resizer, samples).make(samples)
+    made = SampleMaker(sources, resizer, [b.source for b in candidates]).make()
     tried = tqdm(zip(candidates, made, strict=True), "trying quarantined photos", len(candidates), unit=" photos")
     return [bad for bad, (jpeg, _) in tried if not isinstance(jpeg, BadPhoto)]
 
 
-def _begin(out: Output, machinery: Machinery) -> tuple[State, list[Source]]:
-    """The state and the sources of a finished data set, after a change of it that was interrupted is finished."""
+def _begin(out: Output, machinery: Machinery) -> State:
+    """The state of a finished data set, after a change of it that was interrupted is finished."""
     manifest = Manifest.load(out.folder / MANIFEST)
-    first = claimed(out.folder).source
     begun = revisions(out.folder)
     if manifest.revision > 1 + len(begun):
         raise JobError(f"{out.place}: what revision {manifest.revision} planned is lost; run shards/verify.py")
@@ -118,10 +111,8 @@ def _begin(out: Output, machinery: Machinery) -> tuple[State, list[Source]]:
     remove_partials(out.folder)
     if manifest.revision < 1 + len(state.revisions):
         print(f"finishing revision {1 + len(state.revisions)}, which was interrupted")
-        state = complete_revisions(out, state, first, machinery)
-        finish(out.folder, state)
-        out.share()
-    return state, _sources(first, state.revisions)
+        _end(out, state, machinery)
+    return state
 
 
 def _check_shards(out: Output, manifest: Manifest, unfinished: list[Revision]) -> None:
@@ -149,55 +140,39 @@ def _withdraw(out: Output, revision: Revision) -> None:
     """Undo a revision of which nothing is published; into a store its shards have gone already, so they go first."""
     if out.store is not None:
         there = out.store.sizes()
-        shards = [f"{shard_stem(*shard)}.{kind}" for kind in ("parquet", "idx", "tar") for shard in revision.shards()]
+        shards = [f"{shard_stem(*shard)}.{kind}" for kind in reversed(SHARD_KINDS) for shard in revision.shards()]
         out.store.remove([name for name in [*shards, *revision.files()] if name in there])
     revision.withdraw(out.folder)
 
 
-def _end(out: Output, state: State, sources: list[Source], machinery: Machinery, start: float) -> Summary:
-    summary = finish(out.folder, complete_revisions(out, state, sources[0], machinery), start=start)
+def _end(out: Output, state: State, machinery: Machinery, start: float | None = None) -> Summary:
+    summary = finish(out.folder, complete_revisions(out, state, machinery), start=start)
     out.share()
     return summary
 
 
-def complete_revisions(out: Output, state: State, first: Source, machinery: Machinery) -> State:
-    """Write what is missing of every revision's shards and move them into the data set; the state after the last.
-
-    `first`: the source that the data set was begun with.
-    """
+def complete_revisions(out: Output, state: State, machinery: Machinery) -> State:
+    """Write what is missing of every revision's shards and move them into the data set; the state after the last."""
     begun = revisions(out.folder)
-    for count, revision in enumerate(begun, 1):
-        _complete(out, revision, state, _sources(first, begun[:count]), retried(begun[count:]), machinery)
+    for count in range(1, len(begun) + 1):
+        _complete(out, state.after(begun[:count]), retried(begun[count:]), machinery)
     return state.after(begun)
 
 
-def _sources(first: Source, begun: list[Revision]) -> list[Source]:
-    """The sources of a data set; a sample's name tells which one by its number."""
-    return list(dict.fromkeys([first, *(r.source for r in begun if r.source)]))
-
-
-def _complete(
-    out: Output,
-    revision: Revision,
-    state: State,
-    sources: list[Source],
-    elsewhere: frozenset[str],
-    machinery: Machinery,
-) -> None:
+def _complete(out: Output, state: State, elsewhere: frozenset[str], machinery: Machinery) -> None:
+    """`complete_revisions` for the last revision of `state`; `elsewhere`: what later ones retried."""
+    revision = state.revisions[-1]
     shards = revision.shards()
     staged = stage(out.folder)
     staged.mkdir(parents=True, exist_ok=True)
     finished = {s: out.finished_shard(*s) or finished_shard(staged, *s) for s in shards}
     write_shards(
-        Job(tuple(sources), staged, state.settings.resizer(), out.store),
+        Job(tuple(state.sources), staged, state.settings.resizer(), out.store),
         (t.without(elsewhere) for t in revision.tasks() if finished[t.group, t.number] is None),
-        [result for result in finished.values() if result is not None],
-        [],
+        finished,
+        machinery.tolerance(revision.photos, accepted=count_bad(out.folder / QUARANTINE)),
         machinery,
-        shards=len(shards),
         images=len(revision.samples),
-        photos=revision.photos,
-        accepted=count_bad(out.folder / QUARANTINE),
     )
     publish(out.folder, shards)
     out.gather(shards)

@@ -46,8 +46,8 @@ class Reader(Protocol):
 
 
 @dataclass
-class Source:
-    """Where batches come from: what draws samples, what reads them, their size in pixels and how they are cropped.
+class Supply:
+    """Where batches come from: what draws samples, what reads them, and their size in pixels.
 
     `failed` photos could not be read or decoded; each was replaced by the next draw of its slot. More than
     `max_bad_share` of those tried lately (the last 50,000 to 100,000), and more than 20, stop the job: a disk that
@@ -57,12 +57,15 @@ class Source:
     sampler: Sampler
     reader: Reader
     photo_size: int
-    crop: CropRange
     max_bad_share: float = 0.01
     failed: int = 0
     _tried: list[int] = field(default_factory=lambda: [0, 0])  # of the present 50,000 and those before
     _bad: list[int] = field(default_factory=lambda: [0, 0])
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def boxes(self, drawn: Draws) -> np.ndarray:
+        """The crop boxes of samples, int64 [b, 4]; see `crops`."""
+        return crops(drawn.uniform, self.photo_size, self.photo_size, CropRange())
 
     def count(self, photos: int) -> None:
         """Count photos that could be used."""
@@ -94,30 +97,30 @@ class BatchPlan:
     `replace` moves a slot on to its next draw (law 1 of the design).
     """
 
-    def __init__(self, source: Source, step: int, slots: np.ndarray, groups: np.ndarray) -> None:
+    def __init__(self, supply: Supply, step: int, slots: np.ndarray, groups: np.ndarray) -> None:
         self.step, self.slots = step, slots
-        self._source = source
-        drawn = source.sampler.draw(step, slots, groups)
+        self._supply = supply
+        drawn = supply.sampler.draw(step, slots, groups)
         self.groups, self.labels, self._rows = drawn.group, drawn.label, drawn.row
-        self.boxes = crops(drawn.uniform, source.photo_size, source.photo_size, source.crop)
+        self.boxes = supply.boxes(drawn)
         self._attempts = np.zeros(len(slots), np.int64)
-        source.reader.expect(self.groups, self._rows)
+        supply.reader.expect(self.groups, self._rows)
 
     def __len__(self) -> int:
         return len(self.slots)
 
     def encoded(self, i: int) -> bytes:
         """The JPEG of sample `i`; raises `OSError`."""
-        return self._source.reader.read(int(self.groups[i]), int(self._rows[i]))
+        return self._supply.reader.read(int(self.groups[i]), int(self._rows[i]))
 
     def replace(self, i: int, reason: Exception) -> None:
         """Draw slot `i` anew because its photo could not be used."""
-        source = self._source
-        source.fail(source.reader.place(int(self.groups[i]), int(self._rows[i])), reason)
+        supply = self._supply
+        supply.fail(supply.reader.place(int(self.groups[i]), int(self._rows[i])), reason)
         self._attempts[i] += 1
         if self._attempts[i] > _MAX_ATTEMPTS:
             raise JobError(f"step {self.step}: {_MAX_ATTEMPTS} draws in a row could not be read; last: {reason}")
         one = slice(i, i + 1)
-        drawn = source.sampler.draw(self.step, self.slots[one], self.groups[one], int(self._attempts[i]))
+        drawn = supply.sampler.draw(self.step, self.slots[one], self.groups[one], int(self._attempts[i]))
         self.labels[i], self._rows[i] = drawn.label[0], drawn.row[0]
-        self.boxes[one] = crops(drawn.uniform, source.photo_size, source.photo_size, source.crop)
+        self.boxes[one] = supply.boxes(drawn)

@@ -27,6 +27,19 @@ def check_arguments(wrong: dict[str, bool]) -> None:
             raise WrongArguments(message)
 
 
+def check_ranges(arguments: object, **ranges: tuple[float, float]) -> None:
+    """Raise `WrongArguments` for the first of these fields that lies outside its range; None lies in any."""
+    for name, (low, high) in ranges.items():
+        value = getattr(arguments, name)
+        if value is not None and not low <= value <= high:
+            raise WrongArguments(f"{flag_of(name)} must be from {low} to {high}")
+
+
+def flag_of(name: str) -> str:
+    """The flag of a field: `--batch-size` of `batch_size`."""
+    return f"--{name.replace('_', '-')}"
+
+
 def exit_code(error: JobError) -> int:
     """What a program that `error` stops exits with."""
     return 2 if isinstance(error, WrongArguments) else 1

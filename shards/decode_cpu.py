@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from shards.batch import BatchPlan, Source
+from shards.batch import BatchPlan, Supply
 
 _CHUNK = 8
 
@@ -20,9 +20,9 @@ _CHUNK = 8
 class CpuDecoder:
     """Submit plans of `count` samples, take their images in the same order; see `shards.loader`."""
 
-    def __init__(self, source: Source, count: int, image_size: int, threads: int, pin: bool) -> None:
+    def __init__(self, supply: Supply, count: int, image_size: int, threads: int, pin: bool) -> None:
         cv2.setNumThreads(1)
-        self._source, self._count, self._size, self._pin = source, count, image_size, pin
+        self._supply, self._count, self._size, self._pin = supply, count, image_size, pin
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self._queue: deque[tuple[torch.Tensor, list[Future[None]]]] = deque()
         self._scratch = threading.local()
@@ -55,10 +55,10 @@ class CpuDecoder:
                     break
                 except (OSError, ValueError) as error:
                     plan.replace(i, error)
-        self._source.count(last - first)
+        self._supply.count(last - first)
 
     def _decode_one(self, jpeg: bytes, box: np.ndarray, out: np.ndarray) -> None:
-        size = self._source.photo_size
+        size = self._supply.photo_size
         if not hasattr(self._scratch, "photo"):
             self._scratch.photo = bytearray(size * size * 3)
         photo = simplejpeg.decode_jpeg(jpeg, buffer=self._scratch.photo)

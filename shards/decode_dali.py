@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from shards.batch import BatchPlan, Source
+from shards.batch import BatchPlan, Supply
 from shards.console import JobError
 from shards.decode_cpu import CpuDecoder, check_size
 
@@ -33,7 +33,7 @@ class DaliDecoder:
 
     def __init__(
         self,
-        source: Source,
+        supply: Supply,
         count: int,
         image_size: int,
         threads: int,
@@ -41,7 +41,7 @@ class DaliDecoder:
         hardware_share: float = HARDWARE_SHARE,
     ) -> None:
         _check_dali()
-        self._source, self._count, self._size = source, count, image_size
+        self._supply, self._count, self._size = supply, count, image_size
         self._threads, self._device = threads, device
         self._hardware_share = hardware_share
         self._readers = ThreadPoolExecutor(threads, thread_name_prefix="read")
@@ -71,7 +71,7 @@ class DaliDecoder:
             out = torch.from_numpy(images.as_array().copy())
         self._pipeline.release_outputs()
         self._running.popleft()
-        self._source.count(self._count)
+        self._supply.count(self._count)
         self._pipeline.schedule_run()
         return out
 
@@ -109,7 +109,7 @@ class DaliDecoder:
                 try:
                     jpeg = plan.encoded(i)
                     height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)  # DALI would cut a larger one's corner
-                    check_size(height, width, self._source.photo_size)
+                    check_size(height, width, self._supply.photo_size)
                     if not jpeg.endswith(_END_OF_IMAGE):
                         simplejpeg.decode_jpeg(jpeg)  # DALI would make up the rest of a truncated photo
                     photos.append(np.frombuffer(jpeg, np.uint8))
@@ -132,12 +132,12 @@ class DaliDecoder:
         self._waiting.extendleft(reversed(self._running))
         self._running.clear()
         self._pipeline = None
-        failed = self._source.failed
-        cpu = CpuDecoder(self._source, self._count, self._size, self._threads, pin=False)
+        failed = self._supply.failed
+        cpu = CpuDecoder(self._supply, self._count, self._size, self._threads, pin=False)
         cpu.submit(plan)
         images = cpu.take()
         cpu.close()
-        if self._source.failed == failed:
+        if self._supply.failed == failed:
             step = plan.result().step
             raise JobError(f"step {step}: DALI failed on photos that are sound: {_one_line(error)}") from error
         return images.to(self._device)
@@ -146,7 +146,7 @@ class DaliDecoder:
         from nvidia.dali import fn, pipeline_def, types
 
         on_gpu = self._device.type == "cuda"
-        side = self._source.photo_size
+        side = self._supply.photo_size
         hardware: dict[str, Any] = {}
         if on_gpu:
             hardware = {"hw_decoder_load": self._hardware_share}

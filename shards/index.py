@@ -22,7 +22,9 @@ from shards.layout import CLASSES, INDEX, group_name, shard_tables
 from shards.locks import locked
 
 _COLUMNS = {"shard": np.uint32, "offset": np.uint64, "size": np.uint32, "crc32": np.uint32}
-_ARRAYS = ("starts", *_COLUMNS)
+INDEX_ARRAYS = ("starts", *_COLUMNS)
+"""The names of a group's arrays; see `GroupIndex`."""
+
 _TAIL = 8192  # bytes at a table's end: its footer, with the range of every column, and some of its checksums
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -94,7 +96,7 @@ def _of_group(tables: list[Path], group: int) -> list[Path]:
 
 
 def _state(tables: list[Path]) -> str:
-    digest = hashlib.sha256(" ".join(_ARRAYS).encode())
+    digest = hashlib.sha256(" ".join(INDEX_ARRAYS).encode())
     for table in tables:
         with named(table), open(table, "rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -135,7 +137,7 @@ def gather(tables: list[Path], labels: int) -> dict[str, np.ndarray]:
 
     `labels`: how many classes the group has. Raises `JobError` where a table is damaged or has other labels.
     """
-    parts = [_read_table(t) for t in tables]
+    parts = [read_samples(t, ["label", "offset", "size", "crc32"]) for t in tables]
     shards = [np.full(len(part), number) for number, part in enumerate(parts)]
     columns = {name: [part[name].to_numpy() for part in parts] for name in ("label", "offset", "size", "crc32")}
     columns["shard"] = shards
@@ -157,9 +159,10 @@ def check_labels(place: Path, label: np.ndarray, labels: int) -> None:
         )
 
 
-def _read_table(table: Path) -> pa.Table:
+def read_samples(table: Path, columns: list[str]) -> pa.Table:
+    """Columns of a sample table; raises `JobError` where it is damaged."""
     try:
-        return read_table(table, ["label", "offset", "size", "crc32"])
+        return read_table(table, columns)
     except (pa.ArrowException, OSError) as error:
         if is_systems(error):
             raise
@@ -170,7 +173,7 @@ def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -
     try:
         with atomic_folder(folder, replace=True) as partial:
             for group, arrays in groups.items():
-                for name in _ARRAYS:
+                for name in INDEX_ARRAYS:
                     np.save(partial / f"{group_name(group)}.{name}.npy", arrays[name])
             (partial / "state").write_text(state)
     except OSError:
@@ -181,7 +184,7 @@ def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -
 def _map(folder: Path, group: int) -> dict[str, np.ndarray]:
     try:
         with named(folder):
-            return {name: _map_array(folder / f"{group_name(group)}.{name}.npy") for name in _ARRAYS}
+            return {name: _map_array(folder / f"{group_name(group)}.{name}.npy") for name in INDEX_ARRAYS}
     except (OSError, ValueError, TokenError) as error:
         if is_systems(error) and not isinstance(error, FileNotFoundError):
             raise

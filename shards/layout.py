@@ -34,9 +34,6 @@ REVISIONS = "revisions"
 REVISION_FILES = ("-classes.parquet", "-skipped.parquet", "-bad.jsonl", ".parquet")
 """What follows a revision's number in the names of its files, in the order of writing."""
 
-LOCK = ".lock"
-"""Locked by those who are at work on a data set, where folders cannot be locked, or who share the work."""
-
 LISTING = "listing.parquet"
 CHECKSUMS = "checksums.txt"
 
@@ -61,6 +58,8 @@ SAMPLE_COLUMNS = pa.schema(
     ]
 )
 
+SHARD_KINDS = ("tar", "idx", "parquet")
+"""The extensions of a shard's files, in the order of writing."""
 
 SHARD_STEM = r"group-(?P<group>\d{2,})/group-(?P=group)-\d{6,}"
 """What `shard_stem` gives, as a regular expression."""

@@ -14,13 +14,13 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from shards.batch import Batch, BatchPlan, Source
+from shards.batch import Batch, BatchPlan, Supply
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.decode_cpu import CpuDecoder
 from shards.decode_dali import HARDWARE_SHARE, DaliDecoder
 from shards.index import open_index
-from shards.sampler import CropRange, IndexedSampler, Schedule, slots_of_rank
+from shards.sampler import IndexedSampler, Schedule, slots_of_rank
 from shards.stream import Stream, StreamSettings
 from shards.workers import cores_of_process
 
@@ -72,14 +72,13 @@ class Loader:
         if empty:
             raise JobError(f"{dataset.place}: group {empty[0]} has no photos; run shards/verify.py")
         self._slots = slots_of_rank(batch_size, rank, world_size)
-        reader, sampler = dataset.reader(index), IndexedSampler(index, seed)
-        photo_size, crop = dataset.manifest.image_size, CropRange()
+        reader, photo_size = dataset.reader(index), dataset.manifest.image_size
         if mode == "stream":
             settings = stream or StreamSettings()
             both = Stream(index, reader, schedule, self._slots, batch_size, seed, settings)
-            self._source = Source(both, both, photo_size, crop)
+            self._supply = Supply(both, both, photo_size)
         else:
-            self._source = Source(sampler, reader, photo_size, crop)
+            self._supply = Supply(IndexedSampler(index, seed), reader, photo_size)
         self._schedule = schedule
         self._device = torch.device(device)
         self._image_size = image_size
@@ -89,7 +88,7 @@ class Loader:
     @property
     def failures(self) -> int:
         """How many photos could not be read or decoded and were replaced by the next draw of their slot."""
-        return self._source.failed
+        return self._supply.failed
 
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """This rank's share of the steps from `first_step` up to, not including, `last_step`."""
@@ -121,16 +120,16 @@ class Loader:
 
     def close(self) -> None:
         """Close the shards."""
-        self._source.reader.close()
+        self._supply.reader.close()
 
     def _plan(self, step: int) -> BatchPlan:
-        return BatchPlan(self._source, step, self._slots, np.asarray(self._schedule(step))[self._slots])
+        return BatchPlan(self._supply, step, self._slots, np.asarray(self._schedule(step))[self._slots])
 
     def _make_decoder(self) -> Decoder:
-        source, count, size, threads = self._source, len(self._slots), self._image_size, self._threads
+        supply, count, size, threads = self._supply, len(self._slots), self._image_size, self._threads
         if self.decoder_name == "dali":
-            return DaliDecoder(source, count, size, threads, self._device, self._hardware_share)
-        return CpuDecoder(source, count, size, threads, pin=self._device.type == "cuda")
+            return DaliDecoder(supply, count, size, threads, self._device, self._hardware_share)
+        return CpuDecoder(supply, count, size, threads, pin=self._device.type == "cuda")
 
 
 def choose_decoder(name: DecoderName, device: torch.device) -> Literal["cpu", "dali"]:

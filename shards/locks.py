@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TextIO
 
 from shards.console import JobError
-from shards.layout import LOCK
+
+LOCK = ".lock"
+"""The file in a folder that is locked by those at work on it, where folders cannot be locked, or who share the work."""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import numpy as np
 from shards.checksums import files_below
 from shards.console import JobError, format_bytes, format_count, one_line, printable
 from shards.dataset import Dataset
-from shards.layout import INDEX, QUARANTINE, shard_tables
+from shards.layout import INDEX, QUARANTINE, SHARD_KINDS, shard_tables
 from shards.writer import shard_facts
 
 _BAR = 40
@@ -39,7 +39,7 @@ def measure_sizes(dataset: Dataset) -> Sizes:
     else:
         files = (name for name in files_below(dataset.path) if (dataset.path / name).is_file())
         found = {name: (dataset.path / name).stat().st_size for name in files}
-    jpeg, sizes = 0, dict.fromkeys(("tar", "idx", "parquet"), 0)
+    jpeg, sizes = 0, dict.fromkeys(SHARD_KINDS, 0)
     for table in shard_tables(dataset.path):
         name = str(table.relative_to(dataset.path).with_suffix(""))
         try:

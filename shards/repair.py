@@ -17,7 +17,7 @@ from typing import Any
 
 from shards.checksums import seal
 from shards.classes import ClassTable
-from shards.console import JobError, format_count
+from shards.console import JobError, flag_of, format_count
 from shards.dataset import GPU_CODEC, Manifest
 from shards.files import (
     TEMPORARY_SUFFIX,
@@ -37,6 +37,7 @@ from shards.layout import (
     PROVENANCE,
     QUARANTINE,
     REVISIONS,
+    SHARD_KINDS,
     SKIPPED,
 )
 from shards.locks import at_work
@@ -139,14 +140,13 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: str | None
     if "source" in plan and plan.get("root") == str(Path(plan["source"]).parent):
         plan["root"] = None  # a list may have moved, and its photos with it
     for name, value in plan.items():
-        if name not in _NOT_SETTINGS:
-            command += _option(name, value)
+        if name not in _NOT_SETTINGS and value is not None:
+            command += [flag_of(name), str(value)]
     if QUARANTINE in broken:  # else the build counts there how many bad photos were accepted
         command += ["--max-bad-share", "1"]
     print(f"rebuilding {format_count(len(stems), 'shard')} from {source}", flush=True)
-    with _out_of_the_way(
-        dataset, [MANIFEST, *(f"{stem}.{kind}" for stem in stems for kind in ("parquet", "idx", "tar"))]
-    ):
+    of_shards = [f"{stem}.{kind}" for stem in stems for kind in reversed(SHARD_KINDS)]
+    with _out_of_the_way(dataset, [MANIFEST, *of_shards]):
         code = subprocess.run(command, check=False).returncode
     if code == 130:
         raise KeyboardInterrupt
@@ -192,9 +192,3 @@ def _settings(dataset: Path, broken: set[str]) -> tuple[dict[str, Any], Manifest
         f"{dataset}: plan.json and dataset.json are both lost, and with them the settings; remove them and run "
         "preprocessing/build_shards.py with the settings that made the data set (provenance.json holds the command)"
     )
-
-
-def _option(name: str, value: Any) -> list[str]:
-    """A setting as an argument of the build."""
-    flag = name.replace("_", "-")
-    return [] if value is None else [f"--{flag}", str(value)]

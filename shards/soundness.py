@@ -22,7 +22,7 @@ from shards.classes import ClassTable, cell_index
 from shards.console import JobError, format_count, is_systems, one_line, printable
 from shards.files import read_table
 from shards.index import gather
-from shards.layout import INDEX, SAMPLE_COLUMNS, group_name, shard_numbers
+from shards.layout import INDEX, SAMPLE_COLUMNS, SHARD_KINDS, group_name, shard_numbers
 from shards.writer import TAR_BLOCK, ShardWriter
 
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError)
@@ -75,7 +75,7 @@ def check_shard(dataset: Path, stem: str, sums: dict[str, str] | None, classes: 
     `sums` are the checksums of the data set's files, if it has any; `classes` its class table, if that can be read.
     """
     report = ShardReport(stem)
-    names = {kind: f"{stem}.{kind}" for kind in ("tar", "idx", "parquet")}
+    names = {kind: f"{stem}.{kind}" for kind in SHARD_KINDS}
     present = {kind: (dataset / name).is_file() for kind, name in names.items()}
     report.problems += [
         Problem(names[kind], "missing", kind="missing") for kind, is_there in present.items() if not is_there

@@ -23,12 +23,12 @@ from shards.classes import ClassTable
 from shards.console import JobError, format_count, one_line
 from shards.dataset import Manifest, check_folder
 from shards.files import TEMPORARY_SUFFIX, json_text
+from shards.index import INDEX_ARRAYS
 from shards.layout import (
     CHECKSUMS,
     CLASSES,
     INDEX,
     LISTING,
-    LOCK,
     MANIFEST,
     OPTIONAL_TOP_FILES,
     PLAN,
@@ -36,6 +36,7 @@ from shards.layout import (
     QUARANTINE,
     REVISION_FILES,
     REVISIONS,
+    SHARD_KINDS,
     SHARD_STEM,
     SKIPPED,
     TOP_FILES,
@@ -43,6 +44,7 @@ from shards.layout import (
     shard_numbers,
     shard_stem,
 )
+from shards.locks import LOCK
 from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum
 from shards.store import Store
 from shards.workers import ctrl_c_held_back, end_pool, finished, follow_parent
@@ -50,8 +52,8 @@ from shards.workers import ctrl_c_held_back, end_pool, finished, follow_parent
 PARALLEL_BYTES = 1 << 29  # of tars: below, starting processes takes longer than checking in this one
 _POLL_SECONDS = 1.0
 _ROWS = {"skipped": SKIPPED, "quarantined": QUARANTINE}
-_STEM = re.compile(rf"(?P<stem>{SHARD_STEM})\.(tar|idx|parquet)")
-_ARRAY = re.compile(rf"{INDEX}/(group-\d{{2,}})\.(starts|shard|offset|size|crc32)\.npy")
+_STEM = re.compile(rf"(?P<stem>{SHARD_STEM})\.({'|'.join(SHARD_KINDS)})")
+_ARRAY = re.compile(rf"{INDEX}/(group-\d{{2,}})\.({'|'.join(INDEX_ARRAYS)})\.npy")
 
 Show = Callable[[Problem], None]
 

@@ -20,7 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from shards.checksums import seal
-from shards.console import WrongArguments, entry, format_bytes, format_count, format_duration
+from shards.console import WrongArguments, check_ranges, entry, format_bytes, format_count, format_duration
 from shards.layout import REVISIONS
 from shards.mirror import fetch_all, named_by_url, scratch_folder
 from shards.repair import needs_photos, repair
@@ -46,8 +46,7 @@ class Arguments:
     """Write checksums.txt for a data set that is sound and has none, so that damage to a table can be found later."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.workers <= 4096:
-            raise WrongArguments("--workers must be from 1 to 4096")
+        check_ranges(self, workers=(1, 4096))
         if self.source is not None and not self.repair:
             raise WrongArguments("--source is for --repair only")
         if is_url(self.dataset) and (self.repair or self.seal):

@@ -164,7 +164,7 @@ def test_without_network_the_error_says_what_to_do(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
     with pytest.raises(JobError) as error:
         make_backbone("efficientnet_b0", "imagenet")
-    url = backbones._source("efficientnet_b0").pretrained.url
+    url = backbones._torchvision("efficientnet_b0").pretrained.url
     place = tmp_path / "checkpoints" / url.rsplit("/", 1)[1]
     for part in ("Name or service not known", url, str(place), "--weights FILE", "--weights none"):
         assert part in str(error.value)
@@ -174,7 +174,7 @@ def test_without_network_the_error_says_what_to_do(tmp_path: Path, monkeypatch: 
 
 def test_imagenet_weights_come_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.hub._hub_dir", str(tmp_path))
-    source = backbones._source("resnet18")
+    source = backbones._torchvision("resnet18")
     place = tmp_path / "checkpoints" / source.pretrained.url.rsplit("/", 1)[1]
     place.parent.mkdir()
     model = torchvision.models.resnet18(weights=None)

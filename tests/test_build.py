@@ -21,7 +21,7 @@ from preprocessing.build import Summary, build, dry_run
 from preprocessing.engine import Counts
 from preprocessing.photos import Listing, list_photos, store_listing
 from preprocessing.plan import class_order, make_plan
-from preprocessing.shard_run import Machinery, bad_limit
+from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from shards.console import JobError, WrongArguments
 from shards.dataset import Dataset
@@ -141,8 +141,13 @@ def test_too_many_bad_photos_stop_the_job_with_the_reasons_and_a_higher_limit_go
 
 
 def test_one_percent_of_bad_photos_is_the_limit_unless_another_is_given_and_a_few_of_a_small_set_are_not_too_many():
-    assert [bad_limit(None, photos) for photos in (41_000_000, 10_000, 2500, 100)] == [410_000, 100, 25, 25]
-    assert (bad_limit(0.05, 100), bad_limit(0, 41_000_000)) == (5, 0)
+    assert [Machinery(1).tolerance(photos).limit for photos in (41_000_000, 10_000, 2500, 100)] == [
+        410_000,
+        100,
+        25,
+        25,
+    ]
+    assert (Machinery(1, 0.05).tolerance(100).limit, Machinery(1, 0).tolerance(41_000_000).limit) == (5, 0)
 
 
 def test_a_job_that_meets_too_many_bad_photos_stops_before_it_has_tried_the_rest(tmp_path):

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from evaluation.ranking import RANKING_FORMS, ClassRanker
 from shards.sampler import slots_of_rank
-from training.distributed import HostCopy, World, averaged_batch_norms
+from training.batch_norms import averaged_batch_norms
+from training.distributed import HostCopy, World
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.heads import Head, HeadKind, MarginSoftmax, ScoreForm
@@ -214,9 +215,9 @@ def test_a_checkpoint_goes_to_the_cpu_and_comes_back(ema: float) -> None:
     engine = make_engine(schedule="joint", ema=ema)
     train(engine)
     heads, state = engine.bank.collect()
-    saved = [*state.tensors.values(), *(tensor for head in heads.values() for tensor in head.values())]
+    saved = [*state.values(), *(tensor for head in heads.values() for tensor in head.values())]
     assert {tensor.device.type for tensor in saved} == {"cpu"}
-    engine.bank.restore(heads, {name: t for name, t in state.tensors.items() if not name.endswith("average_updates")})
+    engine.bank.restore(heads, {name: t for name, t in state.items() if not name.endswith("average_updates")})
     states = [value for o in engine.bank.optimizers.values() for s in o.state.values() for value in s.values()]
     assert {value.device for value in states} == {GPU}
     train(engine)

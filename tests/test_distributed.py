@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from shards.console import JobError
 from shards.sampler import slots_of_rank
 from training.assembly import make_accelerator, make_engine
-from training.distributed import World, averaged_batch_norms, batch_norms, join_after_restart
+from training.batch_norms import averaged_batch_norms, batch_norms
+from training.distributed import World, join_after_restart
 from training.engine import Engine
 from training.head_bank import HeadBank
 from training.model import GeoModel
@@ -107,7 +108,7 @@ def after_steps(engine: Engine, batch_size: int, world: World) -> dict[str, Any]
         "rows": rows,
         "head bytes": torch.tensor(engine.bytes_reduced - engine.model_bytes),
         "scores": scores,
-        "state": state.tensors,
+        "state": state,
         "heads": {f"{group}.{name}": tensor for group, head in heads.items() for name, tensor in head.items()},
     }
 

@@ -128,7 +128,7 @@ def test_photos_that_cannot_be_scored_are_said_and_left_out(
     assert cut["labels"] is None
 
 
-def test_a_query_of_a_neighbouring_zone_is_a_note_and_no_problem(
+def test_a_query_of_a_neighbouring_zone_is_a_note_for_all_checkpoints_and_no_problem(
     run_and_queries: tuple[Path, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -141,8 +141,8 @@ def test_a_query_of_a_neighbouring_zone_is_a_note_and_no_problem(
     east, north, _, _ = utm.from_latlon(latitude, longitude, force_zone_number=ZONE + 1)
     (tmp_path / "q").mkdir()
     shutil.copy(query, tmp_path / "q" / f"@{east}@{north}@{ZONE + 1}@S@.jpg")
-    words = ["--checkpoints", run, "--queries", tmp_path / "q", "--out", tmp_path / "o"]
-    assert evaluate_here(monkeypatch, *words) == 0
+    runs = run, shutil.copytree(run, tmp_path / "again")
+    assert evaluate_here(monkeypatch, "--checkpoints", *runs, "--queries", tmp_path / "q", "--out", tmp_path / "o") == 0
     results = json.loads((tmp_path / "o" / "results.json").read_text())
     assert (results["rows"][0]["reprojected"], results["rows"][0]["lr_at_20"], results["problems"]) == (1, 100, [])
     said = f"note: {tmp_path / 'q'}: 1 photo of a neighbouring UTM zone reprojected to {ZONE}\n"

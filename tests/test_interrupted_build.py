@@ -171,7 +171,7 @@ def test_workers_that_are_killed_after_ctrl_c_while_tasks_wait_are_no_error_of_a
 
     errors: list[object] = []
     monkeypatch.setattr(threading, "excepthook", errors.append)
-    task = ShardTask(0, 0, 0, [], [], [], [])
+    task = ShardTask(0, 0, [], [], [], [], [], [])
     with pytest.raises(KeyboardInterrupt):
         list(run_tasks(Killed((), tmp_path / "killed", Resizer(64, 90)), iter([task] * 9), 2, press))
     assert not errors
@@ -193,7 +193,7 @@ def test_a_worker_that_is_killed_while_it_counts_is_no_hang(tmp_path):
     before = signal.signal(signal.SIGALRM, hangs)
     signal.alarm(30)
     try:
-        task = ShardTask(0, 0, 0, [], [], [], [])
+        task = ShardTask(0, 0, [], [], [], [], [], [])
         job = KilledWhileItCounts((), tmp_path, Resizer(64, 90))
         with pytest.raises(JobError, match="a worker process was killed"):
             list(run_tasks(job, iter([task] * 3), 2, lambda counts: True))

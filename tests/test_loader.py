@@ -17,13 +17,13 @@ from tiny import ROOT, class_table, write_dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resized_crop
 
-from shards.batch import BatchPlan, Source
+from shards.batch import BatchPlan, Supply
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.index import open_index
 from shards.loader import Loader, choose_decoder
 from shards.reader import ShardReader
-from shards.sampler import CropRange, IndexedSampler
+from shards.sampler import IndexedSampler
 from shards.stream import StreamSettings, Window
 
 DECODERS = ["cpu", "dali"]
@@ -97,9 +97,9 @@ def test_photos_that_shrink_to_half_are_nearly_as_sharp_from_either_decoder(data
 
 def test_an_image_is_the_drawn_crop_of_the_drawn_photo(dataset):
     index = open_index(dataset.path, dataset.classes)
-    source = Source(IndexedSampler(index, 4), ShardReader(index), 64, CropRange())
+    supply = Supply(IndexedSampler(index, 4), ShardReader(index), 64)
     ((images, labels, groups),) = take(make_loader(dataset, image_size=64), 1, 2)
-    plan = BatchPlan(source, 1, np.arange(16), groups)
+    plan = BatchPlan(supply, 1, np.arange(16), groups)
     assert labels.tolist() == plan.labels.tolist()
     assert (images.dtype, tuple(images.shape)) == (torch.uint8, (16, 64, 64, 3))
     for i in range(16):

@@ -50,7 +50,7 @@ def test_a_photo_that_cannot_be_decoded_is_replaced_by_the_next_draw_and_named(d
     spoiled = damage(dataset, tmp_path, spoil_some_photos)
     clean = take(make_loader(dataset, decoder=decoder), 0, 12)
     loader = make_loader(spoiled, decoder=decoder)
-    loader._source.max_bad_share = 1.0
+    loader._supply.max_bad_share = 1.0
     mended = take(loader, 0, 12)
     assert loader.failures > 0
     assert "replaced by the next draw" in caplog.text
@@ -85,7 +85,7 @@ def test_photos_that_pass_their_checksum_and_cannot_be_decoded_are_replaced_alik
     taken = {}
     for decoder in DECODERS:
         loader = make_loader(cut_short, decoder=decoder, mode=mode, image_size=32)
-        loader._source.max_bad_share = 1.0
+        loader._supply.max_bad_share = 1.0
         taken[decoder] = take(loader, 0, 20)
         assert 0 < loader.failures < 30
         loader.close()
@@ -101,7 +101,7 @@ def spoil_while_it_is_read(dataset, folder: Path, spoil, **options) -> tuple[Loa
     """A loader of a copy, and its images; `spoil` is called with the copy's second shard after batch 9."""
     copy = damage(dataset, folder, lambda tar: None)
     loader = make_loader(copy, stream=StreamSettings(run=5, window=64), **options)
-    loader._source.max_bad_share = 0.5
+    loader._supply.max_bad_share = 0.5
     images = []
     for batch in loader.batches(0, 40):
         images.append(batch.images.clone())
@@ -159,7 +159,7 @@ def test_replacements_are_the_same_for_any_number_of_ranks_and_threads_and_after
 
     def taken(first: int, last: int, **options: int) -> tuple[list, int]:
         loader = make_loader(spoiled, mode=mode, decoder=decoder, stream=StreamSettings(run=5, window=64), **options)
-        loader._source.max_bad_share = 1.0
+        loader._supply.max_bad_share = 1.0
         batches = take(loader, first, last)
         loader.close()
         return batches, loader.failures
@@ -186,22 +186,22 @@ def test_too_many_bad_photos_stop_training_with_a_clear_error(dataset, tmp_path,
 
 
 def test_a_disk_that_fails_after_weeks_stops_training_as_soon_as_one_that_fails_early(dataset):
-    source = make_loader(dataset)._source
+    supply = make_loader(dataset)._supply
     for _ in range(300):
-        source.count(992)
+        supply.count(992)
         for _ in range(8):  # 0.8 %, borne for good
-            source.fail("a.tar at byte 512", OSError("Input/output error"))
-    source.count(10_000_000)
-    before = source.failed
+            supply.fail("a.tar at byte 512", OSError("Input/output error"))
+    supply.count(10_000_000)
+    before = supply.failed
 
     def read_from_then_on() -> None:
         for _ in range(10_000):
-            source.count(8)
-            source.fail("a.tar at byte 512", OSError("Input/output error"))
+            supply.count(8)
+            supply.fail("a.tar at byte 512", OSError("Input/output error"))
 
     with pytest.raises(JobError, match=r"more than 1\.0%"):
         read_from_then_on()
-    assert source.failed - before < 7_000
+    assert supply.failed - before < 7_000
 
 
 @pytest.mark.parametrize("decoder", DECODERS)

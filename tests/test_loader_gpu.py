@@ -49,7 +49,7 @@ def test_a_batch_keeps_its_pixels_while_later_ones_are_decoded_and_the_device_is
 @needs_dali
 def test_dali_replaces_damaged_photos_on_the_device(dataset, tmp_path):
     loader = make_loader(damage(dataset, tmp_path, spoil_some_photos), decoder="dali", device="cuda")
-    loader._source.max_bad_share = 1.0
+    loader._supply.max_bad_share = 1.0
     batches = take(loader, 0, 12)
     assert loader.failures > 0
     assert all(b[0].device.type == "cuda" for b in batches)

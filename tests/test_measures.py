@@ -7,7 +7,7 @@ import pytest
 from tiny import SOUTH, WEST, class_table
 
 from evaluation.cell_index import CellIndex
-from evaluation.measures import accuracy_by_group, calibration, chance_recall, error_quantiles, recall_curve
+from evaluation.measures import accuracy_by_group, chance_recall, error_quantiles, recall_curve, reliability
 
 
 @pytest.mark.parametrize("near", [0, 1, 2, 5])
@@ -25,7 +25,7 @@ def test_chance_is_the_mean_over_the_queries_and_nothing_of_none() -> None:
 
 def test_calibration_compares_confidence_with_the_share_that_is_right() -> None:
     confidence = np.array([0.95, 0.95, 1.0, 0.25, 0.0], np.float32)
-    table, error = calibration(confidence, np.array([True, False, False, False, True]))
+    table, error = reliability(confidence, np.array([True, False, False, False, True]))
     assert [line.queries for line in table] == [1, 0, 1, 0, 0, 0, 0, 0, 0, 3]
     assert [line.low for line in table] == pytest.approx(range(0, 100, 10))
     assert [line.high for line in table] == pytest.approx(range(10, 110, 10))

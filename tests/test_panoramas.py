@@ -83,7 +83,7 @@ def test_the_last_panorama_of_a_class_may_be_cut_by_the_end_of_a_shard(tmp_path,
     build(source, tmp_path / "whole", settings, HERE)
     monkeypatch.setattr("preprocessing.plan.SHARD_SAMPLES", 7)
 
-    plan = make_plan(source.photos(None, 0, lambda n: None), settings)
+    plan = make_plan(source.photos(None, 0), settings)
     pieces = [s for task in plan.tasks() for s in task.sources]
     assert pieces == [row["source"] for row in samples(tmp_path / "whole")]
 

@@ -71,7 +71,7 @@ def test_errors_of_tasks_are_the_job_s_own_and_too_many_bad_photos_stop_it(photo
     with pytest.raises(JobError, match="photos are bad"):
         build(photos, tmp_path / "out", SMALL, machinery)
     assert not list((tmp_path / "out").rglob("*.partial"))
-    plan = make_plan(Source.of(photos).photos(None, 0, lambda n: None), SMALL)
+    plan = make_plan(Source.of(photos).photos(None, 0), SMALL)
     job = Job((Source.of(tmp_path / "gone"),), tmp_path / "out", Resizer(32, 90))
     with pytest.raises(JobError, match="source folder went away"):
         list(ray_engine.run_tasks(job, plan.tasks(), 1, lambda _: True))

@@ -99,7 +99,7 @@ def server() -> Iterator[Server]:
 def task_of(server: Server, folder: Path) -> tuple[ShardTask, Source]:
     places = {"east": [500003.0] * len(server.photos), "north": [4180003.0] * len(server.photos)}
     source = Source.of(write_csv(folder / "list.csv", path=list(server.photos), **places), server.url)
-    return next(make_plan(source.photos(None, 0, lambda n: None), SETTINGS).tasks()), source
+    return next(make_plan(source.photos(None, 0), SETTINGS).tasks()), source
 
 
 def write(server: Server, folder: Path) -> ShardResult:
@@ -203,7 +203,7 @@ def test_an_empty_object_on_s3_is_set_aside(tmp_path):
         source = Source.of(
             write_csv(tmp_path / "list.csv", path=list(photos), east=[5.0] * 12, north=[4.0] * 12), bucket
         )
-        task = next(make_plan(source.photos(None, 0, lambda n: None), SETTINGS).tasks())
+        task = next(make_plan(source.photos(None, 0), SETTINGS).tasks())
         result = write_shard(task, [source], tmp_path / "out", Resizer(64, 90), lambda *_: True)
     assert ([b.source for b in result.bad], [b.reason for b in result.bad]) == (["empty.jpg"], ["empty file"])
 

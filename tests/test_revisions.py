@@ -59,7 +59,7 @@ def test_names_of_skipped_photos_may_be_more_than_two_gigabytes(tmp_path):
     plan = make_plan(list_photos(tmp_path / "photos", None, lambda _: None), SETTINGS)
     many = 2_200_000
     long = replace(plan, paths=pa.array(["x" * 1000], pa.large_string()), skipped=np.zeros(many, np.int64))
-    skipped = State.of_plan(long).skipped
+    skipped = State.of_plan(long, Source.of(tmp_path)).skipped
     assert skipped.nbytes > 2**31
     write_table(skipped, tmp_path / "skipped.parquet")
     file = pq.ParquetFile(tmp_path / "skipped.parquet")

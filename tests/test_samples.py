@@ -29,7 +29,7 @@ def test_batches_are_full_unless_photos_are_large(tmp_path, monkeypatch):
     def made() -> list[bytes | BadPhoto]:
         taken.clear()
         source = Source.of(tmp_path)
-        return [small for small, _ in SampleMaker([source], Noting(32, 90), names).make(names)]
+        return [small for small, _ in SampleMaker([source], Noting(32, 90), names).make()]
 
     found = made()
     assert isinstance(found.pop(5), BadPhoto)

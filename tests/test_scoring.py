@@ -43,9 +43,9 @@ def test_recall_is_the_share_of_queries_with_a_near_cell_among_the_first_n() -> 
     # query 2 stands 24 m from cell 1's centre and ranks it last; query 3 is far from every cell.
     queries = queries_at([WEST + 10, WEST + 10, WEST + 50 + 24, WEST + 5000], [SOUTH + 10.0] * 4)
     ranked = np.array([[0, 1, 2], [2, 0, 1], [2, 0, 1], [0, 1, 2]])
-    outcome = assess_ranking(ranked, np.zeros((4, 3)), np.ones(4, bool), three_cells(), queries, ns=(1, 2, 3))
+    outcome = assess_ranking(ranked, np.ones(4, bool), three_cells(), queries, ns=(1, 2, 3))
     assert outcome.recall == {1: 25.0, 2: 50.0, 3: 75.0}
-    np.testing.assert_allclose(outcome.ranking.distances[0], [0, 40, 200])
+    np.testing.assert_allclose(outcome.distances[0], [0, 40, 200])
 
 
 def test_a_query_at_exactly_25_metres_counts_and_one_just_beyond_does_not() -> None:
@@ -74,7 +74,7 @@ def test_queries_without_position_or_pixels_are_left_out_of_the_recall() -> None
     queries = queries_at([WEST + 10, float("nan"), WEST + 10], [SOUTH + 10, float("nan"), SOUTH + 10])
     ranked = np.zeros((3, 1), dtype=np.int64)
     readable = np.array([True, True, False])
-    outcome = assess_ranking(ranked, np.zeros((3, 1)), readable, three_cells(), queries, ns=(1,))
+    outcome = assess_ranking(ranked, readable, three_cells(), queries, ns=(1,))
     assert outcome.scored.tolist() == [True, False, False]
     assert outcome.recall == {1: 100.0}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import configure, train_here
 
+from training.batch_norms import running_statistics
 from training.checkpoint import TrainingState, list_checkpoints, load_checkpoint, training_state
-from training.distributed import running_statistics
 from training.snapshot import _restore
 
 

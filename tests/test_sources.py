@@ -257,7 +257,7 @@ def write_photos_at(folder: Path, row: int) -> None:
 def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_command_goes_on(tmp_path, monkeypatch):
     photos = tmp_path / "photos"
     write_photos(photos, cells=1, per_cell=20)
-    task = next(make_plan(Source.of(photos).photos(None, 0, lambda n: None), SETTINGS).tasks())
+    task = next(make_plan(Source.of(photos).photos(None, 0), SETTINGS).tasks())
     assert len(task.sources) > Resizer.batch
     seen = []
 
@@ -268,15 +268,15 @@ def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_comm
         return True
 
     with pytest.raises(JobError, match=r"source folder went away .*same command again"):
-        write_shard(task, photos, tmp_path / "out", Resizer(64, 90), unmount)
+        write_shard(task, [Source.of(photos)], tmp_path / "out", Resizer(64, 90), unmount)
     assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
     (tmp_path / "elsewhere").rename(photos)
-    assert write_shard(task, photos, tmp_path / "out", Resizer(64, 90), lambda *_: True).images == 20
+    assert write_shard(task, [Source.of(photos)], tmp_path / "out", Resizer(64, 90), lambda *_: True).images == 20
 
 
 def test_an_output_folder_that_vanishes_midway_is_named_and_not_made_again(tmp_path):
     write_photos(tmp_path / "photos", cells=1)
-    task = next(make_plan(Source.of(tmp_path / "photos").photos(None, 0, lambda n: None), SETTINGS).tasks())
+    task = next(make_plan(Source.of(tmp_path / "photos").photos(None, 0), SETTINGS).tasks())
     out = tmp_path / "out"
 
     def unmount(*_: int) -> bool:
@@ -293,11 +293,11 @@ def test_an_output_folder_that_vanishes_midway_is_named_and_not_made_again(tmp_p
 
 def test_a_group_whose_folder_cannot_be_made_is_named(tmp_path):
     write_photos(tmp_path / "photos", cells=1)
-    task = next(make_plan(Source.of(tmp_path / "photos").photos(None, 0, lambda n: None), SETTINGS).tasks())
+    task = next(make_plan(Source.of(tmp_path / "photos").photos(None, 0), SETTINGS).tasks())
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "group-00").write_text("no folder")
     with pytest.raises(JobError, match="/out/group-00: File exists, but a folder is needed"):
-        write_shard(task, tmp_path / "photos", tmp_path / "out", Resizer(64, 90), lambda *_: True)
+        write_shard(task, [Source.of(tmp_path / "photos")], tmp_path / "out", Resizer(64, 90), lambda *_: True)
 
 
 def test_a_folder_above_the_photos_may_have_a_name_that_is_not_utf8(tmp_path):
@@ -347,7 +347,7 @@ def test_a_list_may_name_objects_below_a_url_and_those_that_are_gone_are_set_asi
         tmp_path / "list.csv", path=[f"{i}.jpg" for i in range(13)], east=[500003.0] * 13, north=[4180003.0] * 13
     )
     source = Source.of(place, "memory://bucket/photos")
-    task = next(make_plan(source.photos(None, 0, lambda n: None), SETTINGS).tasks())
+    task = next(make_plan(source.photos(None, 0), SETTINGS).tasks())
     result = write_shard(task, [source], tmp_path / "out", Resizer(64, 90), lambda *_: True)
     assert (result.images, [b.reason for b in result.bad]) == (12, ["missing"])
     memory.rm("/bucket/photos", recursive=True)

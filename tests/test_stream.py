@@ -98,7 +98,7 @@ def test_classes_take_turns_and_each_goes_on_where_its_last_run_ended(index):
 @pytest.mark.parametrize("joint", [False, True])
 def test_no_run_is_read_again_before_its_class_is_through_and_classes_come_up_alike(dataset, joint):
     loader = make_loader(dataset, joint=joint)  # groups change every 3 steps, windows are of 4
-    stream = loader._source.reader
+    stream = loader._supply.reader
     assert isinstance(stream, Stream)
     read: dict[int, list[int]] = {group: [] for group in dataset.classes.groups}
     for number in range(60):
@@ -115,7 +115,7 @@ def test_no_run_is_read_again_before_its_class_is_through_and_classes_come_up_al
 
 
 def test_a_window_is_the_same_whether_or_not_the_run_began_before_it(dataset):
-    first, second = (make_loader(dataset)._source.reader for _ in range(2))
+    first, second = (make_loader(dataset)._supply.reader for _ in range(2))
     assert isinstance(first, Stream)
     assert isinstance(second, Stream)
     windows = [first._hold(number).window for number in range(9)]
@@ -212,7 +212,7 @@ def test_each_run_is_one_request_and_read_by_one_rank_alone(dataset, monkeypatch
         requests.clear()
         loader = make_loader(dataset, rank=rank, world_size=world_size)
         take(loader, 0, 1)
-        stream = loader._source.reader
+        stream = loader._supply.reader
         assert isinstance(stream, Stream)
         for window in stream._held.values():
             for photos, _ in window.result().photos.values():
@@ -253,7 +253,7 @@ def test_photos_of_a_run_are_those_read_one_by_one(dataset):
 def test_a_damaged_photo_in_a_run_is_replaced_by_the_next_draw(dataset, tmp_path):
     spoiled = damage(dataset, tmp_path, spoil_some_photos)
     loader = make_loader(spoiled)
-    loader._source.max_bad_share = 1.0
+    loader._supply.max_bad_share = 1.0
     batches = take(loader, 0, 40)
     assert loader.failures > 0
     assert min(float(b[0].float().std((1, 2, 3)).min()) for b in batches) > 1

@@ -74,7 +74,7 @@ def test_the_error_map_shows_near_queries_green_and_far_ones_red(tmp_path: Path,
     queries = list_queries(write_queries(tmp_path / "q", classes), classes.zone)
     ranked = CellIndex(classes).holding(queries.east, queries.north)[:, None]
     readable = np.ones(len(queries), dtype=bool)
-    outcome = assess_ranking(ranked, np.zeros(ranked.shape), readable, classes, queries)
+    outcome = assess_ranking(ranked, readable, classes, queries)
     picture = error_map(classes, queries, outcome)
     assert (picture == error_colour(3)).all(axis=2).any()
     assert not (picture == error_colour(5000)).all(axis=2).any()
@@ -88,7 +88,7 @@ def test_thousands_of_queries_are_smaller_dots_on_the_error_map(tmp_path: Path) 
         east, north = np.tile(few.east, times), np.tile(few.north, times)
         queries = replace(few, paths=few.paths * times, names=few.names * times, east=east, north=north)
         ranked = CellIndex(classes).holding(east, north)[:, None]
-        outcome = assess_ranking(ranked, np.zeros(ranked.shape), np.ones(len(east), bool), classes, queries)
+        outcome = assess_ranking(ranked, np.ones(len(east), bool), classes, queries)
         dots.append((error_map(classes, queries, outcome) == error_colour(3)).all(axis=2).sum())
     assert 0 < dots[1] < dots[0] / 2
 

@@ -20,8 +20,9 @@ from tiny_run import write_run
 import training.engine as engine_module
 import training.trainer as trainer_module
 from shards.console import JobError
+from shards.locks import LOCK
 from training.checkpoint import best_checkpoint, list_checkpoints
-from training.run_folder import LOCK, lock_run, read_losses
+from training.run_folder import lock_run, read_losses
 from training.trainer import Trainer
 
 Failing = Callable[[int], bool]

@@ -204,6 +204,24 @@ def test_the_first_source_may_grow_and_the_first_command_still_repairs(begun, tm
     assert contents(begun) == expected
 
 
+def test_a_source_keeps_its_number_where_the_first_one_grew_and_is_named_by_a_relative_path(
+    begun, tmp_path, monkeypatch
+):
+    write_cell(tmp_path / "photos", 2, 5, first=100)
+    add(Source.of(tmp_path / "photos"), begun, HERE)
+    write_cell(tmp_path / "more", 0, 3, first=100)
+    add(Source.of(tmp_path / "more"), begun, HERE)
+    before = samples(begun)
+    for table in shard_tables(begun):
+        table.unlink()
+    (begun / "dataset.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    build(Path("photos"), begun, SETTINGS, HERE)
+    assert quarantine(begun) == {}
+    assert samples(begun) == before
+    sound(begun)
+
+
 @pytest.mark.parametrize(
     "moment",
     [

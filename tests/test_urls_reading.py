@@ -47,7 +47,7 @@ def batches(
         dataset, lambda step: np.resize(groups, 24), batch_size=24, image_size=32, seed=4, mode=mode,
         stream=StreamSettings(run=5, window=96), **{"decoder": "cpu", **options},
     )  # fmt: skip
-    loader._source.max_bad_share = max_bad_share
+    loader._supply.max_bad_share = max_bad_share
     taken = [part.clone() for b in loader.batches(0, steps) for part in (b.images, b.labels)]
     loader.close()
     return taken, loader.failures

@@ -193,5 +193,5 @@ def assess_run(out: Path, queries: Path) -> QueryScores:
     described = describe_queries(
         model, found.paths, shorter_side=side, batch_size=5, device=torch.device("cpu"), threads=1
     )
-    rows, scores = rank_classes(described.vectors, class_blocks(heads, weights.classes, "raw"))
-    return assess_ranking(rows.numpy(), scores.numpy(), described.readable, weights.classes, found)
+    rows, _ = rank_classes(described.vectors, class_blocks(heads, weights.classes, "raw"))
+    return assess_ranking(rows.numpy(), described.readable, weights.classes, found)

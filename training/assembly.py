@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import warnings
 from dataclasses import replace
 from functools import partial
@@ -191,11 +190,3 @@ def make_profiler(config: TrainConfig) -> Any:
 def profile_folder(out: Path) -> Path:
     """Where the trace of `--profile` is."""
     return out / "profile"
-
-
-def memory_in_use(device: torch.device) -> dict[str, float]:
-    """Peak bytes of this process's memory and of the device's."""
-    values = {"memory/host_peak_bytes": float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}
-    if device.type == "cuda":
-        values["memory/device_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
-    return values

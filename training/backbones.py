@@ -26,7 +26,7 @@ class Backbone(nn.Sequential):
 
 
 @dataclass(frozen=True)
-class _Source:
+class _Torchvision:
     build: Callable[..., nn.Module]  # torchvision's model
     pretrained: Any  # its ImageNet weights, a member of torchvision's enum
     channels: int
@@ -42,14 +42,14 @@ _CHANNELS = {
 }
 
 
-def _source(name: str) -> _Source:
-    """Where a backbone comes from. torchvision is imported here: it takes two seconds, which `--help` does without."""
+def _torchvision(name: str) -> _Torchvision:
+    """A backbone as torchvision has it, which is imported here: it takes two seconds, which `--help` does without."""
     from torchvision import models
 
     build = getattr(models, name)
     pretrained = models.get_model_weights(build)["IMAGENET1K_V1"]
     stages = RESNET_CHILDREN if name.startswith("resnet") else tuple(f"features.{i}" for i in range(9))
-    return _Source(build, pretrained, _CHANNELS[name], stages)
+    return _Torchvision(build, pretrained, _CHANNELS[name], stages)
 
 
 def make_backbone(name: BackboneName, weights: str = "imagenet", freeze_until: int = 0) -> Backbone:
@@ -65,7 +65,7 @@ def make_backbone(name: BackboneName, weights: str = "imagenet", freeze_until: i
     """
     if name not in get_args(BackboneName):
         raise ValueError(f"backbone {name!r} is none of {', '.join(get_args(BackboneName))}")
-    backbone = _torchvision_backbone(_source(name)) if name in _CHANNELS else _small_cnn()
+    backbone = _torchvision_backbone(_torchvision(name)) if name in _CHANNELS else _small_cnn()
     if not 0 <= freeze_until <= len(backbone):
         raise ValueError(f"{name} has {len(backbone)} children: it cannot be frozen until {freeze_until}")
     if weights == "imagenet":
@@ -77,9 +77,9 @@ def make_backbone(name: BackboneName, weights: str = "imagenet", freeze_until: i
     return backbone
 
 
-def _torchvision_backbone(source: _Source) -> Backbone:
-    model = source.build(weights=None)
-    return Backbone(*(model.get_submodule(stage) for stage in source.stages), out_channels=source.channels)
+def _torchvision_backbone(theirs: _Torchvision) -> Backbone:
+    model = theirs.build(weights=None)
+    return Backbone(*(model.get_submodule(stage) for stage in theirs.stages), out_channels=theirs.channels)
 
 
 def _small_cnn() -> Backbone:
@@ -103,7 +103,7 @@ def _small_cnn() -> Backbone:
 def _imagenet(name: str) -> Mapping[str, Any]:
     if name not in _CHANNELS:
         raise JobError(f"{name} has no ImageNet weights: use --weights none, or --weights FILE")
-    pretrained = _source(name).pretrained
+    pretrained = _torchvision(name).pretrained
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(pretrained.url).path).name
     try:
         state: Mapping[str, Any] = pretrained.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -137,7 +137,7 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def _fitting(state: Mapping[str, Any], name: str, backbone: Backbone, origin: str) -> dict[str, Tensor]:
-    stages = _source(name).stages if name in _CHANNELS else ()
+    stages = _torchvision(name).stages if name in _CHANNELS else ()
     numbers = {f"{stage}.": f"{number}." for number, stage in enumerate(stages)}
     found: dict[str, Tensor] = {}
     for key, value in state.items():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
+import resource
 
-from training.assembly import memory_in_use
+import numpy as np
+import torch
+
 from training.engine import Engine, StepOutcome
 from training.progress import Progress, Timing
 
 
 def step_curves(engine: Engine, outcome: StepOutcome, slots: np.ndarray, timing: Timing) -> dict[str, float]:
-    """Of a step: losses, accuracies in percent, gradient norms, learning rates, speed and memory.
+    """Of a step: losses, accuracies in percent, gradient norms, learning rates, speed, and peak bytes of memory.
 
     `slots` int64 [global batch size] are the groups of the step's samples.
     """
@@ -31,7 +33,10 @@ def step_curves(engine: Engine, outcome: StepOutcome, slots: np.ndarray, timing:
     values |= {f"gradient_norm/head-{group:02d}": norm for group, norm in outcome.head_norms.items()}
     if engine.scaler.is_enabled():
         values["rate/fp16_scale"] = float(engine.scaler.get_scale())
-    return values | memory_in_use(engine.world.device)
+    values["memory/host_peak_bytes"] = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if engine.world.device.type == "cuda":
+        values["memory/device_peak_bytes"] = float(torch.cuda.max_memory_allocated(engine.world.device))
+    return values
 
 
 def epoch_curves(progress: Progress) -> dict[str, float]:

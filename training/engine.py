@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from shards.sampler import slots_of_rank
+from training.batch_norms import BufferGuard
 from training.colour import change_colours, colour_changes
-from training.distributed import BufferGuard, HostCopy, World, to_device, trained_bytes
+from training.distributed import HostCopy, World, to_device, trained_bytes
 from training.head_bank import HeadBank
 from training.model import to_input
 from training.optimisers import Average, Rates, make_adam

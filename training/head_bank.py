@@ -17,7 +17,6 @@ from torch import Tensor
 
 from shards.classes import ClassTable
 from shards.console import JobError
-from training.checkpoint import TrainingState
 from training.distributed import RankGroups, World, to_device
 from training.heads import Head, ScoreForm
 from training.optimisers import Average, make_adam
@@ -170,8 +169,9 @@ class HeadBank:
                 mine[group] = head
         return class_blocks(mine, self.classes, form)
 
-    def collect(self) -> tuple[dict[int, dict[str, Tensor]], TrainingState]:
-        """All heads and their optimisers' state: complete on rank 0, empty on the others. All ranks must call it."""
+    def collect(self) -> tuple[dict[int, dict[str, Tensor]], dict[str, Tensor]]:
+        """All heads by group, and the tensors of what trains them by name: complete on rank 0, empty on the others. All
+        ranks must call it."""
         heads: dict[int, dict[str, Tensor]] = {}
         tensors: dict[str, Tensor] = {}
         for group in self.groups:
@@ -185,7 +185,7 @@ class HeadBank:
                     heads.setdefault(group, {})[name.removeprefix("head.")] = tensor
                 else:
                     tensors[f"{group}.{name}"] = tensor
-        return heads, TrainingState(tensors, {})
+        return heads, tensors
 
     def _state_of(self, group: int) -> dict[str, Tensor]:
         """This rank's tensors of a group: `head` what is evaluated, `raw` the weights behind an average, `adam`."""

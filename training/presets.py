@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import tyro
 
-from shards.console import WrongArguments
+from shards.console import WrongArguments, flag_of
 from shards.stream import StreamSettings
 from training.backbones import BackboneName
 from training.heads import HeadKind, ScoreForm
@@ -170,30 +170,27 @@ class TrainConfig:
         return TrainConfig(**known)
 
 
+_POSITIVE = (
+    "iterations_per_epoch", "epochs", "batch_size", "accumulate", "image_size", "keep", "val_every", "val_batch_size",
+    "nan_patience", "log_every", "patience", "save_every_epochs", "lr", "head_lr", "s", "stream_run", "stream_window",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "warmup_steps", "colour_jitter", "grad_clip", "freeze_until", "threads", "save_every", "descriptor_dim", "m",
+    "seed",
+)  # fmt: skip
+
+
 def _check(config: TrainConfig) -> None:
     for field in fields(config):
         value = getattr(config, field.name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise WrongArguments(f"--{field.name.replace('_', '-')} {value}: must be a finite number")
-    positive: tuple[str, ...] = ("iterations_per_epoch", "epochs", "batch_size", "accumulate", "image_size", "keep")
-    positive += ("val_every", "val_batch_size", "nan_patience", "log_every", "patience", "save_every_epochs")
-    positive += ("lr", "head_lr", "s", "stream_run", "stream_window")
-    for name in positive:
+            raise WrongArguments(f"{flag_of(field.name)} {value}: must be a finite number")
+    for name in _POSITIVE:
         if getattr(config, name) <= 0:
-            raise WrongArguments(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
-    for name in (
-        "warmup_steps",
-        "colour_jitter",
-        "grad_clip",
-        "freeze_until",
-        "threads",
-        "save_every",
-        "descriptor_dim",
-        "m",
-        "seed",
-    ):
+            raise WrongArguments(f"{flag_of(name)} {getattr(config, name)}: must be more than 0")
+    for name in _NOT_NEGATIVE:
         if getattr(config, name) < 0:
-            raise WrongArguments(f"--{name.replace('_', '-')} {getattr(config, name)}: must be 0 or more")
+            raise WrongArguments(f"{flag_of(name)} {getattr(config, name)}: must be 0 or more")
     if config.seed >= 1 << 64:
         raise WrongArguments(f"--seed {config.seed}: must be under 2^64")
     if config.m >= math.pi / 2:

@@ -16,7 +16,7 @@ from shards.classes import ClassTable
 from shards.console import JobError, format_count, last_line
 from shards.dataset import refuse_data_set
 from shards.files import atomic_write_json, atomic_write_text, is_partial, remove_partials
-from shards.locks import try_lock
+from shards.locks import LOCK, try_lock
 from shards.provenance import provenance
 from training.checkpoint import EvaluationWeights, list_checkpoints, load_for_evaluation
 from training.head_bank import HeadBank
@@ -24,7 +24,6 @@ from training.presets import TrainConfig
 
 CONFIG = "config.json"
 LOSSES = "losses.txt"
-LOCK = ".lock"
 
 
 def check_run_folder(out: Path, resume: bool) -> None:

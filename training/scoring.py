@@ -41,19 +41,6 @@ class ClassBlock:
 
 
 @dataclass(frozen=True)
-class Ranking:
-    """The K best classes of Q queries, best first, as rows of the class table.
-
-    `class_index` int64 [Q, K]; `scores` float32 [Q, K]; `distances` float32 [Q, K], metres from the query to
-    the cell's centre, NaN for queries without a position.
-    """
-
-    class_index: np.ndarray
-    scores: np.ndarray
-    distances: np.ndarray
-
-
-@dataclass(frozen=True)
 class Descriptors:
     """`vectors` float32 [Q, D], zero where `readable`, bool [Q], is False; `failures` says why."""
 
@@ -215,14 +202,14 @@ def merge_rankings(parts: Sequence[tuple[Tensor, Tensor]], top_k: int) -> tuple[
     return rows.gather(1, order), best
 
 
-def cell_distances(class_index: np.ndarray, classes: ClassTable, east: np.ndarray, north: np.ndarray) -> np.ndarray:
-    """float32 [Q, K]: metres from the queries (float64 [Q]) to the centres of the cells in `class_index`.
+def cell_distances(rows: np.ndarray, classes: ClassTable, east: np.ndarray, north: np.ndarray) -> np.ndarray:
+    """float32 [Q, K]: metres from the queries (float64 [Q]) to the centres of cells.
 
-    A cell's centre is its lower-left corner plus M // 2. The difference is taken in float64 and the distance
-    kept in float32, as the reference does, so that a query at 25 m is judged alike.
+    `rows` int64 [Q, K] of the class table. A cell's centre is its lower-left corner plus M // 2. The difference is
+    taken in float64 and the distance kept in float32, as the reference does, so that a query at 25 m is judged alike.
     """
-    delta_east = classes.center_east[class_index] - east[:, None]
-    delta_north = classes.center_north[class_index] - north[:, None]
+    delta_east = classes.center_east[rows] - east[:, None]
+    delta_north = classes.center_north[rows] - north[:, None]
     return np.sqrt(delta_east**2 + delta_north**2).astype(np.float32)
 
 
@@ -241,23 +228,23 @@ def recall_at(
 
 @dataclass(frozen=True)
 class QueryScores:
-    """The outcome for a query set: its ranking, `scored` bool [Q] (readable and located), and LR@N in percent."""
+    """The outcome for a query set: `distances` float32 [Q, K], metres to the centres of the K best cells, best first
+    (NaN without a position), `scored` bool [Q] (readable and located), and LR@N in percent."""
 
-    ranking: Ranking
+    distances: np.ndarray
     scored: np.ndarray
     recall: dict[int, float]
 
 
 def assess_ranking(
-    class_index: np.ndarray,
-    scores: np.ndarray,
+    rows: np.ndarray,
     readable: np.ndarray,
     classes: ClassTable,
     queries: Queries,
     ns: Sequence[int] = RECALL_NS,
 ) -> QueryScores:
-    """Distances and LR@N of a finished ranking (int64 [Q, K] table rows, float32 [Q, K] scores), the latter over the
-    queries that are readable and have a position."""
-    distances = cell_distances(class_index, classes, queries.east, queries.north)
+    """Distances and LR@N of a finished ranking (`rows` of the class table, int64 [Q, K]), the latter over the queries
+    that are `readable` (bool [Q]) and have a position."""
+    distances = cell_distances(rows, classes, queries.east, queries.north)
     scored = readable & queries.located
-    return QueryScores(Ranking(class_index, scores, distances), scored, recall_at(distances[scored], ns))
+    return QueryScores(distances, scored, recall_at(distances[scored], ns))

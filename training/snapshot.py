@@ -16,8 +16,14 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from shards.classes import ClassTable
-from shards.console import JobError
+from shards.console import JobError, flag_of
 from shards.provenance import provenance
+from training.batch_norms import (
+    averaged_batch_norms,
+    running_statistics,
+    set_running_statistics,
+    statistics_over_ranks,
+)
 from training.checkpoint import (
     Checkpoint,
     TrainingState,
@@ -29,13 +35,7 @@ from training.checkpoint import (
     training_state,
     training_values,
 )
-from training.distributed import (
-    World,
-    averaged_batch_norms,
-    running_statistics,
-    set_running_statistics,
-    statistics_over_ranks,
-)
+from training.distributed import World
 from training.engine import Engine
 from training.presets import TrainConfig
 from training.progress import Progress
@@ -86,12 +86,11 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
         progress.best = None
     say(f"goes on from {path} after step {progress.step:,}")
     for name in _changed_fields(before, config):
-        flag = f"--{name.replace('_', '-')}"
         if name in _STARTS_FROM:
-            say(f"{flag} has no effect: the run goes on from its own weights")
+            say(f"{flag_of(name)} has no effect: the run goes on from its own weights")
         elif name != "resume":
             values = [json.dumps(of.to_json()[name]) for of in (before, config)]
-            say(f"changed since then: {flag} {' -> '.join(values)}")
+            say(f"changed since then: {flag_of(name)} {' -> '.join(values)}")
     if not np.array_equal(saved.classes.images, run.classes.images):
         then, now = int(saved.classes.images.sum()), int(run.classes.images.sum())
         say(f"changed since then: the data set, {then:,} -> {now:,} photos; from here on others are drawn")
@@ -114,7 +113,7 @@ def _check_fits(path: Path, saved: Checkpoint, before: TrainConfig, run: RunStat
     for name in _changed_fields(before, run.config):
         if name in _FIXED_BY_CHECKPOINT:
             raise JobError(
-                f"{path}: was trained with --{name.replace('_', '-')} {getattr(before, name)}, not "
+                f"{path}: was trained with {flag_of(name)} {getattr(before, name)}, not "
                 f"{getattr(run.config, name)}; give that, or another --out"
             )
 
@@ -204,7 +203,7 @@ def _checkpoint(
     run: RunState,
     progress: Progress,
     heads: dict[int, dict[str, Tensor]],
-    head_state: TrainingState,
+    head_state: dict[str, Tensor],
     statistics: dict[str, list[Tensor]],
     best_by: str | None,
 ) -> Checkpoint:
@@ -220,7 +219,7 @@ def _checkpoint(
         }
         | statistics
     )
-    tensors = own.tensors | {f"{HEAD_STATE}{name}": tensor for name, tensor in head_state.tensors.items()}
+    tensors = own.tensors | {f"{HEAD_STATE}{name}": tensor for name, tensor in head_state.items()}
     return Checkpoint(
         model=engine.model.state_dict(),
         heads=heads,

@@ -18,6 +18,7 @@ from training.queries import Queries
 from training.scoring import QueryScores
 
 PROJECT = "tensorboard"
+_MAP_PIXELS = 640
 _MANY = 3000  # queries on a map, from which on their dots are small: large ones hide each other
 
 
@@ -109,27 +110,27 @@ def _plain(value: Any) -> bool | int | float | str:
     return value if isinstance(value, bool | int | float | str) else str(value)
 
 
-def batch_picture(images: torch.Tensor, columns: int = 8, rows: int = 4) -> np.ndarray:
-    """The first images of a batch, uint8 [b, S, S, 3], as one picture uint8 [H, W, 3]."""
-    shown = images[: columns * rows].cpu().numpy()
+def batch_picture(images: torch.Tensor) -> np.ndarray:
+    """The first 32 images of a batch, uint8 [b, S, S, 3], as one picture uint8 [H, W, 3]."""
+    shown = images[:32].cpu().numpy()
     count, side = len(shown), shown.shape[1]
-    columns = min(columns, count)
-    used_rows = -(-count // columns)
-    canvas = np.zeros((used_rows * side, columns * side, 3), dtype=np.uint8)
+    columns = min(8, count)
+    rows = -(-count // columns)
+    canvas = np.zeros((rows * side, columns * side, 3), dtype=np.uint8)
     for i, image in enumerate(shown):
         top, left = i // columns * side, i % columns * side
         canvas[top : top + side, left : left + side] = image
     return canvas
 
 
-def error_map(classes: ClassTable, queries: Queries, outcome: QueryScores, width: int = 640) -> np.ndarray:
+def error_map(classes: ClassTable, queries: Queries, outcome: QueryScores) -> np.ndarray:
     """A map in UTM: cells grey, queries green where the best cell is near, over yellow to red where it is far.
 
     The colour is the error on a logarithmic scale: 25 m is light green, 1 km and more red. uint8 [H, W, 3].
     """
     west, south = classes.cell_east.min(), classes.cell_north.min()
     east, north = classes.cell_east.max() + classes.M, classes.cell_north.max() + classes.M
-    scale = (width - 20) / max(east - west, north - south)
+    scale = (_MAP_PIXELS - 20) / max(east - west, north - south)
     height = round((north - south) * scale) + 20
     image = Image.new("RGB", (round((east - west) * scale) + 20, height), "white")
     draw = ImageDraw.Draw(image)
@@ -145,9 +146,8 @@ def error_map(classes: ClassTable, queries: Queries, outcome: QueryScores, width
     radius = 3 if outcome.scored.sum() <= _MANY else 1
     for i in np.flatnonzero(outcome.scored):
         x, y = place(queries.east[i], queries.north[i])
-        draw.ellipse(
-            (x - radius, y - radius, x + radius, y + radius), fill=error_colour(float(outcome.ranking.distances[i, 0]))
-        )
+        colour = error_colour(float(outcome.distances[i, 0]))
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
     return np.asarray(image)
 
 

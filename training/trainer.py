@@ -25,9 +25,10 @@ from training.assembly import (
     profile_folder,
     stream_warning,
 )
+from training.batch_norms import averaged_batch_norms
 from training.checkpoint import best_checkpoint, list_checkpoints
 from training.curves import epoch_curves, step_curves
-from training.distributed import averaged_batch_norms, to_device
+from training.distributed import to_device
 from training.engine import StepOutcome
 from training.interruption import AskedToStop, Interruption
 from training.presets import TrainConfig
@@ -70,7 +71,11 @@ class Trainer:
         self.loader = make_loader(config, dataset, self.schedule, self.accelerator, self.world)
         self.total_steps = config.epochs * config.iterations_per_epoch
         self.run_state = RunState(config, self.classes, self.engine, self.world)
+        self.lock = self._lock()
         self.progress = self._begin()
+        self.loss_file = self.world.made_on(
+            self.world.is_main, lambda: begin_run(config.out, config, self.progress.step)
+        )
         self.tracker = Tracker(self.accelerator, config, self.progress.step, self.say)
         self.metrics: dict[str, float] = {}
         self.timing = Timing(config.batch_size, self.world.device)
@@ -78,15 +83,12 @@ class Trainer:
         self.said_at = time.monotonic()
 
     def _begin(self) -> Progress:
-        """Go on where the run was left, start from another run's weights, or start anew; then open the folder."""
-        self.lock = self._lock()
+        """Go on where the run was left, start from another run's weights, or start anew."""
         progress = resume_latest(self.run_state, self.say) if self.config.resume else None
         if progress is None and self.config.init_from is not None:
             self.say(start_from(self.config.init_from, self.engine.model, self.engine.bank, self.classes))
             self.engine.start_averages()
         progress = progress or Progress()
-        step = progress.step
-        self.loss_file = self.world.made_on(self.world.is_main, lambda: begin_run(self.config.out, self.config, step))
         photos = self.validator.queries.fingerprint() if self.validator else ""
         if progress.val_photos and photos and progress.val_photos != photos:
             self.say("other validation queries than before: the best checkpoint is chosen anew")
@@ -269,7 +271,7 @@ class Trainer:
             for n, value in outcome.recall.items():
                 values[f"val/LR@{n}"] = value
                 self.metrics[f"LR@{n}"] = value
-            errors = outcome.ranking.distances[outcome.scored, 0]
+            errors = outcome.distances[outcome.scored, 0]
             values["val/median_error_m"] = float(np.median(errors)) if len(errors) else math.nan
             picture = error_map(self.classes, self.validator.queries, outcome)
             self.tracker.picture("val/error_map", picture, self.progress.step)

@@ -18,7 +18,6 @@ from training.presets import TrainConfig
 from training.queries import Queries, QueryBatch, list_queries, query_size, read_queries
 from training.scoring import (
     RECALL_NS,
-    Descriptors,
     QueryScores,
     assess_ranking,
     describe_batches,
@@ -101,15 +100,14 @@ class Validator:
             self.unreadable |= unreadable
         if not readable.any():
             raise JobError(f"{self.config.val_queries}: its photos went away; bring them back and go on with --resume")
-        descriptors = Descriptors(torch.from_numpy(vectors), readable, ())
         top = max(RECALL_NS)
         blocks = bank.blocks(self.config.score_form)
-        ranking = rank_classes(descriptors.vectors, blocks, top_k=top, device=self.world.device)
+        ranking = rank_classes(torch.from_numpy(vectors), blocks, top_k=top, device=self.world.device)
         parts = [part for part in self.world.gather(ranking) if part[0].numel()]
         if not self.world.is_main:
             return None, False
-        rows, scores = merge_rankings(parts, top)
-        return assess_ranking(rows.numpy(), scores.numpy(), readable, self.classes, self.queries), False
+        rows, _ = merge_rankings(parts, top)
+        return assess_ranking(rows.numpy(), readable, self.classes, self.queries), False
 
     def _batches(self) -> Iterator[QueryBatch]:
         """This rank's queries, up to a signal; kept decoded as long as they fit in `CACHE_BYTES`."""

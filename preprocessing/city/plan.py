@@ -17,7 +17,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from preprocessing.city.buildings import cast, place_buildings
-from shards.console import JobError, WrongArguments
+from shards.console import JobError, check_ranges
 
 FIELD_OF_VIEW = 65.0
 """Horizontal field of view of every photo, degrees."""
@@ -61,22 +61,10 @@ class CitySettings:
     """JPEG quality, 1 to 100."""
 
     def __post_init__(self) -> None:
-        limits: dict[str, tuple[float, float]] = {
-            "seed": (0, 2**62),
-            "blocks": (1, 60),
-            "size": (64, 2048),
-            "years": (1, 40),
-            "headings": (1, 36),
-            "step": (1, 20),
-            "val_queries": (0, 1_000_000),
-            "test_queries": (0, 1_000_000),
-            "quality": (1, 100),
-        }
-        for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise WrongArguments(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must lie between {low:g} and {high:g}"
-                )
+        check_ranges(
+            self, seed=(0, 2**62), blocks=(1, 60), size=(64, 2048), years=(1, 40), headings=(1, 36), step=(1, 20),
+            val_queries=(0, 1_000_000), test_queries=(0, 1_000_000), quality=(1, 100),
+        )  # fmt: skip
 
 
 def stream(seed: int, *path: int | str) -> np.random.Generator:

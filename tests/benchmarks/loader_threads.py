@@ -10,11 +10,11 @@ import numpy as np
 import simplejpeg
 
 from shards import decode_cpu
-from shards.batch import BatchPlan, Source
+from shards.batch import BatchPlan, Supply
 from shards.dataset import Dataset
 from shards.index import open_index
 from shards.reader import ShardReader
-from shards.sampler import CropRange, IndexedSampler
+from shards.sampler import IndexedSampler
 
 THREADS = (1, 2, 4, 8, 16, 32)
 
@@ -23,8 +23,8 @@ def seconds_in_c(shards: Path, size: int) -> tuple[float, float]:
     """Median seconds of decoding and of cropping and resizing a photo, both without the interpreter's lock."""
     dataset = Dataset.open(shards)
     index = open_index(dataset.path, dataset.classes)
-    source = Source(IndexedSampler(index, 0), ShardReader(index), dataset.manifest.image_size, CropRange())
-    plan = BatchPlan(source, 0, np.arange(256), np.resize(dataset.classes.groups, 256))
+    supply = Supply(IndexedSampler(index, 0), ShardReader(index), dataset.manifest.image_size)
+    plan = BatchPlan(supply, 0, np.arange(256), np.resize(dataset.classes.groups, 256))
     out, decode, resize = np.empty((size, size, 3), np.uint8), [], []
     for i in range(len(plan)):
         jpeg, (left, top, width, height) = plan.encoded(i), plan.boxes[i].tolist()

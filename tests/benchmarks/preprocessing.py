@@ -78,11 +78,12 @@ FULL = Amount(distinct=1500, ours=3000, pillow=1000, compared=150, rounds=7, eac
 
 def make_task(photos: list[str]) -> ShardTask:
     places = [0.0] * len(photos)
-    return ShardTask(0, 0, 0, photos, [0] * len(photos), places, places)
+    unknown: list[None] = [None] * len(photos)
+    return ShardTask(0, 0, photos, [0] * len(photos), places, places, [*unknown], [*unknown])
 
 
 def ours(source: Path, photos: list[str], out: Path) -> None:
-    write_shard(make_task(photos), source, out, Resizer(SIZE, QUALITY), lambda *_: True)
+    write_shard(make_task(photos), [Source.of(source)], out, Resizer(SIZE, QUALITY), lambda *_: True)
 
 
 def pillow(source: Path, photos: list[str], out: Path) -> None:

@@ -65,7 +65,7 @@ def test_two_processes_under_accelerate_launch_train_validate_and_save(data: tup
     outcome = assess_run(tmp_path / "r", data[1])  # queries and heads of both processes
     curves = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
     step = checkpoint_step(weights.path)
-    for name, value in (("LR@1", outcome.recall[1]), ("median_error_m", np.median(outcome.ranking.distances[:, 0]))):
+    for name, value in (("LR@1", outcome.recall[1]), ("median_error_m", np.median(outcome.distances[:, 0]))):
         (found,) = (point.value for point in curves.Scalars(f"val/{name}") if point.step == step)
         assert found == pytest.approx(value)
 

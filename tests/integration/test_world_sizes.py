@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tiny import configure, train_here, write_dataset, write_queries
 
 from shards.loader import Batch, Loader
-from training.distributed import running_statistics
+from training.batch_norms import running_statistics
 from training.head_bank import HeadBank
 from training.scoring import QueryScores
 from training.validation import Validator
