@@ -1,6 +1,6 @@
 """Models for torch.hub: `torch.hub.load(REPOSITORY, "localiser", checkpoint="RUN")`."""
 
-dependencies = ["torch", "torchvision", "numpy", "pyarrow", "safetensors", "utm", "tyro", "PIL"]
+dependencies = ["torch", "torchvision", "numpy", "pyarrow", "safetensors", "utm", "tyro", "PIL", "fsspec", "tqdm"]
 
 from pathlib import Path  # noqa: E402
 

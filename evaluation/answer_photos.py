@@ -168,6 +168,8 @@ def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], lo
     summary = f"{count} answered" + (f", {len(failures):,} failed" if failures else "")
     found = localiser.calibration
     trust = (
-        f"calibrated on {found.count:,} queries" if found else "not calibrated (evaluate.py --val-queries does that)"
+        f"calibrated on {format_count(found.count, 'query')}"
+        if found
+        else "not calibrated (evaluate.py --val-queries does that)"
     )
     return "\n".join([*lines, f"{summary}; confidence {trust}"])

@@ -20,7 +20,7 @@ import numpy as np
 
 from evaluation.measures import percent, reliability
 from evaluation.ranking import RANKING_FORMS, RankingForm
-from shards.console import JobError
+from shards.console import JobError, format_count
 from shards.files import atomic_write_json, read_bytes
 
 CALIBRATION = "calibration.json"
@@ -67,12 +67,13 @@ class Calibration:
 
     def describe(self) -> str:
         """One line for the console."""
-        lr = ", ".join(f"{form} {value:.1f}" for form, value in self.lr_at_1.items())
         form = self.form
+        lr = ", ".join(f"{form} {value:.1f}" for form, value in self.lr_at_1.items())
+        before, after = self.error_before[form], self.error_after[form]
         return (
-            f"fitted to {self.count:,} queries of {self.queries}: {form} scores (LR@1 there within 25 m: {lr}), "
-            f"temperature {self.temperatures[form]:.2f} (calibration error there from {self.error_before[form]:.1f} to "
-            f"{self.error_after[form]:.1f} points)"
+            f"fitted to {format_count(self.count, 'query')} of {self.queries}: {form} scores (LR@1 there within 25 m: "
+            f"{lr}), temperature {self.temperatures[form]:.2f} (calibration error there from {before:.1f} to "
+            f"{after:.1f} points)"
         )
 
 
@@ -87,15 +88,21 @@ def fit(
     """Choose form and temperatures; `own` stays unless another form is surely better.
 
     `answers` by form: bool [Q], whether the first answer is right, and its confidence at each of `TEMPERATURES`,
-    float [Q, T]. The temperature is the one under which what happened is likeliest.
+    float [Q, T]. The temperature is the one under which what happened is likeliest, where one more answer of each kind,
+    right and wrong, is counted (Platt 1999, "Probabilistic outputs for support vector machines", 2.2): by a few answers
+    that are all right any confidence would be too low. Of equals it is the one nearest to 1.
     """
     temperatures: dict[RankingForm, float] = {}
     before: dict[RankingForm, float] = {}
     after: dict[RankingForm, float] = {}
     for form, (right, confidence) in answers.items():
         sure = confidence.astype(np.float64).clip(1e-6, 1 - 1e-6)
-        likelihood = np.where(right[:, None], np.log(sure), np.log1p(-sure)).mean(axis=0)
-        best = int(likelihood.argmax())
+        count_right, count_wrong = np.count_nonzero(right), np.count_nonzero(~right)
+        share = np.where(right, (count_right + 1) / (count_right + 2), 1 / (count_wrong + 2))[:, None]
+        likelihood = (share * np.log(sure) + (1 - share) * np.log1p(-sure)).mean(axis=0)
+        best = min(
+            np.flatnonzero(likelihood == likelihood.max()).tolist(), key=lambda at: abs(np.log(TEMPERATURES[at]))
+        )
         temperatures[form] = TEMPERATURES[best]
         after[form] = reliability(confidence[:, best], right)[1]
         before[form] = reliability(confidence[:, TEMPERATURES.index(1.0)], right)[1]

@@ -13,9 +13,9 @@ from typing import BinaryIO, Literal
 
 import numpy as np
 
-from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from shards import limits
+from shards.cell_index import CellIndex
 from shards.classes import cell_index
 from shards.console import JobError, format_bytes, format_count, printable
 from shards.dataset import Dataset

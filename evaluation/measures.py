@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.cell_index import CellIndex
+from shards.cell_index import CellIndex
 from shards.classes import cell_index, group_of
 
 CURVE_METRES = (5, 10, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 500, 750, 1000)

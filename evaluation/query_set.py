@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from evaluation.calibration import TEMPERATURES, Calibration, fit, temperature_of
-from evaluation.cell_index import CellIndex
 from evaluation.localiser import Localiser
 from evaluation.measures import (
     accuracy_by_group,
@@ -24,6 +23,7 @@ from evaluation.measures import (
     reliability,
 )
 from evaluation.ranking import OWN_FORMS, RANKING_FORMS, Answers, RankingForm, first_rank
+from shards.cell_index import CellIndex
 from shards.classes import ClassTable
 from training.distributed import World
 from training.queries import Queries, SetAside

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.cell_index import CellIndex
+from shards.cell_index import CellIndex
 from shards.classes import ClassTable
 from shards.console import progress_bar
 from training.heads import NORM_FLOOR, Head, ScoreForm, full_precision

@@ -208,7 +208,8 @@ def format_rows(rows: Sequence[Row], queries: int, outside: int) -> str:
         )
     images = rows[0].images if rows else 0
     lines.append(
-        f"\n{queries:,} queries one at a time on one thread, {images:,} images ({outside:,} of them in no class)"
+        f"\n{format_count(queries, 'query')} one at a time on one thread, {format_count(images, 'image')} "
+        f"({outside:,} of them in no class)"
     )
     return "\n".join(lines)
 

@@ -70,7 +70,11 @@ class Loader:
         index = open_index(dataset.path, dataset.classes)
         empty = [g for g, of_group in index.items() if not len(of_group.labels)]
         if empty:
-            raise JobError(f"{dataset.place}: group {empty[0]} has no photos; run shards/verify.py")
+            raise JobError(
+                f"{dataset.place}: group {empty[0]} has no photos: they were all set aside (quarantine.jsonl); fetch "
+                "them anew and run preprocessing/build_shards.py --retry-quarantined, or build another data set "
+                "with a smaller --N"
+            )
         self._slots = slots_of_rank(batch_size, rank, world_size)
         reader, photo_size = dataset.reader(index), dataset.manifest.image_size
         if mode == "stream":

@@ -53,6 +53,21 @@ def test_answers_that_are_sure_at_any_temperature_and_wrong_do_not_decide_it_alo
     assert sure.temperatures == fit({"raw": (right, confidence)}, "val", "raw").temperatures
 
 
+@pytest.mark.parametrize(("right", "likeliest"), [([True], 2 / 3), ([True] * 3, 4 / 5), ([False] * 2, 1 / 4)])
+def test_few_answers_that_are_all_right_or_all_wrong_do_not_make_the_confidence_extreme(
+    right: list[bool], likeliest: float
+) -> None:
+    log_odds = np.full((len(right), 1), 2.0 if right[0] else -2.0)
+    found = fit({"raw": (np.array(right), 1 / (1 + np.exp(-log_odds / np.array(TEMPERATURES))))}, "val", "raw")
+    confidence = 1 / (1 + np.exp(-log_odds[0, 0] / found.temperatures["raw"]))
+    assert confidence == pytest.approx(likeliest, abs=0.02)  # Laplace's rule of succession
+
+
+def test_answers_whose_confidence_no_temperature_changes_leave_it_at_1() -> None:
+    right = np.array([True, False, True])
+    assert fit({"raw": (right, np.ones((3, len(TEMPERATURES))))}, "val", "raw").temperatures == {"raw": 1.0}
+
+
 @pytest.mark.parametrize(
     ("gained", "lost", "form"), [(0, 0, "cosine"), (4, 0, "cosine"), (5, 0, "raw"), (40, 22, "raw"), (40, 26, "cosine")]
 )

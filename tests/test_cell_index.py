@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluation.cell_index import CellIndex
+from shards.cell_index import CellIndex
 from shards.classes import ClassTable
 
 

@@ -215,6 +215,29 @@ def test_torch_hub_loads_a_run_from_the_checkout(tmp_path: Path) -> None:
     assert model(torch.zeros(1, 3, 32, 40)).shape == (1, 32)
 
 
+def test_torch_hub_asks_for_every_package_that_a_loaded_model_imports(
+    tmp_path: Path,
+) -> None:
+    run, photo = write_run(tmp_path / "run"), next(write_queries(tmp_path / "queries").iterdir())
+    script = f"""
+import builtins, sys
+real, asked = builtins.__import__, set()
+def noting(name, globals=None, *rest):
+    ours = str((globals or {{}}).get("__name__")).partition(".")[0] in ("shards", "training", "evaluation", "hubconf")
+    asked.update([name.partition(".")[0]] if ours else [])
+    return real(name, globals, *rest)
+builtins.__import__ = noting
+import hubconf
+from pathlib import Path
+localiser = hubconf.localiser({str(run)!r})
+localiser.answer(localiser.describe([Path({str(photo)!r})]).vectors)
+ours = {{"shards", "training", "evaluation", "hubconf"}}
+print(*sorted(asked - set(sys.stdlib_module_names) - ours - set(hubconf.dependencies)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_a_name_that_is_neither_folder_nor_repository_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="no such folder"):
         Localiser.from_pretrained(tmp_path / "absent")

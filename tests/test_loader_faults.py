@@ -13,10 +13,14 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+from conftest import HERE, SETTINGS
+from photos import write_photos
 from present import present
 from test_loader import DECODERS, make_loader, same, take
 from tiny import write_dataset
 
+from preprocessing.build import build
+from preprocessing.updates import retry_quarantined
 from shards.console import JobError
 from shards.dataset import Dataset
 from shards.decode_cpu import CpuDecoder
@@ -183,6 +187,18 @@ def test_too_many_bad_photos_stop_training_with_a_clear_error(dataset, tmp_path,
         take(make_loader(emptied, decoder=decoder), 0, 50)
     failed, tried = map(int, present(re.search(r"(\d+) of the last (\d+) photos", str(stopped.value))).groups())
     assert 20 < failed <= tried
+
+
+def test_a_group_whose_photos_were_all_bad_is_told_with_a_way_out_that_leads_there(tmp_path):
+    photos = write_photos(tmp_path / "photos", cells=2)
+    for photo in photos[:12]:
+        photo.write_bytes(photo.read_bytes()[:300])
+    build(tmp_path / "photos", tmp_path / "city", SETTINGS, replace(HERE, max_bad_share=0.5))
+    with pytest.raises(JobError, match=r"group 0 has no photos.*quarantine\.jsonl.*--retry-quarantined"):
+        make_loader(Dataset.open(tmp_path / "city"))
+    write_photos(tmp_path / "photos", cells=2)
+    retry_quarantined(tmp_path / "city", HERE)
+    assert take(make_loader(Dataset.open(tmp_path / "city")), 0, 1)
 
 
 def test_a_disk_that_fails_after_weeks_stops_training_as_soon_as_one_that_fails_early(dataset):

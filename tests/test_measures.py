@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tiny import SOUTH, WEST, class_table
 
-from evaluation.cell_index import CellIndex
 from evaluation.measures import accuracy_by_group, chance_recall, error_quantiles, recall_curve, reliability
+from shards.cell_index import CellIndex
 
 
 @pytest.mark.parametrize("near", [0, 1, 2, 5])

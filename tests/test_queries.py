@@ -233,6 +233,26 @@ def test_photos_are_the_same_set_by_another_list_and_in_another_place(tmp_path: 
     assert list_queries(write_list(tmp_path / "m.csv", path=names, **place), 10).fingerprint() != same.fingerprint()
 
 
+def test_photos_of_one_size_in_bytes_are_told_apart_by_what_they_hold(tmp_path: Path) -> None:
+    sets = []
+    for name in ("a", "b", "c"):
+        folder = tmp_path / name
+        folder.mkdir()
+        for i in range(2):
+            Image.new("RGB", (40, 30), (i, 0, name == "b")).save(folder / f"{i}.bmp")  # no compression: all of one size
+        lines = ["path,east,north", *(f"{i}.bmp,550000,4178000" for i in range(2))]
+        (folder / "list.csv").write_text("\n".join(lines))
+        sets.append(list_queries(folder / "list.csv", 10).fingerprint())
+    assert sets[0] == sets[2] != sets[1]
+
+
+def test_the_fingerprint_waits_for_no_pipe_and_needs_no_photo(tmp_path: Path) -> None:
+    save(tmp_path / "@550000@4178000@.jpg")
+    os.mkfifo(tmp_path / "@550001@4178000@.jpg")
+    (tmp_path / "@550002@4178000@.jpg").symlink_to("gone")
+    assert list_queries(tmp_path, 10).fingerprint()
+
+
 def test_what_is_no_regular_file_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "folder.jpg").mkdir()

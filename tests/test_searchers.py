@@ -10,11 +10,11 @@ from tiny import SOUTH, WEST, class_table
 from tiny_run import store_calibration, write_run
 
 from evaluation import retrieve
-from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images
 from evaluation.localiser import Localiser
 from evaluation.ranking import RankingForm
 from evaluation.searchers import BestOfCells, CellSearcher, FaissSearcher
+from shards.cell_index import CellIndex
 from training.heads import HeadKind, ScoreForm
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import class_table, configure, fill, small_disk, train_here, write_dataset, write_queries
 
-from evaluation.cell_index import CellIndex
+from shards.cell_index import CellIndex
 from shards.console import JobError, WrongArguments
 from training.progress import Timing
 from training.queries import list_queries

@@ -372,7 +372,7 @@ def test_an_unreadable_validation_query_is_named_and_left_out(
     (folder / bad.name).write_bytes(bad.read_bytes()[:-300])
     train_here(configure(shards, tmp_path / "r", val_queries=folder))
     printed = capsys.readouterr().out
-    assert printed.count("1 validation queries cannot be read") == 1
+    assert printed.count("1 validation query cannot be read") == 1
     assert bad.name in printed
 
 
@@ -385,7 +385,7 @@ def test_no_usable_validation_query_is_a_clear_error(shards: Path, tmp_path: Pat
     with pytest.raises(JobError, match=rf"none of its photos can be read \(.*@{WEST}@{SOUTH}@\.jpg: an empty file\)"):
         train_here(configure(shards, tmp_path / "r", val_queries=tmp_path / "q"))
     next((tmp_path / "q").iterdir()).rename(tmp_path / "q" / f"@{WEST}@{SOUTH + 3_000_000}@.jpg")
-    away = r"the nearest of 1 validation queries lies 3,000 km outside the classes \(UTM zone 10 north, metres\)"
+    away = r"within 25 m of a class's centre \(the nearest: 3,000 km; UTM zone 10 north, metres\)"
     with pytest.raises(JobError, match=away):
         train_here(configure(shards, tmp_path / "r", val_queries=tmp_path / "q"))
 

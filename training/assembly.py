@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from shards.classes import ClassTable
-from shards.console import JobError, WrongArguments, format_count
+from shards.console import JobError, WrongArguments
 from shards.dataset import Dataset
 from shards.loader import Loader
 from shards.sampler import Schedule
@@ -52,33 +52,6 @@ def make_world(accelerator: Accelerator) -> World:
     """This process among those of its launch; JobError where GPUs are missing."""
     check_gpus(accelerator.device)
     return World(accelerator.process_index, accelerator.num_processes, accelerator.device)
-
-
-def launch_warning(world: World) -> str | None:
-    """`accelerate launch --cpu --num_processes N` starts one process only; say so, and what starts N."""
-    if world.size == 1 and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        return (
-            "warning: the launcher was asked for several processes and started one; on the CPU use "
-            "accelerate launch --config_file launch/cpu.yaml --num_processes N training/train.py ... or "
-            "torchrun --standalone --nproc_per_node N -- training/train.py ..."
-        )
-    return None
-
-
-def stream_warning(config: TrainConfig, classes: ClassTable) -> str | None:
-    """A window of few runs for a group's classes mixes photos badly; say so, and what mixes them better."""
-    if config.read != "stream":
-        return None
-    groups = classes.groups
-    at_once = len(groups) if config.schedule == "joint" else 1
-    runs, most = config.stream_window // (config.stream_run * at_once), max(classes.count(g) for g in groups)
-    if most <= runs:
-        return None
-    return (
-        f"warning: --read stream holds {format_count(runs, 'run')} of each group at a time where one has "
-        f"{format_count(most, 'class')}: it may be less accurate than with --read indexed; a larger --stream-window "
-        "or a smaller --stream-run mixes better"
-    )
 
 
 def check_against_world(config: TrainConfig, world: World, groups: int) -> None:

@@ -114,7 +114,8 @@ def _imagenet(name: str) -> Mapping[str, Any]:
             ) from error
         raise JobError(
             f"ImageNet weights of {name} cannot be downloaded ({first_line(error)}): fetch {pretrained.url} "
-            f"elsewhere and place it at {cached}, or name it by --weights FILE, or start from --weights none"
+            f"elsewhere and place it at {cached}, or name it by --weights FILE, or start from --weights none "
+            "--freeze-until 0"
         ) from error
     return state
 

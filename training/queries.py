@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +23,8 @@ from shards.photo_list import BACKSLASHES, is_list, read_list
 from shards.photo_tree import walk_photos
 from shards.plane import Places, into_zone, join_at_equator, nowhere_in
 from shards.upright import UnreadablePhoto, open_photo, upright_rgb
+
+_MIDDLE = 4096  # bytes
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ class Queries:
         return [SetAside(self.paths[i], self.unplaced.get(i, "no coordinates in its name")) for i in rows]
 
     def fingerprint(self) -> str:
-        """A hash of the located photos' sizes: the same wherever they lie, by whatever names or list they are given."""
-        sizes = [size for i in np.flatnonzero(self.located) if (size := _size(self.paths[i])) is not None]
-        return hashlib.sha256(repr(sorted(sizes)).encode()).hexdigest()[:16]
+        """A hash of the located photos: the same wherever they lie, by whatever names or list they are given."""
+        marks = [mark for i in np.flatnonzero(self.located) if (mark := _mark(self.paths[i])) is not None]
+        return hashlib.sha256(repr(sorted(marks)).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,20 @@ def _size(path: Path) -> int | None:
     try:
         return path.stat().st_size
     except (OSError, ValueError):  # ValueError: a NUL character in a list's path
+        return None
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """Bytes of a photo and a checksum of some in its middle (photos without compression, such as BMP, are of one size);
+    None where there is none to read."""
+    try:
+        facts = path.stat()
+        if not stat.S_ISREG(facts.st_mode):  # nobody may ever write into a pipe
+            return None
+        with path.open("rb") as file:
+            file.seek(facts.st_size // 2)
+            return facts.st_size, zlib.crc32(file.read(_MIDDLE))
+    except (OSError, ValueError):
         return None
 
 

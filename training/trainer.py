@@ -14,16 +14,15 @@ from shards.console import JobError, describe_os_error, format_count, format_dur
 from shards.dataset import Dataset
 from shards.loader import Batch
 from shards.workers import cores_of_process
+from training.advice import warnings_of
 from training.assembly import (
     check_against_world,
-    launch_warning,
     make_accelerator,
     make_engine,
     make_loader,
     make_profiler,
     make_world,
     profile_folder,
-    stream_warning,
 )
 from training.batch_norms import averaged_batch_norms
 from training.checkpoint import best_checkpoint, list_checkpoints
@@ -53,7 +52,7 @@ class Trainer:
         self.accelerator, self.config = make_accelerator(config)
         config = self.config
         self.world = make_world(self.accelerator)
-        self.classes = dataset.classes
+        self.classes, self.photo_size = dataset.classes, dataset.manifest.image_size
         self.groups = dataset.classes.groups
         check_against_world(config, self.world, len(self.groups))
         self.schedule = make_schedule(
@@ -309,19 +308,14 @@ class Trainer:
     def _description(self) -> str:
         config, model = self.config, self.engine.model
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        warnings = (launch_warning(self.world), stream_warning(config, self.classes))
-        lines = [warning for warning in warnings if warning]
-        lines += [
+        begins = self.progress.step == 0 and config.init_from is None
+        lines = [
+            *warnings_of(config, self.classes, self.photo_size, self.world, begins=begins),
             f"{config.backbone}, {config.head} heads of {format_count(len(self.groups), 'group')} "
             f"with {format_count(len(self.classes), 'class')}, {trained:,} trained parameters in the model",
             f"{config.schedule} schedule, {format_count(self.world.size, 'process')} on {self.world.device.type}, "
             f"{config.precision}, batch {config.batch_size}, {format_count(self.total_steps, 'step')}",
         ]
-        if config.warmup_steps >= self.total_steps:
-            lines.append(
-                f"warning: --warmup-steps {config.warmup_steps} of {format_count(self.total_steps, 'step')}: the "
-                "learning rate never gets to --lr"
-            )
         if self.validator is None:
             lines.append(
                 "no validation queries (--val-queries): the best checkpoint is the one of the lowest mean loss"

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from shards.cell_index import CellIndex
 from shards.classes import ClassTable
-from shards.console import JobError
+from shards.console import JobError, format_count
 from training.distributed import World
 from training.head_bank import HeadBank
 from training.interruption import Interruption
@@ -18,6 +19,7 @@ from training.presets import TrainConfig
 from training.queries import Queries, QueryBatch, list_queries, query_size, read_queries
 from training.scoring import (
     RECALL_NS,
+    THRESHOLD_METRES,
     QueryScores,
     assess_ranking,
     describe_batches,
@@ -26,7 +28,7 @@ from training.scoring import (
 )
 
 CACHE_BYTES = 256 << 20
-_BEYOND_METRES = 1000.0
+_BEYOND_METRES = 10_000.0  # of these and more kilometres are told
 
 
 class Validator:
@@ -50,25 +52,27 @@ class Validator:
             unlocated = self.queries.unlocated(np.ones(len(self.queries), bool))
             reason = (*unlocated, *self.queries.set_aside)[0].reason
             raise JobError(f"{config.val_queries}: no validation query has usable coordinates ({reason})")
-        self._check_place()
+        self.answerable = self._count_answerable()
         self._check_readable()
         self.mine = np.arange(world.rank, len(self.queries), world.size)
         self.cache: list[QueryBatch] | None = None
         self.unreadable: dict[int, str] = {}
         self.told = False
 
-    def _check_place(self) -> None:
-        """Raise JobError where all queries lie beyond the city: LR@N would be 0 to the end."""
+    def _count_answerable(self) -> int:
+        """How many queries some class could answer; JobError where none, since LR@N would be 0 to the end."""
         east, north = (axis[self.queries.located] for axis in (self.queries.east, self.queries.north))
-        west, south = self.classes.cell_east.min(), self.classes.cell_north.min()
-        away = np.maximum(np.maximum(west - east, east - self.classes.cell_east.max()), south - north)
-        away = np.maximum(away, north - self.classes.cell_north.max())
-        if away.min() > _BEYOND_METRES:
-            raise JobError(
-                f"{self.config.val_queries}: the nearest of {len(away):,} validation queries lies "
-                f"{round(away.min() / 1000):,} km outside the classes ({self.classes.crs}): another city, zone or "
-                "hemisphere"
-            )
+        count = int(np.count_nonzero(CellIndex(self.classes).count_near(east, north, THRESHOLD_METRES)))
+        if count:
+            return count
+        centers = self.classes.centers()
+        nearest = min(float(np.hypot(*(centers - place).T).min()) for place in np.stack([east, north], axis=1))
+        away = f"{nearest:,.1f} m" if nearest < _BEYOND_METRES else f"{nearest / 1000:,.0f} km"
+        raise JobError(
+            f"{self.config.val_queries}: none of {format_count(len(east), 'validation query')} lies within "
+            f"{THRESHOLD_METRES:g} m of a class's centre (the nearest: {away}; {self.classes.crs}): streets without "
+            "classes, or another city, zone or hemisphere"
+        )
 
     def _check_readable(self) -> None:
         """Raise JobError where no photo with a place can be read; else one is decoded."""
@@ -140,13 +144,21 @@ class Validator:
         self.told = True
         index, reason = min(self.unreadable.items())
         path = self.queries.paths[index]
-        return f"{len(self.unreadable)} validation queries cannot be read (left out): {path}: {reason}"
+        count = format_count(len(self.unreadable), "validation query")
+        return f"{count} cannot be read (left out): {path}: {reason}"
 
     def describe_set(self) -> str:
         """One line about the queries, for the console."""
         queries = self.queries
-        unlocated = len(queries) - int(queries.located.sum())
+        located = int(queries.located.sum())
+        unlocated, far = len(queries) - located, located - self.answerable
         notes = [f"{unlocated} without coordinates (left out)" if unlocated else ""]
         notes += [f"{queries.reprojected} of another UTM zone (reprojected)" if queries.reprojected else ""]
         notes += [f"{len(queries.set_aside)} set aside ({queries.set_aside[0].reason})" if queries.set_aside else ""]
-        return f"{len(queries):,} validation queries" + "".join(f", {note}" for note in notes if note)
+        notes += [
+            f"{far:,} of them farther than {THRESHOLD_METRES:g} m from every class "
+            f"(LR@N is at most {100 * self.answerable / located:.1f} %)"
+            if far
+            else ""
+        ]
+        return format_count(len(queries), "validation query") + "".join(f", {note}" for note in notes if note)

@@ -31,12 +31,12 @@ from PIL import Image
 from torch.nn import functional as F
 
 from evaluation.answer_photos import Request, answer_photos
-from evaluation.cell_index import CellIndex
 from evaluation.gallery import Gallery, Images
 from evaluation.localiser import Localiser
 from evaluation.ranking import ClassRanker, first_rank
 from evaluation.retrieve import measure
 from evaluation.searchers import BestOfCells, CellSearcher, FaissSearcher, Searcher, load_faiss
+from shards.cell_index import CellIndex
 from shards.classes import ClassTable
 from shards.console import entry
 from shards.files import atomic_write_json

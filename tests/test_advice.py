@@ -1,0 +1,69 @@
+"""Settings that are seldom meant are told at a run's start, and only those."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import class_table, configure, train_here
+
+from training.advice import warnings_of
+from training.distributed import World
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+def told(tmp_path: Path, *, side: int = 4, photo_size: int = 32, begins: bool = True, **values: object) -> list[str]:
+    """The warnings of a run on `side` x `side` cells in four groups."""
+    config = configure("shards", tmp_path / "r", **{"epochs": 4, **values})
+    return warnings_of(config, class_table(side), photo_size, ALONE, begins=begins)
+
+
+def test_a_usual_run_is_told_nothing(tmp_path: Path) -> None:
+    assert told(tmp_path) == []
+
+
+@pytest.mark.parametrize(("epochs", "left"), [(1, 3), (3, 1), (4, 0), (9, 0)])
+def test_epochs_that_leave_groups_without_training_are_told(tmp_path: Path, epochs: int, left: int) -> None:
+    said = told(tmp_path, epochs=epochs)
+    assert [f"{left} of 4 groups are never trained" in line for line in said] == [True] * bool(left)
+    assert told(tmp_path, epochs=epochs, schedule="joint") == []
+
+
+def test_random_weights_that_are_frozen_are_told_unless_others_take_their_place(tmp_path: Path) -> None:
+    (said,) = told(tmp_path, freeze_until=3)
+    assert "the first 3 children of the backbone keep random weights" in said
+    assert "--freeze-until 0" in said
+    assert told(tmp_path, freeze_until=3, begins=False) == []
+    assert told(tmp_path, freeze_until=3, weights="imagenet") == []
+    assert told(tmp_path, freeze_until=0) == []
+
+
+def test_photos_smaller_than_the_crops_are_told(tmp_path: Path) -> None:
+    (said,) = told(tmp_path, photo_size=24)
+    assert "--image-size 32: enlarges the data set's photos of 24 pixels" in said
+    assert told(tmp_path, photo_size=48) == []
+
+
+def test_groups_of_a_single_class_are_told(tmp_path: Path) -> None:
+    (said,) = told(tmp_path, side=2)
+    assert "4 of 4 groups have a single class" in said
+    assert told(tmp_path, side=3)[0].startswith("warning: 1 of 4 groups has a single class")
+    (said,) = told(tmp_path, side=1)
+    assert "a single class" in said
+    assert "group" not in said
+
+
+def test_a_training_prints_its_warnings_before_its_first_step_and_a_resumed_one_not_those_of_its_beginning(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few: dict[str, object] = {"epochs": 1, "iterations_per_epoch": 1, "freeze_until": 1}
+    train_here(configure(shards, tmp_path / "r", **few))
+    printed = capsys.readouterr().out
+    assert printed.index("3 of 4 groups are never trained") < printed.index("sequential schedule")
+    assert "keep random weights" in printed
+    train_here(configure(shards, tmp_path / "r", resume=True, **few | {"epochs": 2}))
+    printed = capsys.readouterr().out
+    assert "2 of 4 groups are never trained" in printed
+    assert "random weights" not in printed
+    train_here(configure(shards, tmp_path / "r2", init_from=tmp_path / "r", **few))
+    assert "random weights" not in capsys.readouterr().out
