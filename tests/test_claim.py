@@ -18,6 +18,7 @@ from preprocessing.build import build
 from preprocessing.claim import TaskLock
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
+from shards.checksums import seal
 from shards.console import JobError
 from shards.layout import PLAN, PROVENANCE
 from shards.locks import at_work
@@ -64,6 +65,7 @@ def test_an_addition_to_a_data_set_whose_plan_is_lost_names_the_way_out(built, t
     fields = {name: value for name, value in json.loads(plan).items() if name != "source"}
     for damage, line in ((None, "missing"), (json.dumps(fields), "'source' is missing")):
         (built / PLAN).unlink() if damage is None else (built / PLAN).write_text(damage)
+        seal(built)
         with pytest.raises(JobError, match=rf"plan.json: {line}; run the command that made the data set once more"):
             add(Source.of(tmp_path / "photos"), built, HERE)
         build(tmp_path / "photos", built, SETTINGS, HERE)
