@@ -124,6 +124,17 @@ def test_the_headline_is_that_of_the_row_chosen_and_names_it(report: Path, page:
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+def test_numbers_are_rounded_as_in_the_console_and_nouns_follow_them(page: Page) -> None:
+    for value, digits in [(21.25, 1), (0.05, 1), (61.35, 1), (2.5, 0), (100.0, 1), (0.125, 2), (1234.5678, 2)]:
+        assert page.evaluate(f"number({value}, {digits})") == f"{value:.{digits}f}"
+    assert page.evaluate("number(null)") == "–"
+    assert page.evaluate("[1, 2, 1234].map((n) => count(n, 'cell'))") == ["1 cell", "2 cells", "1,234 cells"]
+    page.evaluate("view.row.scored = 0; drawHistogram(view)")
+    assert page.evaluate("$('error-note').textContent") == "No query with a known place."
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
 def test_map_and_histogram_count_as_right_what_the_results_count(report: Path, page: Page) -> None:
     for number, row in enumerate(json.loads((report.parent / "results.json").read_text())["rows"]):
         page.evaluate(f"openRow({number})")

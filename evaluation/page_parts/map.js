@@ -10,8 +10,14 @@ function el(tag, attributes = {}, ...children) {
   node.append(...children.map((child) => (child instanceof Node ? child : String(child))));
   return node;
 }
-const number = (value, digits = 1) => (value === null || value === undefined ? "–" : value.toFixed(digits));
-const count = (value) => value.toLocaleString("en-US");
+// Ties go to the even digit, as in the console's tables: 21.25 is 21.2. What so few bits do not hold is none: 0.05.
+function number(value, digits = 1) {
+  if (value === null || value === undefined) return "–";
+  const scaled = value * 10 ** digits, few = Number.isInteger(value * 2 ** (digits + 1));
+  const tie = few && !Number.isInteger(scaled) && Number.isInteger(2 * scaled);
+  return (tie ? (2 * Math.round(scaled / 2)) / 10 ** digits : value).toFixed(digits);
+}
+const count = (value, noun = "") => value.toLocaleString("en-US") + (noun && ` ${noun}${value === 1 ? "" : "s"}`);
 const metres = (value) =>
   value === null ? "unknown" : value >= 10000 ? `${(value / 1000).toFixed(1)} km` : `${value.toFixed(value < 10 ? 1 : 0)} m`;
 const groupColour = (group, alpha) => `hsl(${(215 + group * 137.5) % 360} 55% 55% / ${alpha})`;

@@ -46,7 +46,7 @@ function drawSummary(row) {
   $("summary").textContent = (several ? `${nameOf(row)}: ` : "") + (row.scored ?
     `${several ? "of" : "Of"} ${count(row.scored)} query photos ${number(row[`lr_at_${n}`])} % are placed within ${row.threshold_m} m ` +
     `${n === 1 ? "at the first answer" : `by one of the first ${n} answers`} (chance ${number(row.chance[`lr_at_${n}`])} %), ` +
-    `among ${count(row.classes)} cells in ${row.groups} groups.` + (row.fitted ? " Form and confidence are fitted to these very queries." : "")
+    `among ${count(row.classes, "cell")} in ${count(row.groups, "group")}.` + (row.fitted ? " Form and confidence are fitted to these very queries." : "")
     : "no query with a known place");
 }
 
@@ -92,8 +92,9 @@ function drawHistogram(view) {
   });
   label(svg, (left + right) / 2, 252, "metres from the first answer to the true position");
   $("histogram").replaceChildren(svg);
-  $("error-note").textContent = `Half of the queries are at most ${metres(view.row.median_error_m)} off, 90 % at most ` +
-    `${metres(view.row.p90_error_m)}; the mean is ${metres(view.row.mean_error_m)}. Green: within ${threshold} m.`;
+  $("error-note").textContent = view.row.scored ? `Half of the queries are at most ${metres(view.row.median_error_m)} off, ` +
+    `90 % at most ${metres(view.row.p90_error_m)}; the mean is ${metres(view.row.mean_error_m)}. Green: within ${threshold} m.`
+    : "No query with a known place.";
 }
 
 function drawCurve(view) {
