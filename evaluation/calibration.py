@@ -67,13 +67,10 @@ class Calibration:
 
     def describe(self) -> str:
         """One line for the console."""
-        form = self.form
         lr = ", ".join(f"{form} {value:.1f}" for form, value in self.lr_at_1.items())
-        before, after = self.error_before[form], self.error_after[form]
         return (
-            f"fitted to {format_count(self.count, 'query')} of {self.queries}: {form} scores (LR@1 there within 25 m: "
-            f"{lr}), temperature {self.temperatures[form]:.2f} (calibration error there from {before:.1f} to "
-            f"{after:.1f} points)"
+            f"fitted to {format_count(self.count, 'query')} of {self.queries}: {self.form} scores (LR@1 there within "
+            f"25 m: {lr}), temperature {self.temperatures[self.form]:.2f}"
         )
 
 
