@@ -98,7 +98,7 @@ def fit(
         share = np.where(right, (count_right + 1) / (count_right + 2), 1 / (count_wrong + 2))[:, None]
         likelihood = (share * np.log(sure) + (1 - share) * np.log1p(-sure)).mean(axis=0)
         best = min(
-            np.flatnonzero(likelihood == likelihood.max()).tolist(), key=lambda at: abs(np.log(TEMPERATURES[at]))
+            np.flatnonzero(~(likelihood < likelihood.max())).tolist(), key=lambda at: abs(np.log(TEMPERATURES[at]))
         )
         temperatures[form] = TEMPERATURES[best]
         after[form] = reliability(confidence[:, best], right)[1]

@@ -57,10 +57,10 @@ class State:
 
     @staticmethod
     def of_plan(plan: Plan, source: Source) -> "State":
-        """The state after the first build."""
+        """The state after the first build, from `source`."""
         skipped = photo_table(plan.paths.take(pa.array(plan.skipped)), plan.places, plan.skipped)
         codec = plan.settings.facts()["codec"]
-        return State(source, plan.settings, codec, plan.fingerprint, plan.classes, skipped, plan.bad, [])
+        return State(source.resolved(), plan.settings, codec, plan.fingerprint, plan.classes, skipped, plan.bad, [])
 
     @staticmethod
     def of_dataset(out: Path) -> "State":
@@ -73,9 +73,9 @@ class State:
 
     @property
     def sources(self) -> list[Source]:
-        """Where samples are from, by the number that their names begin with; by absolute paths, as revisions have them,
+        """Where samples are from, by the number that their names begin with; by the absolute paths that were noted,
         among which the first one is again where it grew."""
-        return list(dict.fromkeys([self.source.resolved(), *(r.source for r in self.revisions if r.source)]))
+        return list(dict.fromkeys([self.source, *(r.source for r in self.revisions if r.source)]))
 
     def after(self, revisions: list[Revision]) -> "State":
         """The state after the last of `revisions`, all there are."""

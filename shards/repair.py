@@ -137,8 +137,9 @@ def _build(dataset: Path, stems: list[str], broken: set[str], source: str | None
     command = [sys.executable, str(BUILD), "--source", str(source), "--out", str(dataset), "--workers", str(workers)]
     if plan["codec"].startswith(GPU_CODEC):
         command += ["--codec", "gpu"]
-    if "source" in plan and plan.get("root") == str(Path(plan["source"]).parent):
-        plan["root"] = None  # a list may have moved, and its photos with it
+    beside_list = "source" in plan and plan.get("root") == str(Path(plan["source"]).parent)
+    if beside_list and not Path(plan["root"]).is_dir():
+        plan["root"] = None  # the list has moved, and its photos with it
     for name, value in plan.items():
         if name not in _NOT_SETTINGS and value is not None:
             command += [flag_of(name), str(value)]

@@ -63,9 +63,12 @@ def test_few_answers_that_are_all_right_or_all_wrong_do_not_make_the_confidence_
     assert confidence == pytest.approx(likeliest, abs=0.02)  # Laplace's rule of succession
 
 
-def test_answers_whose_confidence_no_temperature_changes_leave_it_at_1() -> None:
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("confidence", [1.0, np.nan])
+def test_answers_whose_confidence_no_temperature_changes_leave_it_at_1(confidence: float) -> None:
     right = np.array([True, False, True])
-    assert fit({"raw": (right, np.ones((3, len(TEMPERATURES))))}, "val", "raw").temperatures == {"raw": 1.0}
+    confidences = np.full((3, len(TEMPERATURES)), confidence)
+    assert fit({"raw": (right, confidences)}, "val", "raw").temperatures == {"raw": 1.0}
 
 
 @pytest.mark.parametrize(

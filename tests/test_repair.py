@@ -169,14 +169,19 @@ def test_repair_takes_the_photos_from_a_url(tmp_path):
     assert contents(out) == before
 
 
-def test_repair_takes_the_photos_of_a_list_that_moved_with_them(tmp_path):
+@pytest.mark.parametrize("with_photos", [True, False])
+def test_repair_finds_the_photos_of_a_list_that_moved_with_or_without_them(tmp_path, with_photos):
     names = write_listed(tmp_path / "here" / "photos")
     columns = {"east": [500003.0 + i % 12 for i in range(24)], "north": [4180003.0] * 24}
     place = write_csv(tmp_path / "here" / "list.csv", path=[f"photos/{name}" for name in names], **columns)
     out = tmp_path / "out"
     build(Source.of(place), out, SETTINGS, HERE)
     before = contents(out)
-    (tmp_path / "here").rename(tmp_path / "there")
+    if with_photos:
+        place.parent.rename(tmp_path / "there")
+    else:
+        (tmp_path / "there").mkdir()
+        place.rename(tmp_path / "there" / place.name)
     (out / TAR).unlink()
     repair(out, verify(out), str(tmp_path / "there" / "list.csv"), 1)
     after = contents(out)

@@ -309,6 +309,14 @@ def test_a_jpeg_of_very_many_scans_is_refused_before_it_is_decoded(kind):
         RESIZER(bytes(data[:scan] + data[scan:-2] * 100 + data[-2:]))
 
 
+@pytest.mark.parametrize("marker", [0x01, 0x02, 0xBF])
+def test_scans_do_not_hide_behind_a_marker_that_has_no_length(marker):
+    data = saved(Image.fromarray(picture(128, 1)), format="JPEG", progressive=True)
+    scans = bytes([0xFF, marker]) + data[data.rindex(b"\xff\xda") : -2] * 100
+    with pytest.raises(BadPhoto, match="more than 64 scans"):
+        RESIZER(data[:-2] + scans + data[-2:])
+
+
 def test_further_scans_after_a_whole_one_are_refused():
     data = jpeg(128, 1)
     with pytest.raises(BadPhoto, match="unreadable"):

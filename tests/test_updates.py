@@ -17,6 +17,7 @@ from test_build import COMMAND, contents, quarantine
 from preprocessing.build import build
 from preprocessing.build_shards import main
 from preprocessing.engine import run_tasks
+from preprocessing.finishing import State
 from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
@@ -220,6 +221,17 @@ def test_a_source_keeps_its_number_where_the_first_one_grew_and_is_named_by_a_re
     assert quarantine(begun) == {}
     assert samples(begun) == before
     sound(begun)
+
+
+def test_a_source_keeps_its_number_where_the_first_one_grew_and_a_link_took_its_place(begun, tmp_path):
+    write_cell(tmp_path / "photos", 2, 5, first=100)
+    add(Source.of(tmp_path / "photos"), begun, HERE)
+    write_cell(tmp_path / "more", 0, 3, first=100)
+    add(Source.of(tmp_path / "more"), begun, HERE)
+    before = State.of_dataset(begun).sources
+    (tmp_path / "photos").rename(tmp_path / "elsewhere")
+    (tmp_path / "photos").symlink_to(tmp_path / "elsewhere")
+    assert State.of_dataset(begun).sources == before
 
 
 @pytest.mark.parametrize(
