@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -365,9 +366,12 @@ def _run(tasks: Sequence[Callable[[], ShardReport]], workers: int) -> Iterator[S
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, follow_parent, (os.getpid(),))
     try:
-        with ctrl_c_held_back():
-            running: set[Future[ShardReport]] = {pool.submit(task) for task in tasks}
-        while running:
+        waiting, running = iter(tasks), set[Future[ShardReport]]()
+        while True:
+            with ctrl_c_held_back():
+                running |= {pool.submit(task) for task in islice(waiting, 2 * workers - len(running))}
+            if not running:
+                return
             done = finished(pool, running, _POLL_SECONDS)
             running -= done
             for future in done:

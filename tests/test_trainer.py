@@ -324,6 +324,10 @@ def test_one_gpu_for_several_processes_is_one_line_unless_each_may_see_another(m
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert make_world(here).size == 2  # by srun, say, with a GPU for each task
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert make_world(here).size == 2  # by a script that shows each process its own
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     with pytest.raises(JobError, match="2 processes were started here for 1 GPU; give --num_processes 1 "):
         make_world(here)
 

@@ -91,11 +91,12 @@ class World:
 def check_gpus(device: torch.device) -> None:
     """JobError where this machine's processes are more than its GPUs, of which NCCL wants one for each.
 
-    A process that sees one GPU may have it to itself: Slurm can hide the others. torchrun, and with it accelerate
-    launch, shows all its processes the same.
+    A process that sees one GPU may have it to itself: Slurm can hide the others, and so can a script between torchrun
+    and Python. By itself torchrun, and with it accelerate launch, shows all its processes the same.
     """
     processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-    alike = gpus > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    own = os.environ.get("CUDA_VISIBLE_DEVICES", "") == os.environ.get("LOCAL_RANK")
+    alike = gpus > 1 or ("TORCHELASTIC_RUN_ID" in os.environ and not own)
     if device.type == "cuda" and alike and gpus < processes:
         raise JobError(
             f"{processes} processes were started here for {format_count(gpus, 'GPU')}; give --num_processes {gpus} "

@@ -71,7 +71,8 @@ class Validator:
         raise JobError(
             f"{self.config.val_queries}: none of {format_count(len(east), 'validation query')} lies within "
             f"{THRESHOLD_METRES:g} m of a class's centre (the nearest: {away}; {self.classes.crs}): streets without "
-            "classes, or another city, zone or hemisphere"
+            f"classes, cells that are too large (M is {self.classes.M}), or another city, zone or "
+            "hemisphere; leave out --val-queries to train without"
         )
 
     def _check_readable(self) -> None:
