@@ -6,7 +6,8 @@ as many classes as it takes, and the photos handed out shuffled. Each round visi
 random order. A class goes on where its last run ended; its first run starts at a random photo. So every slot's class
 and photo are uniform, as in `shards.sampler`, and classes and photos come up more evenly than there. Up to `run`
 photos of a class share a window, so that larger windows mix better.
-The first windows are smaller, each half the next, since the first batch waits for all of the first one. A window is a
+The first windows are smaller, each two thirds of the next, since the first batch waits for all of the first one, and a
+disk reads each of them while the one before is used, at half as much again as that takes photos. A window is a
 pure function of seed, schedule, number and settings: a resumed run counts the runs of those before, 0.7 s for each
 100,000 steps of 64, and reads its window again.
 
@@ -45,12 +46,12 @@ class StreamSettings:
 
 
 class WindowPlan:
-    """Which steps make up which window: the first of `_FIRST_WINDOW` photos, twice as many each, up to `window`."""
+    """The steps of each window: the first of `_FIRST_WINDOW` photos, the others half as large again, up to `window`."""
 
     def __init__(self, window: int, batch_size: int) -> None:
         sizes = [min(_FIRST_WINDOW, window)]
         while sizes[-1] < window:
-            sizes.append(min(2 * sizes[-1], window))
+            sizes.append(min(sizes[-1] * 3 // 2, window))
         steps = [max(1, size // batch_size) for size in sizes]
         self._first = np.concatenate([[0], np.cumsum(steps)])
         self._last = steps[-1]

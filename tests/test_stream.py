@@ -172,7 +172,7 @@ def test_windows_follow_each_other_without_a_gap_and_grow_up_to_the_largest(wind
     assert all(a.stop == b.start for a, b in pairwise(spans))
     photos = [len(span) * batch_size for span in spans]
     assert photos == sorted(photos)
-    assert all(b < 2 * (a + batch_size) for a, b in pairwise(photos))
+    assert all(b < 1.5 * (a + batch_size) for a, b in pairwise(photos))
     assert min(window, 4096) - batch_size < photos[0] <= max(min(window, 4096), batch_size)
     assert window - batch_size < photos[-1] <= max(window, batch_size)
     for number, span in enumerate(spans):

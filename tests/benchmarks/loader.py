@@ -165,15 +165,16 @@ def hdd_rows(shards: Path, scratch: Path) -> list[Row]:
     rows: list[Row] = []
     for name in ("stream", "indexed", "reference-files"):
         folder = files if name == "reference-files" else large
-        measured = []
+        measured, warm = [], []
         for _ in range(3):
             forget(folder)
             measured.append(disk.run(name, str(folder)))
+            if name == "stream":  # in turn, since the machine's speed drifts
+                for file in large.rglob("*.tar"):
+                    file.read_bytes()
+                warm.append(run_child(name, str(folder))["images_per_second"])
         middle = sorted(measured, key=lambda m: m["images_per_second"])[1]
-        if name == "stream":
-            for file in large.rglob("*.tar"):
-                file.read_bytes()
-            warm = [run_child(name, str(folder))["images_per_second"] for _ in range(3)]
+        if warm:
             middle["warm_images_per_second"] = statistics.median(warm)
         rows.append(
             {"name": name, "storage": "hdd", "decoder": "pil" if folder == files else "cpu", "cores": 1,
