@@ -11,7 +11,7 @@ import pyarrow as pa
 from preprocessing.claim import claimed
 from preprocessing.photos import Bad
 from preprocessing.plan import Plan, Settings
-from preprocessing.revisions import Revision, photo_table, read_bad, revisions, write_bad, write_table
+from preprocessing.revisions import Revision, photo_table, read_bad, write_bad, write_table
 from preprocessing.shard_task import ShardResult
 from preprocessing.sources import Source
 from shards.checksums import seal
@@ -63,13 +63,13 @@ class State:
         return State(source.resolved(), plan.settings, codec, plan.fingerprint, plan.classes, skipped, plan.bad, [])
 
     @staticmethod
-    def of_dataset(out: Path) -> "State":
-        """The state of a finished data set, or of one whose last revision was interrupted."""
+    def of_dataset(out: Path, begun: list[Revision]) -> "State":
+        """The state of a data set after the revisions that it has `begun`, the last of which may be unfinished."""
         claim = claimed(out)
         by_name = [b for b in read_bad(out / QUARANTINE) if b.sample is None]
         skipped, classes = read_table(out / SKIPPED), ClassTable.load(out / CLASSES)
         state = State(claim.source, claim.settings, claim.codec, claim.fingerprint, classes, skipped, by_name, [])
-        return state.after(revisions(out))
+        return state.after(begun)
 
     @property
     def sources(self) -> list[Source]:

@@ -18,7 +18,7 @@ from preprocessing.samples import SampleMaker
 from preprocessing.shard_run import Machinery, TooManyBad, write_shards
 from preprocessing.shard_task import finished_shard
 from preprocessing.sources import Source
-from shards.checksums import checksum, sealed_checksums
+from shards.checksums import sealed_checksums
 from shards.console import JobError, format_count
 from shards.dataset import Manifest
 from shards.files import remove_partials
@@ -35,6 +35,7 @@ from shards.layout import (
     shard_tables,
 )
 from shards.locks import at_work
+from shards.soundness import check_sum
 
 
 def add(
@@ -107,10 +108,10 @@ def _begin(out: Output, machinery: Machinery) -> State:
     _check_shards(out, manifest, begun[manifest.revision - 1 :])
     if manifest.revision == 1 + len(begun):
         _check_tables(out)
-    state = State.of_dataset(out.folder)
+    state = State.of_dataset(out.folder, begun)
     remove_partials(out.folder)
-    if manifest.revision < 1 + len(state.revisions):
-        print(f"finishing revision {1 + len(state.revisions)}, which was interrupted")
+    if manifest.revision < 1 + len(begun):
+        print(f"finishing revision {1 + len(begun)}, which was interrupted")
         _end(out, state, machinery)
     return state
 
@@ -131,9 +132,8 @@ def _check_tables(out: Output) -> None:
     """Raise `JobError` where a file that a change goes by is not the one that was sealed."""
     sums = sealed_checksums(out.folder)
     for name in (MANIFEST, PLAN, CLASSES, SKIPPED, QUARANTINE, *(n for n in sums if n.startswith(f"{REVISIONS}/"))):
-        path = out.folder / name
-        if name in sums and path.exists() and checksum(path) != sums[name]:
-            raise JobError(f"{out.place}/{name}: differs from its checksum; run shards/verify.py {out.place}")
+        if (out.folder / name).exists() and (problem := check_sum(out.folder, name, sums)):
+            raise JobError(f"{out.place}/{name}: {problem.what}; run shards/verify.py {out.place}")
 
 
 def _withdraw(out: Output, revision: Revision) -> None:

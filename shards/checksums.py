@@ -9,12 +9,11 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shards.console import JobError
-from shards.files import atomic_write_text, json_text, named, read_bytes
+from shards.files import atomic_write_text, named, read_bytes
 from shards.layout import CHECKSUMS, INDEX, MANIFEST, PROVENANCE
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ def seal(dataset: Path, manifest: "Manifest | None" = None) -> None:
         known = before.get(name)
         sums[name] = known if known and path.stat().st_mtime_ns < sealed_at else checksum(path)
     if manifest is not None:
-        sums[MANIFEST] = hashlib.sha256(json_text(asdict(manifest)).encode()).hexdigest()
+        sums[MANIFEST] = hashlib.sha256(manifest.text().encode()).hexdigest()
     text = "".join(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
     atomic_write_text(dataset / CHECKSUMS, f"{text}{_OWN}{hashlib.sha256(text.encode()).hexdigest()}\n")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from shards.classes import ClassTable
 from shards.console import JobError
-from shards.files import atomic_write_json, read_bytes
+from shards.files import atomic_write_text, json_text, read_bytes
 from shards.index import GroupIndex
 from shards.layout import CLASSES, FORMAT_VERSION, MANIFEST
 from shards.mirror import mirror, named_by_url
@@ -43,9 +43,13 @@ class Manifest:
     bytes: int
     fingerprint: str
 
+    def text(self) -> str:
+        """The manifest as it is written."""
+        return json_text(asdict(self))
+
     def save(self, path: Path) -> None:
         """Write the manifest, whole or not at all."""
-        atomic_write_json(path, asdict(self))
+        atomic_write_text(path, self.text())
 
     @staticmethod
     def load(path: Path) -> "Manifest":

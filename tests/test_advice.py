@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import class_table, configure, train_here
 
+from shards.dataset import Dataset
 from training.advice import warnings_of
 from training.distributed import World
 
@@ -67,3 +68,26 @@ def test_a_training_prints_its_warnings_before_its_first_step_and_a_resumed_one_
     assert "random weights" not in printed
     train_here(configure(shards, tmp_path / "r2", init_from=tmp_path / "r", **few))
     assert "random weights" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(8, True), (7, False)])
+def test_a_warmup_as_long_as_the_run_is_told(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], warmup: int, warned: bool
+) -> None:
+    train_here(configure(shards, tmp_path / "r", epochs=1, lr_schedule="cosine", warmup_steps=warmup))
+    assert ("warning: --warmup-steps 8 of 8 steps: the learning rate never gets" in capsys.readouterr().out) == warned
+
+
+def test_windows_of_few_runs_for_many_classes_are_told(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream: dict[str, object] = {"read": "stream", "stream_run": 8, "epochs": 1}
+    classes = max(Dataset.open(shards).classes.count(group) for group in range(4))
+    train_here(configure(shards, tmp_path / "r", stream_window=8 * classes, **stream))
+    assert "may be less accurate" not in capsys.readouterr().out
+    train_here(configure(shards, tmp_path / "r2", stream_window=8 * classes - 8, **stream))
+    assert (
+        f"holds {classes - 1} runs of each group at a time where one has {classes} classes" in capsys.readouterr().out
+    )
+    train_here(configure(shards, tmp_path / "r3", stream_window=8 * classes, schedule="joint", **stream))
+    assert "may be less accurate" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from preprocessing.build import build
 from preprocessing.build_shards import main
 from preprocessing.engine import run_tasks
 from preprocessing.finishing import State
+from preprocessing.revisions import revisions
 from preprocessing.shard_run import Machinery
 from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
@@ -228,10 +229,10 @@ def test_a_source_keeps_its_number_where_the_first_one_grew_and_a_link_took_its_
     add(Source.of(tmp_path / "photos"), begun, HERE)
     write_cell(tmp_path / "more", 0, 3, first=100)
     add(Source.of(tmp_path / "more"), begun, HERE)
-    before = State.of_dataset(begun).sources
+    before = State.of_dataset(begun, revisions(begun)).sources
     (tmp_path / "photos").rename(tmp_path / "elsewhere")
     (tmp_path / "photos").symlink_to(tmp_path / "elsewhere")
-    assert State.of_dataset(begun).sources == before
+    assert State.of_dataset(begun, revisions(begun)).sources == before
 
 
 @pytest.mark.parametrize(
