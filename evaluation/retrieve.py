@@ -103,6 +103,11 @@ def main() -> None:
             f"queries have descriptors of {vectors.vectors.shape[1]} numbers and the database of "
             f"{database.vectors.shape[1]}; give --query-descriptors by the same model"
         )
+    if (known := count_at_same_places(queries, database)) > len(queries) / 2:
+        _warn(
+            f"{known:,} of {format_count(len(queries), 'query')} lie at the very place of a database image; where they "
+            "are the same photos, R@N tells nothing of new ones"
+        )
     gallery = Gallery.of(database, localiser.index)
     del database  # gigabytes, of which the gallery has its own
     if gallery.outside == len(gallery.images) and "within-cells" in arguments.methods:
@@ -163,6 +168,11 @@ def measure(searcher: Searcher, gallery: Gallery, queries: Images, vectors: np.n
         bytes=searcher.bytes,
         images=len(gallery.images),
     )
+
+
+def count_at_same_places(queries: Images, database: Images) -> int:
+    """How many queries lie at the place of an image of the database, to the last digit."""
+    return int(np.isin(queries.east + 1j * queries.north, database.east + 1j * database.north).sum())
 
 
 def distances_to(found: Sequence[np.ndarray], gallery: Gallery, queries: Images, count: int) -> np.ndarray:

@@ -106,6 +106,22 @@ def test_a_database_may_be_a_list_and_is_described_again_once_it_or_its_photos_c
     assert not made_before(listed)
 
 
+def test_queries_that_are_among_the_database_images_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, database = write_run(tmp_path / "run"), write_queries(tmp_path / "database", each=3)
+    words = ["--checkpoint", run, "--database", database, "--out", tmp_path / "out"]
+    run_here(monkeypatch, *words, "--queries", database)
+    assert "note: 48 of 48 queries lie at the very place of a database image" in capsys.readouterr().err
+    rows = [
+        f"{photo},{parse_name(photo.name).east + 0.01},{parse_name(photo.name).north}" for photo in database.iterdir()
+    ]
+    moved = tmp_path / "moved.csv"
+    moved.write_text("\n".join(["path,east,north", *rows]))
+    run_here(monkeypatch, *words, "--queries", moved)
+    assert "very place" not in capsys.readouterr().err
+
+
 def test_photos_of_a_linked_folder_are_described_again_once_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
