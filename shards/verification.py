@@ -1,17 +1,12 @@
 """Verifies a data set: every shard in parallel, the flat index, the tables above the shards, and what lies around."""
 
 import json
-import multiprocessing
-import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +43,9 @@ from shards.layout import (
 from shards.locks import LOCK
 from shards.soundness import READ_ERRORS, Problem, ShardReport, check_group_index, check_shard, check_sum
 from shards.store import Store
-from shards.workers import ctrl_c_held_back, end_pool, finished, follow_parent
+from shards.workers import run_tasks
 
 PARALLEL_BYTES = 1 << 29  # of tars: below, starting processes takes longer than checking in this one
-_POLL_SECONDS = 1.0
 _ROWS = {"skipped": SKIPPED, "quarantined": QUARANTINE}
 _STEM = re.compile(rf"(?P<stem>{SHARD_STEM})\.({'|'.join(SHARD_KINDS)})")
 _ARRAY = re.compile(rf"{INDEX}/(group-\d{{2,}})\.({'|'.join(INDEX_ARRAYS)})\.npy")
@@ -262,7 +256,7 @@ def _check_shards(
     reports: list[ShardReport] = []
     with tqdm(desc="checking shards", total=total, unit="B", unit_scale=True, disable=not stems) as bar:
         images, start = 0, time.monotonic()
-        for report in _run(tasks, workers):
+        for report in run_tasks(tasks, workers):
             reports.append(report)
             note(report.problems)
             images += report.images
@@ -354,29 +348,3 @@ def _class_counts(classes: ClassTable, shards: list[ShardReport]) -> Iterator[Pr
 
 def _group_of(stem: str) -> int:
     return shard_numbers(stem)[0]
-
-
-def _run(tasks: Sequence[Callable[[], ShardReport]], workers: int) -> Iterator[ShardReport]:
-    """Results of `tasks` as they finish, in this process or in several; raises `JobError` where one was killed."""
-    workers = min(workers, len(tasks))
-    if workers <= 1:
-        for task in tasks:
-            yield task()
-        return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, follow_parent, (os.getpid(),))
-    try:
-        waiting, running = iter(tasks), set[Future[ShardReport]]()
-        while True:
-            with ctrl_c_held_back():
-                running |= {pool.submit(task) for task in islice(waiting, 2 * workers - len(running))}
-            if not running:
-                return
-            done = finished(pool, running, _POLL_SECONDS)
-            running -= done
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool:
-        raise JobError("a worker process was killed (out of memory?); fewer --workers need less memory") from None
-    finally:
-        end_pool(pool)

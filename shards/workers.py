@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, TypeVar
 
 from shards import limits
@@ -18,6 +20,7 @@ T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1
 _GRACE_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 _PYTHON_CLOSES_THE_PIPE = sys.version_info >= (3, 12, 1) or (3, 11, 6) <= sys.version_info < (3, 12)
 
 
@@ -58,6 +61,32 @@ def finished(pool: ProcessPoolExecutor, running: set[Future[T]], seconds: float)
     if not done and _has_lost_its_thread(pool):
         raise JobError(NO_THREAD)
     return done
+
+
+def run_tasks(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
+    """Results of `tasks` as they finish, in this process or in several; raises `JobError` where one was
+    killed."""
+    workers = min(workers, len(tasks))
+    if workers <= 1:
+        yield from (task() for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, context, follow_parent, (os.getpid(),))
+    try:
+        waiting, running = iter(tasks), set[Future[T]]()
+        while True:
+            with ctrl_c_held_back():
+                running |= {pool.submit(task) for task in islice(waiting, 2 * workers - len(running))}
+            if not running:
+                return
+            done = finished(pool, running, _POLL_SECONDS)
+            running -= done
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool:
+        raise JobError("a worker process was killed (out of memory?); fewer --workers need less memory") from None
+    finally:
+        end_pool(pool)
 
 
 def end_pool(pool: ProcessPoolExecutor) -> None:

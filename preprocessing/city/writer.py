@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from shards.console import JobError, format_bytes, format_count, format_duration
 from shards.files import TEMPORARY_SUFFIX, atomic_write_json, is_partial, named, remove_partials
 from shards.names import PhotoName, format_name
 from shards.provenance import provenance
-from shards.workers import ctrl_c_held_back, end_pool, follow_parent
+from shards.workers import run_tasks
 
 RECORD = "city.json"
 FORMAT = 1
@@ -84,7 +82,7 @@ def render_city(out: Path, settings: CitySettings, workers: int) -> dict[str, An
     for pano in plan.panoramas:
         (out / photo_path(plan, pano, 0)).parent.mkdir(parents=True, exist_ok=True)
     tasks = [range(a, min(a + TASK, len(plan.panoramas))) for a in range(0, len(plan.panoramas), TASK)]
-    written = _run(out, settings, tasks, total, min(workers, len(tasks)))
+    written = _run(out, settings, tasks, total, workers)
     remove_partials(out)
     if sum(w.photos for w in written) != total:
         raise JobError(f"{out}: not all photos were written; run the same command again")
@@ -119,7 +117,7 @@ def _claim(out: Path, settings: CitySettings) -> dict[str, Any]:
 
 
 class _Task:
-    """Renders panoramas by number; one lives in each worker process."""
+    """Renders panoramas by number; each worker process keeps one."""
 
     def __init__(self, out: Path, settings: CitySettings) -> None:
         self.out = out
@@ -139,58 +137,35 @@ class _Task:
                     around = around or self.renderer.look_around(pano)
                     image = self.renderer.photo(around, k)
                     data = simplejpeg.encode_jpeg(image, self.plan.settings.quality, "RGB", "420", fastdct=False)
-                    partial = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-                    with named(path, partial):
-                        partial.write_bytes(data)
-                        os.rename(partial, path)
+                    unfinished = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
+                    with named(path, unfinished):
+                        unfinished.write_bytes(data)
+                        os.rename(unfinished, path)
                     size += len(data)
                 photos += 1
         return Written(photos, size)
 
 
-_task: _Task | None = None
+@lru_cache(1)
+def _task(out: Path, settings: CitySettings) -> _Task:
+    return _Task(out, settings)
 
 
-def _start(out: Path, settings: CitySettings, parent: int) -> None:
-    global _task
-    follow_parent(parent)
+def _work(out: Path, settings: CitySettings, numbers: range) -> Written:
     cv2.setNumThreads(1)
-    _task = _Task(out, settings)
-
-
-def _work(numbers: range) -> Written:
-    assert _task is not None
-    return _task.run(numbers)
+    return _task(out, settings).run(numbers)
 
 
 def _run(out: Path, settings: CitySettings, tasks: list[range], total: int, workers: int) -> list[Written]:
     written: list[Written] = []
+    threads = cv2.getNumThreads()
     with tqdm(total=total, unit="photo", desc="rendering", smoothing=0.05) as bar:
-        if workers == 1:
-            threads = cv2.getNumThreads()
-            cv2.setNumThreads(1)
-            try:
-                task = _Task(out, settings)
-                for numbers in tasks:
-                    written.append(task.run(numbers))
-                    bar.update(written[-1].photos)
-            finally:
-                cv2.setNumThreads(threads)
-            return written
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, _start, (out, settings, os.getpid()))
         try:
-            with ctrl_c_held_back():
-                left = {pool.submit(_work, numbers) for numbers in tasks}
-            while left:
-                done, left = wait(left, return_when=FIRST_COMPLETED)
-                for future in done:
-                    written.append(future.result())
-                    bar.update(written[-1].photos)
-        except BrokenProcessPool as error:
-            raise JobError(f"{out}: a worker died (out of memory?); run again with fewer --workers") from error
+            for part in run_tasks([partial(_work, out, settings, numbers) for numbers in tasks], workers):
+                written.append(part)
+                bar.update(part.photos)
         finally:
-            end_pool(pool)
+            cv2.setNumThreads(threads)
     return written
 
 
