@@ -41,8 +41,8 @@ class KnownPhotos:
         """Photos of the place's cell, the most alike first, ready for JSON; `query` is a descriptor float32 [D].
 
         Compared are up to 24 photos of the cell, those that can be read. Each comes as a small JPEG in a `data:` URL,
-        with its UTM metres, heading in degrees, timestamp, and likeness (cosine of the descriptors). Raises OSError
-        for a damaged table of samples, and where none of the photos can be read.
+        with its UTM metres, heading in degrees, timestamp, and likeness (cosine of the descriptors). Raises JobError
+        for a damaged table of samples, OSError where none of the photos can be read.
         """
         M = self.classes.M
         cell = (math.floor(place.east / M) * M, math.floor(place.north / M) * M)

@@ -14,7 +14,7 @@ from evaluation.query_set import Outcome
 from evaluation.result_files import Row
 from evaluation.sample_photos import SamplePhotos
 from evaluation.thumbnails import data_url, thumbnails
-from shards.console import describe_os_error
+from shards.console import JobError, describe_os_error
 from shards.files import atomic_write_text
 from shards.names import BadName, parse_name
 from training.queries import Queries
@@ -145,8 +145,9 @@ def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos | None, warn: C
         cell = None if row < 0 else (int(classes.cell_east[row]), int(classes.cell_north[row]))
         try:
             jpeg = samples.of_cell(cell, classes.M, heading) if samples and cell else None
-        except OSError as error:
-            warn(f"the report lacks photos of cells: {describe_os_error(error)}")
+        except (JobError, OSError) as error:
+            what = describe_os_error(error) if isinstance(error, OSError) else error
+            warn(f"the report lacks photos of cells: {what}")
             jpeg = None
         photos[name] = data_url(jpeg, 160) if jpeg else ""
     return photos

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from shards.cell_index import CellIndex
 from shards.classes import ClassTable
 from shards.console import is_systems
 from shards.dataset import Dataset
+from shards.index import damage_named, read_samples
 from shards.layout import shard_numbers, shard_tables
 
 _FACTS = ("east", "north", "heading", "timestamp")
@@ -42,17 +43,14 @@ class SamplePhotos:
         self.dataset = dataset
         self.tables: dict[int, list[Path]] = {}
         self.spans: dict[int, list[tuple[int, int]]] = {}
-        classes = dataset.classes
-        cells = zip(classes.cell_east.tolist(), classes.cell_north.tolist(), strict=True)
-        self.rows = {cell: row for row, cell in enumerate(cells)}
+        self.cells = CellIndex(dataset.classes)
         for table in shard_tables(dataset.path):
             self.tables.setdefault(shard_numbers(table.stem)[0], []).append(table)
 
     def covers(self, classes: ClassTable) -> bool:
         """Whether the data set has cells of a class map."""
-        theirs = self.dataset.classes
-        cells = zip(classes.cell_east.tolist(), classes.cell_north.tolist(), strict=True)
-        return (theirs.M, theirs.zone) == (classes.M, classes.zone) and not self.rows.keys().isdisjoint(cells)
+        rows = self.cells.find(classes.cell_east, classes.cell_north)
+        return self.dataset.classes.shares_grid(classes) and bool((rows >= 0).any())
 
     @classmethod
     def open(cls, place: str) -> SamplePhotos:
@@ -63,7 +61,7 @@ class SamplePhotos:
         """A JPEG of the cell with this lower-left corner (metres) and side `M`; None where there is none.
 
         Of the cell's photos in one shard, the one whose heading (degrees) is next to `heading`. Raises OSError
-        where a shard cannot be read or the photo fails its checksum.
+        where a shard cannot be read or the photo fails its checksum, JobError for a damaged table.
         """
         for table, tar in self._photos(cell, M):
             headings = table["heading"].to_numpy().astype(np.float64)
@@ -72,7 +70,7 @@ class SamplePhotos:
         return None
 
     def some_of_cell(self, cell: tuple[int, int], M: int, most: int) -> list[SamplePhoto]:
-        """Up to `most` photos of the cell, spread evenly; raises OSError for a damaged table."""
+        """Up to `most` photos of the cell, spread evenly; raises JobError for a damaged table."""
         found = [(table, tar, i) for table, tar in self._photos(cell, M) for i in range(len(table))]
         spread = np.linspace(0, len(found) - 1, min(most, len(found))).round().astype(int)
         return [
@@ -90,9 +88,10 @@ class SamplePhotos:
 
     def _photos(self, cell: tuple[int, int], M: int) -> Iterator[tuple[pa.Table, Path]]:
         """The cell's samples of each shard that has some, and the shard's tar."""
-        if self.dataset.classes.M != M or cell not in self.rows:
+        classes = self.dataset.classes
+        row = int(self.cells.find(*np.array(cell)))
+        if classes.M != M or row < 0:
             return
-        classes, row = self.dataset.classes, self.rows[cell]
         label = int(classes.label[row])
         group = int(classes.group[row])
         tables = self.tables.get(group, [])
@@ -100,26 +99,17 @@ class SamplePhotos:
             self.spans[group] = [_labels_within(path) for path in tables]
         for path, (lowest, highest) in zip(tables, self.spans[group], strict=True):
             if lowest <= label <= highest:
-                with _damage_named(path):
-                    table = pq.read_table(path, columns=[*_FACTS, *_PLACE], filters=[("label", "==", label)])
+                table = read_samples(path, [*_FACTS, *_PLACE], [("label", "==", label)])
                 if len(table):
                     yield table, path.with_suffix(".tar")
 
 
 def _labels_within(table: Path) -> tuple[int, int]:
     """The lowest and the highest label of a shard's samples, by the footer of its table."""
-    with _damage_named(table):
+    with damage_named(table):
         facts = pq.read_metadata(table)
         label = facts.schema.names.index("label")
         spans = [facts.row_group(i).column(label).statistics for i in range(facts.num_row_groups)]
     if any(span is None or not span.has_min_max for span in spans):  # another program's table may tell nothing
         return 0, np.iinfo(np.int32).max
     return min((span.min for span in spans), default=0), max((span.max for span in spans), default=-1)
-
-
-@contextmanager
-def _damage_named(table: Path) -> Iterator[None]:
-    try:
-        yield
-    except pa.ArrowInvalid as error:
-        raise OSError(f"{table}: damaged ({error}); python shards/verify.py names all damage") from error

@@ -33,6 +33,7 @@ from evaluation.pages import map_cells, map_corner, read_page
 from evaluation.places import east_north
 from evaluation.result_files import without_nan
 from evaluation.uploads import FORMATS, Refused, base_name, read_body
+from shards.console import JobError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -120,7 +121,7 @@ class WebApp:
                 photos = await loop.run_in_executor(
                     self.queue.decoders, self.known.nearest, place, located.vector, side, self.queue.describe
                 )
-            except OSError as error:
+            except (JobError, OSError) as error:
                 print(f"error: {self.known.samples.dataset.path}: {error}", file=sys.stderr)
                 raise Refused(HTTPStatus.INTERNAL_SERVER_ERROR, "The photos of this cell cannot be read.") from error
         return JSONResponse(without_nan({"photos": photos}))

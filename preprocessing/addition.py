@@ -16,6 +16,7 @@ from preprocessing.photos import Bad, Listing
 from preprocessing.plan import class_order
 from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, photo_table, read_bad
 from preprocessing.sources import Source, prefix, split_sample, turns
+from shards.cell_index import CellIndex
 from shards.classes import ClassTable, cell_index, number_within
 from shards.files import read_table
 from shards.layout import QUARANTINE, SHARD_SAMPLES, SKIPPED, shard_numbers, shard_tables
@@ -77,14 +78,15 @@ def plan_samples(samples: pa.Table, seed: int, out: Path) -> pa.Table:
 def _classify(candidates: pa.Table, crops: np.ndarray, state: State) -> tuple[np.ndarray, ClassTable, ClassTable]:
     """The row of each candidate in the class table from now on (-1: in none), that table, and what is new in it."""
     old, M, N = state.classes, state.settings.M, state.settings.N
-    own = _grid(candidates["east"].to_numpy(), candidates["north"].to_numpy(), M)
-    of_old = _grid(old.cell_east, old.cell_north, M)
-    box = CellBox.around(*(np.concatenate(pair) for pair in zip(own, of_old, strict=True)))
+    own = [cell_index(candidates[axis].to_numpy(), M) for axis in ("east", "north")]
+    box = CellBox.around(*own)
     codes, of_candidate = np.unique(box.codes(*own), return_inverse=True)
     images = np.bincount(of_candidate, weights=np.maximum(crops, 1), minlength=len(codes))
-    is_new = (images >= state.settings.min_images) & ~np.isin(codes, box.codes(*of_old))
-    cells = box.indices(codes[is_new])
-    added, _ = make_classes(*cells, np.zeros(len(cells[0]), np.int64), M=M, N=N, zone=old.zone)
+    cells = box.indices(codes)
+    corners = [index * M for index in cells]
+    is_new = (images >= state.settings.min_images) & (CellIndex(old).find(*corners) < 0)
+    east, north = (index[is_new] for index in cells)
+    added, _ = make_classes(east, north, np.zeros(len(east), np.int64), M=M, N=N, zone=old.zone)
     first = np.array([old.count(g) for g in added.group.tolist()], np.int32)
     added = replace(added, label=first + added.label)
     names = ("group", "label", "cell_east", "cell_north", "images")
@@ -93,16 +95,7 @@ def _classify(candidates: pa.Table, crops: np.ndarray, state: State) -> tuple[np
     classes = ClassTable(
         M, N, old.zone, **{name: values[order] for name, values in columns.items()}, southern=old.southern
     )
-    class_codes = box.codes(*_grid(classes.cell_east, classes.cell_north, M))
-    sorted_rows = np.argsort(class_codes)
-    at = sorted_rows[np.minimum(np.searchsorted(class_codes[sorted_rows], codes), len(classes) - 1)]
-    row_of_cell = np.where(class_codes[at] == codes, at, -1)
-    return row_of_cell[of_candidate], classes, added
-
-
-def _grid(east: np.ndarray, north: np.ndarray, M: int) -> tuple[np.ndarray, np.ndarray]:
-    """In which cells of the grid points or corners of cells (metres, [n]) are, int64 [n] both."""
-    return cell_index(east, M), cell_index(north, M)
+    return CellIndex(classes).find(*corners)[of_candidate], classes, added
 
 
 def _samples(candidates: pa.Table, row: np.ndarray, classes: ClassTable, crops: np.ndarray) -> pa.Table:

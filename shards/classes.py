@@ -97,6 +97,10 @@ class ClassTable:
         """How many classes a group has."""
         return int(np.count_nonzero(self.group == group))
 
+    def shares_grid(self, other: "ClassTable") -> bool:
+        """Whether cells of both that have the same corner are the same square of the map."""
+        return (self.M, self.zone, self.southern) == (other.M, other.zone, other.southern)
+
     def take(self, rows: np.ndarray) -> "ClassTable":
         """The classes in `rows` (int [K]), in that order."""
         return replace(self, **{name: getattr(self, name)[rows] for name in _COLUMNS})

@@ -81,10 +81,12 @@ def atomic_folder(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def read_table(path: Path | str, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file's table, or some columns of it; an `OSError` bears its name, also one of reading."""
+def read_table(
+    path: Path | str, columns: list[str] | None = None, filters: list[tuple[str, str, Any]] | None = None
+) -> pa.Table:
+    """A Parquet file's table, or some columns and rows of it; an `OSError` bears its name, also one of reading."""
     with named(path):
-        return pq.read_table(path, columns=columns)
+        return pq.read_table(path, columns=columns, filters=filters)
 
 
 def read_bytes(path: Path) -> bytes:

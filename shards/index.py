@@ -8,9 +8,12 @@ import errno
 import hashlib
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -159,14 +162,22 @@ def check_labels(place: Path, label: np.ndarray, labels: int) -> None:
         )
 
 
-def read_samples(table: Path, columns: list[str]) -> pa.Table:
-    """Columns of a sample table; raises `JobError` where it is damaged."""
+def read_samples(table: Path, columns: list[str], filters: list[tuple[str, str, Any]] | None = None) -> pa.Table:
+    """Columns of a sample table, of the rows that pass the `filters` of `pq.read_table`; `JobError` for damage."""
+    with damage_named(table):
+        return read_table(table, columns, filters)
+
+
+@contextmanager
+def damage_named(table: Path) -> Iterator[None]:
+    """Turn what reading a damaged or missing sample table raises into a `JobError` that names it and the way out."""
     try:
-        return read_table(table, columns)
+        yield
     except (pa.ArrowException, OSError) as error:
         if is_systems(error):
             raise
-        raise JobError(f"{table}: damaged ({one_line(error)}); run shards/verify.py --repair") from None
+        what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({one_line(error)})"
+        raise JobError(f"{table}: {what}; run shards/verify.py --repair") from None
 
 
 def _store(folder: Path, state: str, groups: dict[int, dict[str, np.ndarray]]) -> None:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
 from shards.console import format_count, printable
 from shards.dataset import Dataset
-from shards.index import GroupIndex, open_index
+from shards.index import GroupIndex, open_index, read_samples
 from shards.reader import ShardReader
 from shards.upright import open_photo, upright_rgb
 
@@ -227,7 +226,7 @@ def _photo_caption(index: GroupIndex, row: int) -> str:
     """Heading and time of a photo, as far as its table tells them."""
     table: Path = index.shards[index.shard[row]].with_suffix(".parquet")
     wanted = [("offset", "==", int(index.offset[row]))]
-    facts = pq.read_table(table, columns=["heading", "timestamp"], filters=wanted).to_pylist()
+    facts = read_samples(table, ["heading", "timestamp"], wanted).to_pylist()
     if not facts:
         return ""
     heading, time = facts[0]["heading"], printable(facts[0]["timestamp"])[:12]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import simplejpeg
 import torch
 from browser import BROWSER, FLAGS, Page
+from photos import with_spoilt_footer
 from tiny import SOUTH, WEST, ZONE, class_table, photo, write_dataset, write_queries
 from tiny_run import evaluate_here, write_run
 
@@ -28,6 +30,7 @@ from evaluation.pages import to_script
 from evaluation.places import Place
 from evaluation.sample_photos import SamplePhotos
 from evaluation.thumbnails import data_url, thumbnails
+from shards.console import JobError
 from shards.layout import shard_tables
 from shards.names import PhotoName, format_name, parse_name
 
@@ -257,8 +260,18 @@ def test_a_photo_of_a_cell_is_sought_in_the_shards_that_have_the_cell_alone(tmp_
     assert [len(photos.some_of_cell(cell, classes.M, 20)) for cell in cells] == [10, 10]
     second.unlink()  # with thousands of shards in a group, looking into each of them takes seconds
     assert photos.of_cell(cells[0], classes.M) is not None
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(JobError, match="missing"):
         photos.of_cell(cells[1], classes.M)
+    table.write_bytes(with_spoilt_footer(table.read_bytes()))
+    with pytest.raises(JobError, match=r"group-00-000000.parquet: damaged .* run shards/verify.py --repair"):
+        SamplePhotos(dataset).of_cell(cells[0], classes.M)
+
+
+def test_a_data_set_of_the_other_hemisphere_has_no_photos_of_a_class_map(tmp_path: Path) -> None:
+    dataset = write_dataset(tmp_path / "city")
+    samples = SamplePhotos(dataset)
+    assert samples.covers(dataset.classes)
+    assert not samples.covers(replace(dataset.classes, southern=True))
 
 
 def test_photos_of_a_cell_come_from_a_data_set_at_a_url_as_from_a_folder(

@@ -8,13 +8,15 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from shards.classes import ClassTable
+from shards.console import JobError
 from shards.dataset import Dataset
 from shards.index import open_index
-from shards.layout import PLAN, shard_tables
+from shards.layout import PLAN, SAMPLE_COLUMNS, shard_tables
 from shards.overview import count_reasons, describe, histogram, measure_sizes
 from shards.pictures import cell_map, contact_sheet, group_colour, spread_classes
 
@@ -135,6 +137,19 @@ def test_the_contact_sheet_shows_photos_and_marks_the_damaged(dataset, tmp_path)
     damaged = np.asarray(contact_sheet(Dataset.open(copy), rows=2, columns=3)).astype(int)
     assert damaged.shape == whole.shape
     assert (damaged[:, 200:] == (222, 224, 228)).all(2).mean() > 0.4
+
+
+def test_a_damaged_table_below_a_current_index_is_named(dataset, tmp_path):
+    copy = tmp_path / "city"
+    shutil.copytree(dataset.path, copy)
+    open_index(copy, dataset.classes)
+    table = shard_tables(copy)[0]
+    place = pq.read_metadata(table).row_group(0).column(SAMPLE_COLUMNS.names.index("timestamp")).data_page_offset
+    with table.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\xff" * 12)
+    with pytest.raises(JobError, match=f"{table.name}: damaged .* run shards/verify.py --repair"):
+        contact_sheet(Dataset.open(copy), rows=4, columns=3)
 
 
 @pytest.mark.slow

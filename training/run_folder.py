@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from shards.cell_index import CellIndex
 from shards.classes import ClassTable
 from shards.console import JobError, format_count, last_line
 from shards.dataset import refuse_data_set
@@ -136,15 +137,13 @@ def start_from(other: Path, model: nn.Module, bank: HeadBank, classes: ClassTabl
 @torch.no_grad()
 def _copy_rows(weights: EvaluationWeights, bank: HeadBank, classes: ClassTable) -> int:
     theirs = weights.classes
-    if (theirs.M, theirs.zone, theirs.southern) != (classes.M, classes.zone, classes.southern):
+    if not theirs.shares_grid(classes):
         return 0
-    cells = zip(theirs.cell_east.tolist(), theirs.cell_north.tolist(), strict=True)
-    row_of = {cell: row for row, cell in enumerate(cells)}
+    cells = CellIndex(theirs)
     taken = 0
     for group, head in bank.heads.items():
         mine = classes.of_group(group)
-        pairs = zip(mine.cell_east.tolist(), mine.cell_north.tolist(), strict=True)
-        rows = np.array([row_of.get(cell, -1) for cell in pairs], dtype=np.int64)
+        rows = cells.find(mine.cell_east, mine.cell_north)
         taken += int(np.count_nonzero(rows >= 0))
         rows = rows[head.part.start : head.part.stop]
         for their_group in np.unique(theirs.group[rows[rows >= 0]]).tolist():
