@@ -99,49 +99,34 @@ def evaluate_all(job: Job, world: World) -> Results | None:
 def _evaluate_checkpoint(path: Path, results: Results, world: World) -> None:
     """One checkpoint on every query set; its weights are let go before those of the next are read."""
     job = results.job
-    localiser = _load(path, results, world)
-    if localiser is None:
+    try:
+        localiser = world.made_on(True, lambda: Localiser.load(path, world.device))
+    except JobError as error:
+        results.error(str(error), rows=len(results.job.query_sets))
         return
+    assert localiser is not None
+    for line in localiser.passed_over:
+        results.warn(line)
     _calibrate(localiser, path, results, world)
     results.calibrations[str(path)] = localiser.calibration
     form = job.form or localiser.form
     for source in job.query_sets:
-        queries = _list(source, localiser, world)
-        if isinstance(queries, str):
-            results.error(queries)
+        try:
+            queries = _list(source, localiser, world)
+        except JobError as error:
+            results.error(str(error))
             continue
         outcome = evaluate_set(localiser, str(path), queries, form, job.settings, world)
         if outcome is not None:
             _add(outcome, results)
 
 
-def _load(path: Path, results: Results, world: World) -> Localiser | None:
-    """The checkpoint, or None on all ranks, with the reason noted."""
-    localiser, reason = None, ""
-    try:
-        localiser = Localiser.load(path, world.device)
-    except JobError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = describe_os_error(error)
-    reasons = [r for r in world.gather(reason) if r]
-    if not reasons:
-        for line in localiser.passed_over if localiser else []:
-            results.warn(line)
-        return localiser
-    results.error(reasons[0], rows=len(results.job.query_sets))
-    return None
-
-
-def _list(source: Path, localiser: Localiser, world: World) -> Queries | str:
-    """The queries of a folder or list, or on all ranks the reason why there is nothing to answer."""
-    try:
-        found: Queries | str = localiser.list_queries(source)
-    except JobError as error:
-        found = str(error)
-    found = world.gather(found)[0] if world.size > 1 else found
-    if isinstance(found, Queries) and len(found) == 0:
-        return f"{source}: no photo can be compared with the classes ({found.set_aside[0].reason})"
+def _list(source: Path, localiser: Localiser, world: World) -> Queries:
+    """The queries of a folder or list, as the main process finds them; JobError on all ranks where none can be
+    answered."""
+    found: Queries = world.gather(world.made_on(world.is_main, lambda: localiser.list_queries(source)))[0]
+    if len(found) == 0:
+        raise JobError(f"{source}: no photo can be compared with the classes ({found.set_aside[0].reason})")
     return found
 
 
@@ -158,16 +143,19 @@ def _calibrate(localiser: Localiser, path: Path, results: Results, world: World)
             )
     if source is None:
         return
-    queries = _list(source, localiser, world)
-    if results.job.val_queries is None and isinstance(queries, Queries):
+    asked = results.job.val_queries is not None
+    say = results.error if asked else results.warn
+    try:
+        queries = _list(source, localiser, world)
         known = validation_photos(localiser.path)
-        if known and queries.fingerprint() != known:
-            queries = f"{source}: other photos than the training's validation queries (--val-queries)"
-    fitted = calibrate(localiser, queries, results.job.settings, world) if isinstance(queries, Queries) else None
+        if not asked and known and world.gather(queries.fingerprint())[0] != known:
+            raise JobError(f"{source}: other photos than the training's validation queries (--val-queries)")
+    except JobError as error:
+        say(f"{error}; {path} keeps {localiser.form} scores")
+        return
+    fitted = calibrate(localiser, queries, results.job.settings, world)
     if fitted is None:
-        reason = queries if isinstance(queries, str) else f"{source}: no readable query of it is answered rightly"
-        say = results.warn if results.job.val_queries is None else results.error
-        say(f"{reason}; {path} keeps {localiser.form} scores")
+        say(f"{source}: no readable query of it is answered rightly; {path} keeps {localiser.form} scores")
         return
     localiser.calibration = fitted
     if world.is_main:

@@ -23,7 +23,7 @@ def test_another_number_of_processes_goes_on_with_the_batch_norms_of_all_that_sa
     of_ranks = training_state({"batch_norms": [first.float(), second.float()]})
     assert saved.training is not None
     training = TrainingState(saved.training.tensors | of_ranks.tensors, saved.training.values | of_ranks.values)
-    _restore(replace(saved, training=training), trainer.config, trainer.run_state)
+    _restore(replace(saved, training=training), trainer.config, trainer.engine)
     # The variance of two samples of one size: the mean of theirs, and one for means that lie two apart.
     expected = torch.stack([first[0] + 1, first[1] + 0.5 + 1])
     torch.testing.assert_close(running_statistics(trainer.engine.model).double(), expected, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from shards.classes import ClassTable
 from shards.console import JobError, flag_of
 from shards.provenance import provenance
 from training.batch_norms import (
@@ -35,7 +34,6 @@ from training.checkpoint import (
     training_state,
     training_values,
 )
-from training.distributed import World
 from training.engine import Engine
 from training.presets import TrainConfig
 from training.progress import Progress
@@ -47,22 +45,12 @@ _FIXED_BY_CHECKPOINT = ("backbone", "head", "descriptor_dim", "freeze_until")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-@dataclass(frozen=True)
-class RunState:
-    """The parts of a run that a checkpoint holds."""
-
-    config: TrainConfig
-    classes: ClassTable
-    engine: Engine
-    world: World
-
-
-def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
+def resume_latest(engine: Engine, say: Callable[[str], None]) -> Progress | None:
     """Take up the latest whole checkpoint of the run's folder, and say what changed; None where there is none.
 
     Raises JobError for a checkpoint of another class map or model, CheckpointError where none is whole.
     """
-    config = run.config
+    config = engine.config
     found = load_latest(config.out)
     if found is None:
         say(f"{config.out}: no checkpoint yet, starts anew")
@@ -76,12 +64,12 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
             f"start a new run with --init-from {config.out}"
         )
     before = TrainConfig.from_json(saved.config)
-    _check_fits(path, saved, before, run)
-    _restore(saved, before, run)
+    _check_fits(path, saved, before, engine)
+    _restore(saved, before, engine)
     progress = Progress.from_json(saved.state["progress"])
     if metric := saved.state.get("best_by"):  # a kill may have come before the mark
         best = float(progress.best or 0.0)
-        run.world.made_on(run.world.is_main, lambda: mark_best(config.out, path, metric, best))
+        engine.world.made_on(engine.world.is_main, lambda: mark_best(config.out, path, metric, best))
     if (before.val_queries is None) != (config.val_queries is None):  # LR@1 and loss are no two values of one measure
         progress.best = None
     say(f"goes on from {path} after step {progress.step:,}")
@@ -91,11 +79,11 @@ def resume_latest(run: RunState, say: Callable[[str], None]) -> Progress | None:
         elif name != "resume":
             values = [json.dumps(of.to_json()[name]) for of in (before, config)]
             say(f"changed since then: {flag_of(name)} {' -> '.join(values)}")
-    if not np.array_equal(saved.classes.images, run.classes.images):
-        then, now = int(saved.classes.images.sum()), int(run.classes.images.sum())
+    if not np.array_equal(saved.classes.images, engine.bank.classes.images):
+        then, now = int(saved.classes.images.sum()), int(engine.bank.classes.images.sum())
         say(f"changed since then: the data set, {then:,} -> {now:,} photos; from here on others are drawn")
-    if saved.state["world_size"] != run.world.size:
-        say(f"changed since then: {saved.state['world_size']} -> {run.world.size} processes")
+    if saved.state["world_size"] != engine.world.size:
+        say(f"changed since then: {saved.state['world_size']} -> {engine.world.size} processes")
     return progress
 
 
@@ -104,47 +92,48 @@ def _changed_fields(before: TrainConfig, now: TrainConfig) -> list[str]:
     return [field.name for field in fields(now) if getattr(before, field.name) != getattr(now, field.name)]
 
 
-def _check_fits(path: Path, saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
-    if saved.classes.fingerprint() != run.classes.fingerprint():
+def _check_fits(path: Path, saved: Checkpoint, before: TrainConfig, engine: Engine) -> None:
+    if saved.classes.fingerprint() != engine.bank.classes.fingerprint():
         raise JobError(
-            f"{path}: a checkpoint of another class map than {run.config.shards}; "
-            f"start a new run with --init-from {run.config.out} to carry its weights over"
+            f"{path}: a checkpoint of another class map than {engine.config.shards}; "
+            f"start a new run with --init-from {engine.config.out} to carry its weights over"
         )
-    for name in _changed_fields(before, run.config):
+    for name in _changed_fields(before, engine.config):
         if name in _FIXED_BY_CHECKPOINT:
             raise JobError(
                 f"{path}: was trained with {flag_of(name)} {getattr(before, name)}, not "
-                f"{getattr(run.config, name)}; give that, or another --out"
+                f"{getattr(engine.config, name)}; give that, or another --out"
             )
 
 
-def _restore(saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
-    engine = run.engine
+def _restore(saved: Checkpoint, before: TrainConfig, engine: Engine) -> None:
     values = training_values(saved.training)
     engine.model.load_state_dict(saved.model | values["raw"])
     statistics = values.get("batch_norms", [])
     if statistics:
-        own = len(statistics) == run.world.size
-        set_running_statistics(engine.model, statistics[run.world.rank] if own else statistics_over_ranks(statistics))
+        own = len(statistics) == engine.world.size
+        set_running_statistics(
+            engine.model, statistics[engine.world.rank] if own else statistics_over_ranks(statistics)
+        )
     engine.optimizer.load_state_dict(values["model_optimizer"])
     for parameter, moments in engine.optimizer.state.items():  # fused Adam pairs memory, not elements
         for name in ("exp_avg", "exp_avg_sq"):
             moments[name] = torch.empty_like(parameter).copy_(moments[name])
     engine.rates.load_state_dict(values["rates"])
     for group in engine.optimizer.param_groups:
-        if before.lr_schedule != run.config.lr_schedule:
-            group["lr"] = run.config.lr
-        elif before.lr != run.config.lr:
-            group["lr"] *= run.config.lr / before.lr
+        if before.lr_schedule != engine.config.lr_schedule:
+            group["lr"] = engine.config.lr
+        elif before.lr != engine.config.lr:
+            group["lr"] *= engine.config.lr / before.lr
     if values["scaler"] and engine.scaler.is_enabled():
         engine.scaler.load_state_dict(values["scaler"])
     if engine.average is not None:
         average = {name: saved.model[name] for name in engine.average.tensors}
         engine.average.load(average, values["average_updates"])
         averages = values.get("average_batch_norms", [])
-        if len(averages) == run.world.size:
+        if len(averages) == engine.world.size:
             with engine.averaged_model():
-                set_running_statistics(engine.model, averages[run.world.rank])
+                set_running_statistics(engine.model, averages[engine.world.rank])
     tensors = {
         name.removeprefix(HEAD_STATE): tensor
         for name, tensor in saved.training.tensors.items()
@@ -153,12 +142,12 @@ def _restore(saved: Checkpoint, before: TrainConfig, run: RunState) -> None:
     engine.bank.restore(saved.heads, tensors)
 
 
-def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best_by: str | None = None) -> None:
+def save_run(engine: Engine, progress: Progress, losses: LossFile | None, *, best_by: str | None = None) -> None:
     """Write the losses and a checkpoint of the run as it is, mark it as the best one by `best_by`, drop old ones.
 
     All ranks must call it; rank 0 writes. JobError where that fails, naming the last whole checkpoint.
     """
-    engine, world, out = run.engine, run.world, run.config.out
+    world, out = engine.world, engine.config.out
     heads, head_state = engine.bank.collect()
     # Each rank's own; the saved model holds those over all ranks.
     statistics = {"batch_norms": world.gather(running_statistics(engine.model).cpu()) if world.size > 1 else []}
@@ -167,10 +156,10 @@ def save_run(run: RunState, progress: Progress, losses: LossFile | None, *, best
         try:
             if losses is not None:
                 losses.flush()
-            path = save_checkpoint(out, _checkpoint(run, progress, heads, head_state, statistics, best_by))
+            path = save_checkpoint(out, _checkpoint(engine, progress, heads, head_state, statistics, best_by))
             if best_by is not None:
                 mark_best(out, path, best_by, float(progress.best or 0.0))
-            drop_old(out, run.config.keep, progress.step)
+            drop_old(out, engine.config.keep, progress.step)
         except (OSError, SafetensorError) as error:
             whole = list_checkpoints(out)
             kept = f"the last whole one is {whole[0]}" if whole else "there is none before it"
@@ -200,7 +189,7 @@ def _refusal(error: OSError | SafetensorError, out: Path) -> tuple[str, str]:
 
 
 def _checkpoint(
-    run: RunState,
+    engine: Engine,
     progress: Progress,
     heads: dict[int, dict[str, Tensor]],
     head_state: dict[str, Tensor],
@@ -208,7 +197,6 @@ def _checkpoint(
     best_by: str | None,
 ) -> Checkpoint:
     """What is saved, within `averaged_model` of the run's engine."""
-    engine = run.engine
     own = training_state(
         {
             "model_optimizer": engine.optimizer.state_dict(),
@@ -223,13 +211,12 @@ def _checkpoint(
     return Checkpoint(
         model=engine.model.state_dict(),
         heads=heads,
-        classes=run.classes,
-        config=run.config.to_json(),
+        classes=engine.bank.classes,
+        config=engine.config.to_json(),
         training=TrainingState(tensors, own.values),
         state={
             "step": progress.step,
-            "world_size": run.world.size,
-            "random": {"rule": "a function of seed, step and rank", "seed": run.config.seed},
+            "world_size": engine.world.size,
             "progress": progress.to_json(),
             "best_by": best_by,
         },

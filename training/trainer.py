@@ -34,7 +34,7 @@ from training.presets import TrainConfig
 from training.progress import Progress, Timing
 from training.run_folder import begin_run, check_run_folder, lock_run, start_from
 from training.schedules import make_schedule
-from training.snapshot import RunState, resume_latest, save_run
+from training.snapshot import resume_latest, save_run
 from training.tracking import Tracker, batch_picture, check_tracker, epoch_line, error_map, pace
 from training.validation import Validator
 
@@ -69,7 +69,6 @@ class Trainer:
         self.engine = make_engine(config, self.classes, self.accelerator, self.world)
         self.loader = make_loader(config, dataset, self.schedule, self.accelerator, self.world)
         self.total_steps = config.epochs * config.iterations_per_epoch
-        self.run_state = RunState(config, self.classes, self.engine, self.world)
         self.lock = self._lock()
         self.progress = self._begin()
         self.loss_file = self.world.made_on(
@@ -83,7 +82,7 @@ class Trainer:
 
     def _begin(self) -> Progress:
         """Go on where the run was left, start from another run's weights, or start anew."""
-        progress = resume_latest(self.run_state, self.say) if self.config.resume else None
+        progress = resume_latest(self.engine, self.say) if self.config.resume else None
         if progress is None and self.config.init_from is not None:
             self.say(start_from(self.config.init_from, self.engine.model, self.engine.bank, self.classes))
             self.engine.start_averages()
@@ -297,7 +296,7 @@ class Trainer:
         if self.skipped_in_row and not all(self.world.gather(self.engine.has_finite_weights())):
             self._give_up(f"the weights after step {self.progress.step:,} are not finite and were not saved")
         metric = "LR@1 on the validation queries" if self.validator else "minus the groups' mean loss"
-        save_run(self.run_state, self.progress, self.loss_file, best_by=metric if best else None)
+        save_run(self.engine, self.progress, self.loss_file, best_by=metric if best else None)
 
     def _log_step(self, step: int, batch: Batch, outcome: StepOutcome) -> None:
         values = step_curves(self.engine, outcome, self.schedule(step), self.timing)
