@@ -2,14 +2,17 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from shards.console import JobError
-from shards.sampler import CropRange, Draws, crops
+from shards.sampler import Draws, crops
+
+T = TypeVar("T")
 
 _LOG = logging.getLogger(__name__)
 _MAX_ATTEMPTS = 20
@@ -63,10 +66,6 @@ class Supply:
     _bad: list[int] = field(default_factory=lambda: [0, 0])
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def boxes(self, drawn: Draws) -> np.ndarray:
-        """The crop boxes of samples, int64 [b, 4]; see `crops`."""
-        return crops(drawn.uniform, self.photo_size, self.photo_size, CropRange())
-
     def count(self, photos: int) -> None:
         """Count photos that could be used."""
         with self._lock:
@@ -92,17 +91,14 @@ class Supply:
 
 
 class BatchPlan:
-    """The samples of one rank's slots in one step: `labels`, `groups` int64 [b], and each sample's bytes and box.
-
-    `replace` moves a slot on to its next draw (law 1 of the design).
-    """
+    """The samples of one rank's slots in one step: `labels`, `groups` int64 [b], `boxes` int64 [b, 4] as of `crops`."""
 
     def __init__(self, supply: Supply, step: int, slots: np.ndarray, groups: np.ndarray) -> None:
         self.step, self.slots = step, slots
         self._supply = supply
         drawn = supply.sampler.draw(step, slots, groups)
         self.groups, self.labels, self._rows = drawn.group, drawn.label, drawn.row
-        self.boxes = supply.boxes(drawn)
+        self.boxes = crops(drawn.uniform, supply.photo_size)
         self._attempts = np.zeros(len(slots), np.int64)
         supply.reader.expect(self.groups, self._rows)
 
@@ -113,8 +109,19 @@ class BatchPlan:
         """The JPEG of sample `i`; raises `OSError`."""
         return self._supply.reader.read(int(self.groups[i]), int(self._rows[i]))
 
-    def replace(self, i: int, reason: Exception) -> None:
-        """Draw slot `i` anew because its photo could not be used."""
+    def use(self, i: int, use: Callable[[bytes], T]) -> T:
+        """What `use` makes of sample `i`'s JPEG.
+
+        Where the photo cannot be read, or `use` raises `OSError` or `ValueError`, the slot moves on to its next draw
+        (law 1 of the design), with another label and box. Raises `JobError` where there are too many of these.
+        """
+        while True:
+            try:
+                return use(self.encoded(i))
+            except (OSError, ValueError) as error:
+                self._replace(i, error)
+
+    def _replace(self, i: int, reason: Exception) -> None:
         supply = self._supply
         supply.fail(supply.reader.place(int(self.groups[i]), int(self._rows[i])), reason)
         self._attempts[i] += 1
@@ -123,4 +130,4 @@ class BatchPlan:
         one = slice(i, i + 1)
         drawn = supply.sampler.draw(self.step, self.slots[one], self.groups[one], int(self._attempts[i]))
         self.labels[i], self._rows[i] = drawn.label[0], drawn.row[0]
-        self.boxes[one] = supply.boxes(drawn)
+        self.boxes[one] = crops(drawn.uniform, supply.photo_size)

@@ -6,6 +6,7 @@ Both libraries release the interpreter's lock; Python's share of a sample is som
 import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import cv2
 import numpy as np
@@ -49,15 +50,10 @@ class CpuDecoder:
     def _decode(self, drawn: Future[BatchPlan], pixels: np.ndarray, first: int) -> None:
         plan, last = drawn.result(), min(first + _CHUNK, self._count)
         for i in range(first, last):
-            while True:
-                try:
-                    self._decode_one(plan.encoded(i), plan.boxes[i], pixels[i])
-                    break
-                except (OSError, ValueError) as error:
-                    plan.replace(i, error)
+            plan.use(i, partial(self._decode_one, plan.boxes[i], pixels[i]))
         self._supply.count(last - first)
 
-    def _decode_one(self, jpeg: bytes, box: np.ndarray, out: np.ndarray) -> None:
+    def _decode_one(self, box: np.ndarray, out: np.ndarray, jpeg: bytes) -> None:
         size = self._supply.photo_size
         if not hasattr(self._scratch, "photo"):
             self._scratch.photo = bytearray(size * size * 3)

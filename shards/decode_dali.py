@@ -103,21 +103,18 @@ class DaliDecoder:
         self._pipeline = None
 
     def _read(self, drawn: Future[BatchPlan]) -> _Read:
-        plan, photos = drawn.result(), []
-        for i in range(len(plan)):
-            while True:
-                try:
-                    jpeg = plan.encoded(i)
-                    height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)  # DALI would cut a larger one's corner
-                    check_size(height, width, self._supply.photo_size)
-                    if not jpeg.endswith(_END_OF_IMAGE):
-                        simplejpeg.decode_jpeg(jpeg)  # DALI would make up the rest of a truncated photo
-                    photos.append(np.frombuffer(jpeg, np.uint8))
-                    break
-                except (OSError, ValueError) as error:
-                    plan.replace(i, error)
+        plan = drawn.result()
+        photos = [plan.use(i, self._check) for i in range(len(plan))]
         left, top, width, height = plan.boxes.astype(np.int32).T  # now: reading may have replaced some
         return _as_tensor_list(photos), np.stack([top, left], axis=1), np.stack([height, width], axis=1)
+
+    def _check(self, jpeg: bytes) -> np.ndarray:
+        """The bytes of a photo that DALI can be given, uint8 [n]; raises `ValueError`."""
+        height, width, *_ = simplejpeg.decode_jpeg_header(jpeg)  # DALI would cut a larger one's corner
+        check_size(height, width, self._supply.photo_size)
+        if not jpeg.endswith(_END_OF_IMAGE):
+            simplejpeg.decode_jpeg(jpeg)  # DALI would make up the rest of a truncated photo
+        return np.frombuffer(jpeg, np.uint8)
 
     def _feed(self) -> _Read:
         """DALI's source: the next plan's photos and crops; the end where none was submitted."""

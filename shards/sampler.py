@@ -21,17 +21,8 @@ WINDOW_KEY = 0xFFFFFFFFFFFFFFFF
 COLOUR_KEY = 0xFFFFFFFFFFFFFFFE
 ROUND_KEY = 0xFFFFFFFFFFFFFFFD  # less the number of a group
 
-_TRIES = 10
 _DRAWS = 24  # class, photo, crop x, crop y, ten pairs of area and ratio
-assert _DRAWS == 4 + 2 * _TRIES
-
-
-@dataclass(frozen=True)
-class CropRange:
-    """Bounds of the random crop: share of the photo's area and aspect ratio (width to height)."""
-
-    scale: tuple[float, float] = (0.66, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+_LEAST_AREA, _WIDEST = 0.66, 4 / 3  # of a crop: share of its photo's area, aspect ratio (and its inverse)
 
 
 @dataclass(frozen=True)
@@ -97,23 +88,17 @@ class IndexedSampler:
         return Draws(np.asarray(groups, np.int64), label, row, u[:, 2:])
 
 
-def crops(uniform: np.ndarray, width: int, height: int, bounds: CropRange) -> np.ndarray:
-    """Crop boxes in pixels of a `width` x `height` photo, int64 [K, 4]: left, top, width, height."""
-    area = uniform[:, 2::2] * (bounds.scale[1] - bounds.scale[0]) + bounds.scale[0]
-    low, high = math.log(bounds.ratio[0]), math.log(bounds.ratio[1])
+def crops(uniform: np.ndarray, side: int) -> np.ndarray:
+    """Crop boxes in pixels of square photos, int64 [K, 4]: left, top, width, height; `uniform` float64 [K, 22]."""
+    area = uniform[:, 2::2] * (1 - _LEAST_AREA) + _LEAST_AREA
+    low, high = -math.log(_WIDEST), math.log(_WIDEST)
     ratio = np.exp(uniform[:, 3::2] * (high - low) + low)
-    w = np.rint(np.sqrt(area * (width * height) * ratio)).astype(np.int64)
-    h = np.rint(np.sqrt(area * (width * height) / ratio)).astype(np.int64)
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    w = np.rint(np.sqrt(area * (side * side) * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(area * (side * side) / ratio)).astype(np.int64)
+    fits = (w > 0) & (w <= side) & (h > 0) & (h <= side)
     first = np.argmax(fits, axis=1)
     some = np.arange(len(first))
-    w, h = w[some, first], h[some, first]
-    none = ~fits[some, first]
-    if none.any():
-        whole = width / height
-        w[none] = width if whole < bounds.ratio[1] else round(height * bounds.ratio[1])
-        h[none] = height if whole > bounds.ratio[0] else round(width / bounds.ratio[0])
-    left = (uniform[:, 0] * (width - w + 1)).astype(np.int64)
-    top = (uniform[:, 1] * (height - h + 1)).astype(np.int64)
-    left[none], top[none] = (width - w[none]) // 2, (height - h[none]) // 2
+    w, h = (np.where(fits[some, first], length[some, first], side) for length in (w, h))
+    left = (uniform[:, 0] * (side - w + 1)).astype(np.int64)
+    top = (uniform[:, 1] * (side - h + 1)).astype(np.int64)
     return np.stack([left, top, w, h], axis=1)

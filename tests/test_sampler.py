@@ -7,7 +7,7 @@ from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms import RandomResizedCrop
 
 from shards.index import GroupIndex
-from shards.sampler import CropRange, Draws, IndexedSampler, crops, uniforms
+from shards.sampler import Draws, IndexedSampler, crops, uniforms
 
 
 def draw(index, groups, seed, step, slots, attempt=0) -> Draws:
@@ -73,7 +73,7 @@ def test_seed_step_and_attempt_each_change_the_draw(index):
 
 def test_crops_have_the_distribution_of_torchvisions_random_resized_crop():
     u = np.concatenate([uniforms(3, step, np.arange(64)) for step in range(60)])[:, 2:]
-    ours = crops(u, 224, 224, CropRange())
+    ours = crops(u, 224)
     torch.manual_seed(0)
     photo = torch.empty(3, 224, 224)
     theirs = np.array([RandomResizedCrop.get_params(photo, (0.66, 1.0), (3 / 4, 4 / 3)) for _ in range(len(ours))])
@@ -83,28 +83,21 @@ def test_crops_have_the_distribution_of_torchvisions_random_resized_crop():
     assert ((ours[:, 1] >= 0) & (ours[:, 1] + ours[:, 3] <= 224)).all()
 
 
-@pytest.mark.parametrize(("width", "height"), [(400, 20), (20, 401), (100, 110), (133, 100)])
-def test_a_photo_that_fits_no_crop_gives_the_middle_that_torchvision_takes(width, height):
-    bounds = CropRange(scale=(4.0, 4.0))
-    top, left, h, w = RandomResizedCrop.get_params(torch.empty(3, height, width), [*bounds.scale], [*bounds.ratio])
-    boxes = crops(uniforms(3, 0, np.arange(8))[:, 2:], width, height, bounds)
-    assert (boxes == [left, top, w, h]).all()
-
-
-def test_crops_that_fit_and_those_that_do_not_are_drawn_apart():
-    bounds = CropRange(scale=(0.8, 1.0))
-    u = uniforms(3, 0, np.arange(64))[:, 2:]
-    boxes = crops(u, 160, 100, bounds)
-    whole = (boxes == [(160 - 133) // 2, 0, 133, 100]).all(axis=1)
-    assert 0 < whole.sum() < 64
-    assert (boxes[~whole, 2] * boxes[~whole, 3] > 0.79 * 160 * 100).all()
-    assert ((boxes[:, :2] >= 0) & (boxes[:, :2] + boxes[:, 2:] <= [160, 100])).all()
+def test_where_no_crop_fits_it_is_the_whole_photo_as_torchvision_has_it():
+    u = uniforms(3, 0, np.arange(3))[:, 2:]
+    u[0, 2:] = 1 - 2**-53  # ten crops of the whole area, wider than the photo
+    u[1, 2::2], u[1, 3::2] = 1 - 2**-53, 0  # and higher
+    boxes = crops(u, 224).tolist()
+    assert boxes[:2] == [[0, 0, 224, 224]] * 2
+    assert boxes[2] != boxes[0]
+    top, left, h, w = RandomResizedCrop.get_params(torch.empty(3, 224, 224), [1.1, 1.1], [3 / 4, 4 / 3])
+    assert boxes[0] == [left, top, w, h]
 
 
 def test_a_crop_can_touch_every_edge_of_its_photo():
     u = uniforms(3, 0, np.arange(2))[:, 2:]
     u[0, :2], u[1, :2] = 0, 1 - 2**-53
-    boxes = crops(u, 224, 224, CropRange())
+    boxes = crops(u, 224)
     assert boxes[0, :2].tolist() == [0, 0]
     assert (boxes[1, :2] + boxes[1, 2:]).tolist() == [224, 224]
 
@@ -115,4 +108,4 @@ def test_the_draws_of_a_seed_are_those_of_earlier_versions(index):
     assert draws.label.tolist() == [3, 3, 0, 3]
     assert draws.row.tolist() == [49, 52, 0, 51]
     boxes = [[2, 2, 201, 222], [7, 43, 206, 171], [17, 18, 206, 201], [17, 41, 188, 180]]
-    assert crops(draws.uniform, 224, 224, CropRange()).tolist() == boxes
+    assert crops(draws.uniform, 224).tolist() == boxes
