@@ -116,9 +116,9 @@ def list_named(file: Path, root: Path | str, zone: int, southern: bool | None = 
     listed = read_list(file, zone, southern=southern)
     paths, places = listed.paths, listed.places
     bad = [
-        Bad(printable(paths[row].as_py()) or f"row {row + 1}", reason, printable(listed.values(int(row))))
+        Bad(printable(paths[row].as_py()) or f"row {listed.numbers[row]}", reason, printable(listed.values(row)))
         for reason, rows in listed.unusable.items()
-        for row in np.flatnonzero(rows)
+        for row in np.flatnonzero(rows).tolist()
     ]
     good = np.isfinite(places.east)
     if not good.any():

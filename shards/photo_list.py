@@ -7,6 +7,7 @@ CSV are separated by commas, or by semicolons or tabs as spreadsheets write them
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,13 +42,15 @@ BACKSLASHES = "its path has \\, here / separates folders"
 
 @dataclass(frozen=True)
 class PhotoList:
-    """The n rows of a list: `paths` (large_string [n], "" where a row has none), `places`, for each reason why a row is
-    unusable the rows that it holds for (bool [n]; in no row do two), and the `table` as it was read."""
+    """The n rows of a list, without those that are empty: `paths` (large_string [n], "" where a row has none),
+    `places`, for each reason why a row is unusable the rows that it holds for (bool [n]; in no row do two), the `table`
+    as it was read, and the `numbers` of the rows in the file, of which the first after the header is 1."""
 
     paths: pa.Array
     places: Places
     unusable: dict[str, np.ndarray]
     table: pa.Table
+    numbers: Sequence[int] | np.ndarray
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -107,6 +110,11 @@ def read_list(file: Path, zone: int, *, southern: bool | None = None) -> PhotoLi
 
 def _rows(table: pa.Table, zone: int, southern: bool | None) -> PhotoList:
     paths = _paths(table)
+    filled = _filled(table, paths)
+    numbers: Sequence[int] | np.ndarray = range(1, 1 + len(table))
+    if not filled.all():
+        kept = pa.array(filled)
+        table, paths, numbers = table.filter(kept), paths.filter(kept), 1 + np.flatnonzero(filled)
     empty = np.asarray(pc.equal(pc.binary_length(paths), 0))
     if "east" in table.column_names:
         places, unusable = _from_metres(table, zone, southern)
@@ -116,7 +124,18 @@ def _rows(table: pa.Table, zone: int, southern: bool | None) -> PhotoList:
     places.heading = _numbers(table, "heading").astype(np.float32)
     places.timestamp = _text(table, "timestamp")
     reasons = {"no path": empty} | {reason: rows & ~empty for reason, rows in unusable.items()}
-    return PhotoList(paths, places, reasons, table)
+    return PhotoList(paths, places, reasons, table, numbers)
+
+
+def _filled(table: pa.Table, paths: pa.Array) -> np.ndarray:
+    """Whether a row says anything, bool [n]: spreadsheets write rows of empty fields behind the last."""
+    filled = np.asarray(pc.greater(pc.binary_length(paths), 0))
+    rows = np.flatnonzero(~filled)
+    for name in table.column_names if len(rows) else ():
+        if name != "path":
+            text = pc.utf8_trim_whitespace(_text(table.take(pa.array(rows)), name))
+            filled[rows] |= np.asarray(pc.greater(pc.binary_length(text), 0))
+    return filled
 
 
 def _read(file: Path) -> pa.Table:

@@ -152,7 +152,28 @@ def test_rows_of_a_list_without_a_place_are_kept_and_those_far_away_or_without_a
     assert [photo.reason for photo in queries.unlocated(np.ones(3, bool))] == ["no coordinates", "no GPS fix"]
     assert [(aside.path.name, aside.reason) for aside in queries.set_aside] == [
         ("c.jpg", "farther away than the zones beside 10, that of the classes"),
-        ("row 4", "no path"),
+        ("list.csv, row 4", "no path"),
+    ]
+
+
+def test_empty_rows_of_a_list_are_no_queries_and_those_behind_them_keep_their_numbers(tmp_path: Path) -> None:
+    rows = [
+        "path,latitude,longitude",
+        ",,",
+        "a.jpg,37.75,-122.4",
+        ",,",
+        ",37.75,-122.4",
+        "a.jpg,37.75,-122.4",
+        ",,",
+        "",
+    ]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    (tmp_path / "a.jpg").touch()
+    queries = list_queries(tmp_path / "list.csv", 10)
+    assert queries.names == ("a.jpg",)
+    assert [(str(aside.path), aside.reason) for aside in queries.set_aside] == [
+        (f"{tmp_path}/list.csv, row 4", "no path"),
+        (f"{tmp_path}/a.jpg", "named twice, in row 2 and again in row 5"),
     ]
 
 

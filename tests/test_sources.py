@@ -134,6 +134,24 @@ def test_rows_without_usable_values_are_set_aside_with_their_reason(tmp_path):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_rows_that_are_empty_in_every_column_are_left_out_and_those_behind_them_keep_their_numbers(tmp_path, kind):
+    path = ["", "a.jpg", " ", "", "b.jpg", *[""] * 30]
+    latitude = ["", "37.7", " ", "37.7", "37.7x", *[""] * 30]
+    columns = {"path": path, "latitude": latitude, "longitude": ["" if not x.strip() else "-122.4" for x in latitude]}
+    place = tmp_path / f"list.{kind}"
+    if kind == "csv":
+        place.write_text("\n".join(",".join(row) for row in [list(columns), *zip(*columns.values(), strict=True)]))
+    else:
+        pq.write_table(
+            pa.table({n: [x if x.strip() else None for x in column] for n, column in columns.items()}), place
+        )
+    listing = list_named(place, tmp_path, 0)
+    assert listing.paths.to_pylist() == ["a.jpg"]
+    assert {b.source: b.reason for b in listing.bad} == {"row 4": "no path", "b.jpg": "no coordinates"}
+    assert listing.found == 3
+
+
 def test_names_with_places_that_no_plane_holds_are_set_aside_and_stop_nothing(tmp_path):
     good = write_photos(tmp_path / "photos")
     far = ["@999999999999@999999999999@10@S@a@.jpg", "@99999999999.5@4180003.00@11@S@b@.jpg", "@7e9@1@10@S@c@.jpg"]

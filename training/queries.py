@@ -123,7 +123,8 @@ def _of_list(file: Path, zone: int, southern: bool) -> Queries:
     listed = read_list(file, zone, southern=southern)
     if not zone and "east" not in listed.table.column_names:
         raise JobError(f"{file}: the classes lie in no UTM zone, so that it must give east and north, not degrees")
-    names = [path or f"row {row + 1}" for row, path in enumerate(listed.paths.to_pylist())]
+    numbers = listed.numbers
+    names = [path or f"{file.name}, row {numbers[row]}" for row, path in enumerate(listed.paths.to_pylist())]
     paths = [file.parent / name for name in names]
     words = {"no path": "no path", "zone mismatch": f"farther away than the zones beside {zone}, that of the classes"}
     unfit: dict[int, str] = {}
@@ -135,7 +136,7 @@ def _of_list(file: Path, zone: int, southern: bool) -> Queries:
     first: dict[str, int] = {}
     for row, name in enumerate(names):
         if row not in unfit and row not in unplaced and first.setdefault(name, row) != row:
-            unfit[row] = f"named twice, in row {first[name] + 1} and again in row {row + 1}"
+            unfit[row] = f"named twice, in row {numbers[first[name]]} and again in row {numbers[row]}"
     return _in_zone(file, names, paths, listed.places, zone, southern, unfit, unplaced)
 
 
