@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from preprocessing.photos import Bad, Listing, list_photos, reasons_of
+from preprocessing.photos import Bad, Listing, example_of, list_photos, reasons_of
 from preprocessing.remote import list_remote, read_remote
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
 from shards.console import JobError, describe_os_error, printable
@@ -116,16 +116,14 @@ def list_named(file: Path, root: Path | str, zone: int, southern: bool | None = 
     listed = read_list(file, zone, southern=southern)
     paths, places = listed.paths, listed.places
     bad = [
-        Bad(printable(paths[row].as_py()) or f"row {listed.numbers[row]}", reason, printable(listed.values(row)))
+        Bad(printable(paths[row].as_py()) or f"row {listed.numbers[row]}", reason, listed.values(row, reason))
         for reason, rows in listed.unusable.items()
         for row in np.flatnonzero(rows).tolist()
     ]
     good = np.isfinite(places.east)
     if not good.any():
-        reasons = reasons_of(bad)
-        raise JobError(
-            f"{file}: none of its {len(paths)} rows names a photo and its place{reasons and f' ({reasons})'}"
-        )
+        seen = f" ({reasons_of(bad)}; e.g. {example_of(bad)})" if bad else ""
+        raise JobError(f"{file}: none of its {len(paths)} rows names a photo and its place{seen}")
     if not good.all():
         assert places.timestamp is not None
         rows = pa.array(np.flatnonzero(good))

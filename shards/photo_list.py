@@ -1,11 +1,13 @@
 """Photos named by a list, CSV or Parquet: a path and a place in each row.
 
-Columns: `path`, and either `east`, `north` (UTM metres; `zone` as 10, 10S or 32610 where it is known) or `latitude`,
-`longitude` (degrees, WGS84); `heading` (degrees clockwise from north) and `timestamp` where there are any. Fields of a
-CSV are separated by commas, or by semicolons or tabs as spreadsheets write them; then 47,37 is a number too.
+Columns: `path`, and either `east`, `north` (UTM metres; `zone` as 10, 10S or an EPSG code where it is known) or
+`latitude`, `longitude` (degrees, WGS84); `heading` (degrees clockwise from north) and `timestamp` where there are any.
+Fields of a CSV are separated by commas, or by semicolons or tabs as spreadsheets write them; then 47,37 is a number
+too.
 """
 
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,14 +29,27 @@ _LIST_EXTENSIONS = (".csv", ".parquet")
 _COLUMNS = ("path", "east", "north", "zone", "latitude", "longitude", "heading", "timestamp")
 _NUMBERS = ("east", "north", "latitude", "longitude", "heading")
 _NUMBER = r"^\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*$"
-# 10, 10S (a band), 32610 or EPSG:32710 (6 north, 7 south); tables that read whole numbers with gaps as decimal ones
-# write 10.0.
-_ZONE = (
-    r"^\s*(?:(?:(?i:EPSG):)?32(?P<half>[67]))?(?P<number>[1-9]|0[1-9]|[1-5]\d|60)(?:[.,]0+)?"
-    r"\s*(?P<band>[C-HJ-NP-Xc-hj-np-x]?)\s*$"
-)
+# 10, 10S (a band), 32610 or EPSG:25832; tables that read whole numbers with gaps as decimal ones write 10.0.
+_ZONE = re.compile(r"(EPSG:\s*)?(\d{1,5})(?:[.,]0+)?\s*([C-HJ-NP-X]?)", re.IGNORECASE | re.ASCII)
+_ZONE_OF_CODE = {
+    before + zone: (zone, southern)
+    for before, zones, southern in (
+        (32600, range(1, 61), False),  # WGS 84
+        (32700, range(1, 61), True),
+        (25800, range(28, 39), False),  # ETRS89
+        (26900, range(1, 24), False),  # NAD83
+        (28300, range(46, 60), True),  # GDA94
+        (7800, range(46, 60), True),  # GDA2020
+    )
+    for zone in zones
+}
 _BANDS = "CDEFGHJKLMNPQRSTUVWX"  # of 8 degrees of latitude each, from 80 degrees south
 _LONGEST_HEAD = 1 << 16
+
+_FORMS = {
+    "no UTM zone": "a zone is written 10, 10S or as its EPSG code: 326.. (327.. in the south), 258.. (ETRS89), 269.. "
+    "(NAD83), 283.. (GDA94) or 78.. (GDA2020)",
+}
 
 BACKSLASHES = "its path has \\, here / separates folders"
 """What may be wrong with a photo that a list names by a path of Windows and that is not there."""
@@ -55,10 +70,11 @@ class PhotoList:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def values(self, row: int) -> str:
-        """What a row says of its photo, in words."""
+    def values(self, row: int, reason: str) -> str:
+        """What a row that is unusable for a `reason` says of its photo, and how that is written, in words."""
         columns = (name for name in self.table.column_names if name != "path")
-        return ", ".join(f"{name}={self.table[name][row].as_py()}" for name in columns)
+        said = ", ".join(f"{name}={self.table[name][row].as_py()}" for name in columns)
+        return printable(f"{said}; {_FORMS[reason]}" if reason in _FORMS else said)
 
 
 class PathColumn:
@@ -217,23 +233,15 @@ def _from_metres(table: pa.Table, zone: int, asked: bool | None) -> tuple[Places
     zones, southern = np.full(len(table), zone, np.int8), np.zeros(len(table), bool)
     other_band = np.zeros(len(table), bool)
     if "zone" in table.column_names:
-        text = _text(table, "zone")
-        parts = pc.extract_regex(text, _ZONE)
-        number = pc.fill_null(pc.struct_field(parts, "number"), "0")
-        half = pc.fill_null(pc.struct_field(parts, "half"), "")
-        short_code = pc.and_(pc.not_equal(half, ""), pc.equal(pc.binary_length(number), 1))  # 3261 for 32610
-        known = np.asarray(pc.and_not(pc.is_valid(parts), short_code))
-        zones = np.where(known, np.asarray(number.cast(pa.int8())), 0).astype(np.int8)
-        band = pc.utf8_upper(pc.struct_field(parts, "band"))
-        bands = np.asarray(pc.fill_null(pc.index_in(band, pa.array(list(_BANDS), band.type)), -1))
-        southern, told = (bands >= 0) & (bands < _BANDS.index("N")), bands >= 0
-        for name, is_south in (("6", False), ("7", True)):
-            of_code = np.asarray(pc.equal(half, name))
-            southern[of_code], told[of_code] = is_south, True
+        text = _text(table, "zone").dictionary_encode()
+        parsed = np.array([_parse_zone(zone) for zone in text.dictionary.to_pylist()], np.int8).reshape(-1, 3)
+        numbers, halves, bands = parsed.T[:, np.asarray(text.indices)]
+        known, told = numbers > 0, halves >= 0
+        zones, southern = np.maximum(numbers, 0), halves == 1
         other_band = known & ~missing & ~_in_band(north, bands)
         usable = known & ~missing & ~other_band
         southern[~told] = _half(north[usable], zones[usable], southern[usable & told], asked)
-        unknown = ~known & np.asarray(pc.greater(pc.binary_length(pc.utf8_trim_whitespace(text)), 0)) & ~missing
+        unknown = (numbers < 0) & ~missing
     else:
         unknown = np.zeros(len(table), bool)
     outside = ~missing & ~unknown & ~in_plane(east, north, zoned=zones != 0)
@@ -241,6 +249,21 @@ def _from_metres(table: pa.Table, zone: int, asked: bool | None) -> tuple[Places
     east[outside | unknown | missing | other_band] = np.nan
     reasons = {"no coordinates": missing, "coordinates out of range": outside, "no UTM zone": unknown}
     return Places(east, north, zones, southern), reasons | {"northing of another band of latitude": other_band}
+
+
+def _parse_zone(text: str) -> tuple[int, int, int]:
+    """The number of a zone (0 where there is no text, -1 where it is none), its hemisphere (1: southern) and its band
+    in the alphabet of bands, both -1 where they are not told."""
+    match = _ZONE.fullmatch(text.strip())
+    if match is None:
+        return -1 if text.strip() else 0, -1, -1
+    code, digits, letter = match.groups()
+    band = _BANDS.index(letter.upper()) if letter else -1
+    if not code and len(digits) <= 2:
+        number = int(digits) if 1 <= int(digits) <= 60 else -1
+        return number, int(band < _BANDS.index("N")) if letter else -1, band
+    number, southern = _ZONE_OF_CODE.get(int(digits), (-1, False))
+    return number, int(southern), band
 
 
 def _half(north: np.ndarray, zones: np.ndarray, told: np.ndarray, asked: bool | None) -> bool:

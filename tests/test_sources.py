@@ -186,7 +186,7 @@ def test_a_plane_of_ones_own_may_lie_where_no_zone_does(tmp_path):
         ("path,east,East,north\na,1,2,3\n", "has the column east twice"),
         ("path|east|north\na|1|2\n", "it needs path and either"),
         ("path,east,north\n", "none of its 0 rows names a photo"),
-        ("path,east,north\na,nan,1\n,2,1\n", r"none of its 2 rows .*\(1 no path, 1 no coordinates\)"),
+        ("path,east,north\na,nan,1\n,2,1\n", r"none of its 2 rows .*\(1 no path, 1 no coordinates; e\.g\. row 2: "),
     ],
 )
 def test_a_file_that_is_no_list_is_named_in_one_line(tmp_path, text, message):

@@ -39,9 +39,21 @@ def write_metres(folder: Path, place: tuple[float, float], zones: list[str]) -> 
         (AUCKLAND, ["60H", "60", "60.0", "60"], True),
         (MADRID, ["30T", "32630", "30", "EPSG:32630"], False),
         (MADRID, ["30", "30.0"], False),
+        ((48.1, 11.5), ["25832", "EPSG:25832", "25832.0", "epsg:25832"], False),
+        ((38.9, -77.0), ["26918", "EPSG:26918", "18"], False),
+        ((-33.87, 151.21), ["28356", "EPSG:28356", "7856", "EPSG:7856", "56"], True),
         ((-2.0, -79.9), ["17", "17"], True),  # 9.78 million metres: north of Svalbard, if it were of the north
     ],
-    ids=["bands and codes", "as other rows tell", "north", "taken for north", "by the northing"],
+    ids=[
+        "bands and codes",
+        "as other rows tell",
+        "north",
+        "taken for north",
+        "ETRS89",
+        "NAD83",
+        "GDA94 and GDA2020",
+        "by the northing",
+    ],
 )
 def test_the_hemisphere_of_metres_is_that_of_band_code_other_rows_or_northing(
     tmp_path: Path, place: tuple[float, float], zones: list[str], southern: bool
@@ -83,6 +95,26 @@ def test_a_code_that_lacks_a_digit_is_no_zone(tmp_path: Path) -> None:
     assert [(b.source, b.reason) for b in list_named(file, tmp_path, 0).bad] == [
         (f"{row}.jpg", "no UTM zone") for row in (1, 2, 3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "zone"),
+    [(32601, 32660, 1), (32701, 32760, 1), (25828, 25838, 28), (26901, 26923, 1), (28346, 28359, 46), (7846, 7859, 46)],
+)
+def test_the_zones_of_a_datum_end_where_its_codes_do(tmp_path: Path, first: int, last: int, zone: int) -> None:
+    codes = [str(code) for code in range(first - 1, last + 2)]
+    listing = list_named(write_metres(tmp_path, (-45.0, 3.0), codes)[0], tmp_path, 0)
+    assert [b.source for b in listing.bad] == ["0.jpg", f"{len(codes) - 1}.jpg"]
+    assert present(listing.places).zones.tolist() == list(range(zone, zone + last - first + 1))
+
+
+@pytest.mark.parametrize("text", ["31467", "Zone 32 Nord", "61", "EPSG:32"])
+def test_a_zone_that_is_not_understood_is_shown_with_the_forms_that_are(tmp_path: Path, text: str) -> None:
+    file, _, _ = write_metres(tmp_path, MADRID, [text, "x"])
+    with pytest.raises(
+        JobError, match=rf"2 no UTM zone; e\.g\. 0\.jpg: .*zone={text}; a zone is written 10, 10S or as"
+    ):
+        list_named(file, tmp_path, 0)
 
 
 def test_a_band_that_means_the_south_is_set_aside_and_bands_near_their_edges_are_not(tmp_path: Path) -> None:
