@@ -6,10 +6,13 @@ Fields of a CSV are separated by commas, or by semicolons or tabs as spreadsheet
 too.
 """
 
+from __future__ import annotations
+
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +23,7 @@ import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import utm
 
-from shards.console import JobError, describe_os_error, one_line, printable
+from shards.console import JobError, describe_os_error, format_count, one_line, printable
 from shards.names import string_bytes
 from shards.plane import Places, half_of, in_plane, on_map, zone_of, zones_apart
 from shards.store import is_url
@@ -45,6 +48,8 @@ _ZONE_OF_CODE = {
 }
 _BANDS = "CDEFGHJKLMNPQRSTUVWX"  # of 8 degrees of latitude each, from 80 degrees south
 _LONGEST_HEAD = 1 << 16
+_SEPARATOR = re.compile(r'"?sep=([\t ,;:|])"?', re.IGNORECASE)
+_SHOWN = 100  # characters of a row
 
 _FORMS = {
     "no UTM zone": "a zone is written 10, 10S or as its EPSG code: 326.. (327.. in the south), 258.. (ETRS89), 269.. "
@@ -75,6 +80,29 @@ class PhotoList:
         columns = (name for name in self.table.column_names if name != "path")
         said = ", ".join(f"{name}={self.table[name][row].as_py()}" for name in columns)
         return printable(f"{said}; {_FORMS[reason]}" if reason in _FORMS else said)
+
+
+@dataclass(frozen=True)
+class _CsvForm:
+    """What separates the fields of a CSV file, and how many lines come before its header."""
+
+    separator: str
+    before: int
+
+    @staticmethod
+    def of(file: Path) -> _CsvForm:
+        """By the first line, which may be there for Excel to read the separator from."""
+        with file.open("rb") as opened:
+            head = opened.readline(_LONGEST_HEAD).decode("utf-8-sig", "replace")
+        if told := _SEPARATOR.fullmatch(head.rstrip("\r\n")):
+            return _CsvForm(told[1], 1)
+        return _CsvForm(max(",;\t", key=head.count), 0)
+
+    def read_options(self, *, use_threads: bool = True) -> csv.ReadOptions:
+        return csv.ReadOptions(skip_rows=self.before, use_threads=use_threads)
+
+    def parse_options(self, on_uneven: Callable[[csv.InvalidRow], str] | None = None) -> csv.ParseOptions:
+        return csv.ParseOptions(delimiter=self.separator, newlines_in_values=True, invalid_row_handler=on_uneven)
 
 
 class PathColumn:
@@ -155,46 +183,57 @@ def _filled(table: pa.Table, paths: pa.Array) -> np.ndarray:
 
 
 def _read(file: Path) -> pa.Table:
-    is_parquet = file.suffix.lower() == ".parquet"
+    form = None
     try:
-        separator = "," if is_parquet else _separator(file)
-        names = pq.read_schema(file).names if is_parquet else _csv_columns(file, separator)
-        wanted = {n: n.strip().lower() for n in names if n.strip().lower() in _COLUMNS}
-        _check_columns(file, names)
-        if is_parquet:
-            table = pq.read_table(file, columns=list(wanted))
-        else:
-            table = csv.read_csv(
-                file,
-                parse_options=csv.ParseOptions(delimiter=separator, newlines_in_values=True),
-                convert_options=csv.ConvertOptions(
-                    include_columns=list(wanted),
-                    column_types=dict.fromkeys(wanted, pa.string()),
-                    strings_can_be_null=False,
-                ),
-            )
+        if file.suffix.lower() == ".parquet":
+            wanted = _wanted(file, pq.read_schema(file).names)
+            return pq.read_table(file, columns=list(wanted)).rename_columns(list(wanted.values()))
+        form = _CsvForm.of(file)
+        return _read_csv(file, form)
     except OSError as error:
         raise JobError(f"cannot read the list: {describe_os_error(error)}") from None
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise _no_list(file, error) from None
-    table = table.rename_columns(list(wanted.values()))
-    return table if separator == "," else _with_decimal_points(table)
+        raise (form and _uneven(file, form)) or _no_list(file, error) from None
+
+
+def _read_csv(file: Path, form: _CsvForm) -> pa.Table:
+    with csv.open_csv(file, read_options=form.read_options(), parse_options=form.parse_options()) as reader:
+        wanted = _wanted(file, reader.schema.names)
+    table = csv.read_csv(
+        file,
+        read_options=form.read_options(),
+        parse_options=form.parse_options(),
+        convert_options=csv.ConvertOptions(
+            include_columns=list(wanted),
+            column_types=dict.fromkeys(wanted, pa.string()),
+            strings_can_be_null=False,
+        ),
+    ).rename_columns(list(wanted.values()))
+    return table if form.separator == "," else _with_decimal_points(table)
+
+
+def _uneven(file: Path, form: _CsvForm) -> JobError | None:
+    """What to say of the first row of a CSV that has more or fewer fields than its header; None where none does."""
+    found: list[csv.InvalidRow] = []
+
+    def note(row: csv.InvalidRow) -> str:
+        found.append(row)
+        return "error"
+
+    with suppress(pa.ArrowException):
+        csv.read_csv(file, form.read_options(use_threads=False), form.parse_options(note))
+    if not found:
+        return None
+    row = found[0]
+    text = row.text if len(row.text) <= _SHOWN else f"{row.text[:_SHOWN]}..."
+    return JobError(
+        f"{file}: row {row.number - 1 - form.before} has {format_count(row.actual_columns, 'field')} where the header "
+        f"has {row.expected_columns} ({printable(text)}); quote fields that hold the separator"
+    )
 
 
 def _no_list(file: Path, error: Exception) -> JobError:
     return JobError(f"{file}: not a list of photos, CSV in UTF-8 or Parquet ({printable(one_line(error))})")
-
-
-def _separator(file: Path) -> str:
-    """What separates the fields of a CSV file, by its first line."""
-    with file.open("rb") as opened:
-        head = opened.readline(_LONGEST_HEAD).decode("utf-8", "replace")
-    return max(",;\t", key=head.count)
-
-
-def _csv_columns(file: Path, separator: str) -> list[str]:
-    with csv.open_csv(file, parse_options=csv.ParseOptions(delimiter=separator, newlines_in_values=True)) as reader:
-        return reader.schema.names
 
 
 def _with_decimal_points(table: pa.Table) -> pa.Table:
@@ -205,8 +244,9 @@ def _with_decimal_points(table: pa.Table) -> pa.Table:
     return table
 
 
-def _check_columns(file: Path, names: list[str]) -> None:
-    """Raise `JobError` where a column that is needed is missing, or one that is used is there twice."""
+def _wanted(file: Path, names: list[str]) -> dict[str, str]:
+    """The columns that are used, by their names in the file; raises `JobError` where one that is needed is missing, or
+    one that is used is there twice."""
     found = Counter(n.strip().lower() for n in names)
     twice = [name for name in _COLUMNS if found[name] > 1]
     if twice:
@@ -216,6 +256,7 @@ def _check_columns(file: Path, names: list[str]) -> None:
             f"{file}: has the columns {', '.join(map(printable, names))}; it needs path and either east, north or "
             "latitude, longitude"
         )
+    return {n: n.strip().lower() for n in names if n.strip().lower() in _COLUMNS}
 
 
 def _paths(table: pa.Table) -> pa.Array:

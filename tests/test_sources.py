@@ -2,6 +2,7 @@
 
 import datetime as dt
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,33 @@ def test_a_list_as_a_spreadsheet_of_any_language_writes_it_gives_the_same_places
     assert listing.places.east.tolist() == pytest.approx([east] * 3, abs=1e-6)
     assert listing.places.north.tolist() == pytest.approx([north] * 3, abs=1e-6)
     assert np.array_equal(present(listing.places.heading), [1.5] * 3)
+
+
+@pytest.mark.parametrize(("first", "separator"), [("sep=;", ";"), ("SEP=,", ","), ('"sep=|"', "|"), ("sep=\t", "\t")])
+def test_the_first_line_that_excel_reads_the_separator_from_tells_it_here_too(tmp_path, first, separator):
+    rows = [["path", "latitude", "longitude"], ["a.jpg", "37.7", "-122.4"], ["", "37.7", "-122.4"]]
+    text = "\r\n".join([first, *(separator.join(row) for row in rows)])
+    (tmp_path / "list.csv").write_text(text, encoding="utf-8-sig", newline="")
+    listing = list_named(tmp_path / "list.csv", tmp_path, 0)
+    assert listing.paths.to_pylist() == ["a.jpg"]
+    assert [b.source for b in listing.bad] == ["row 2"]
+
+
+@pytest.mark.parametrize("before", ["", "sep=,\n"])
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("b,c.jpg,37.7,-122.4", "has 4 fields where the header has 3 (b,c.jpg,37.7,-122.4)"),
+        ("b.jpg;37.7;-122.4", "has 1 field where"),
+        ("b.jpg,1,2,3," + "x" * 1000, "has 5 fields where the header has 3 (b.jpg,1,2,3,xxx"),
+    ],
+)
+def test_a_row_of_more_or_fewer_fields_than_the_header_is_named(tmp_path, before, wrong, said):
+    row = "a.jpg,37.7,-122.4\n"
+    (tmp_path / "list.csv").write_text(f"{before}path,latitude,longitude\n{row * 99_999}{wrong}\n{row}")
+    with pytest.raises(JobError, match=re.escape(f"list.csv: row 100000 {said}")) as error:
+        list_named(tmp_path / "list.csv", tmp_path, 0)
+    assert len(str(error.value)) < 400
 
 
 def test_rows_of_a_receiver_without_a_fix_are_set_aside_and_have_no_say_in_the_zone(tmp_path):
