@@ -8,12 +8,12 @@ from preprocessing.claim import TaskLock, check_output, claim, unlock
 from preprocessing.engine import Job
 from preprocessing.finishing import State, Summary, finish
 from preprocessing.output import Output
-from preprocessing.photos import Listing, reasons_of, store_listing
+from preprocessing.photos import Listing, store_listing
 from preprocessing.plan import Plan, Settings, make_plan
 from preprocessing.revisions import count_bad, retried, revisions
 from preprocessing.shard_run import Machinery, bad_of, write_shards
 from preprocessing.shard_task import ShardResult
-from preprocessing.sources import Source
+from preprocessing.sources import Source, describe_bad
 from preprocessing.trial import Forecast, check_space, forecast
 from preprocessing.updates import complete_revisions
 from shards.console import JobError, format_count
@@ -166,7 +166,7 @@ def _write_planned(
         images=images,
     )
     if count == 1 and machinery.max_bad_share is None and not any(result.images for result in results):
-        reasons = reasons_of(bad_of(results))
-        raise JobError(f"{source.place}: no photo can be used ({reasons}); mend the source, or choose another --out")
+        seen = describe_bad(bad_of(results))
+        raise JobError(f"{source.place}: no photo can be used ({seen}); mend the source, or choose another --out")
     out.gather(finished)
     return before

@@ -3,7 +3,7 @@
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,13 +46,6 @@ def list_reasons(counts: Counter[str]) -> str:
 def reasons_of(bad: Iterable[Bad]) -> str:
     """`list_reasons` of photos that were set aside."""
     return list_reasons(Counter(b.reason for b in bad))
-
-
-def example_of(bad: Sequence[Bad]) -> str:
-    """The first photo of those set aside for the commonest reason, with what was seen of it."""
-    commonest = Counter(b.reason for b in bad).most_common(1)[0][0]
-    first = next(b for b in bad if b.reason == commonest)
-    return printable(f"{first.source}: {first.detail}" if first.detail else first.source)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from shards.classes import ClassTable, number_within
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
 from shards.names import string_bytes
+from shards.photo_list import GIVE_A_LIST
 from shards.plane import Places, half_of
 
 _STEP = 1 << 20
@@ -181,10 +182,10 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
     usable = slice(None) if finite.all() else np.flatnonzero(finite)
     if not finite.any():
         example = f"; e.g. {bad[0].source}: {bad[0].detail or bad[0].reason}" if bad else ""
-        raise JobError(
-            f"{listing.root}: none of {len(listing)} photos has usable coordinates in its name{example}; where "
-            "names say nothing, give a list with path, latitude, longitude as the source (docs/own-data.md)"
-        )
+        where, advice = "", ""
+        if listing.places is None:
+            where, advice = " in its name", f"; {GIVE_A_LIST}"
+        raise JobError(f"{listing.root}: none of {len(listing)} photos has usable coordinates{where}{example}{advice}")
     crops = max(settings.crops, 1)
     part = make_partition(
         places.east[usable], places.north[usable],

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from preprocessing.engine import Counts, Job, run_tasks
-from preprocessing.photos import Bad, reasons_of
+from preprocessing.photos import Bad
 from preprocessing.plan import ShardTask
 from preprocessing.shard_task import ShardResult, Stopped
-from shards.console import JobError, format_bytes, format_count, printable
+from preprocessing.sources import describe_bad
+from shards.console import JobError, format_bytes, format_count
 
 _BAD_SHARE = 0.01
 _TOLERATED_BAD = 25
@@ -33,9 +34,8 @@ class Tolerance:
         bad = [*self.named, *found]
         if len(bad) > self.limit:
             raise TooManyBad(
-                f"{len(bad)} of {self.photos} photos are bad ({reasons_of(bad)}; e.g. {printable(bad[-1].source)}), "
-                f"more than the limit of {self.limit:.0f}; mend the source, or raise --max-bad-share and run the same "
-                "command again"
+                f"{len(bad)} of {self.photos} photos are bad ({describe_bad(bad)}), more than the limit of "
+                f"{self.limit:.0f}; mend the source, or raise --max-bad-share and run the same command again"
             )
 
 

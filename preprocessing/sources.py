@@ -8,6 +8,8 @@ import errno
 import os
 import re
 import stat
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from preprocessing.photos import Bad, Listing, example_of, list_photos, reasons_of
+from preprocessing.photos import Bad, Listing, list_photos, reasons_of
 from preprocessing.remote import list_remote, read_remote
 from preprocessing.resize import MAX_FILE_BYTES, BadPhoto
 from shards.console import JobError, describe_os_error, printable
@@ -57,12 +59,14 @@ class Source:
         return is_list(self.place)
 
     def check(self, out: Path) -> None:
-        """Raise `JobError` where the source is not there, or holds the folder `out` of the data set."""
+        """Raise `JobError` where the source or its root is not there, or it holds the folder `out` of the data set."""
         if is_url(self.place):
             return
         place = Path(self.place)
         if not place.exists():
             raise JobError(f"{place}: no such {'list' if self.is_list else 'folder of photos'}")
+        if self.is_list and not is_url(self.root) and not Path(self.root).is_dir():
+            raise JobError(f"--root {self.root}: no such folder")
         if not self.is_list and out.resolve().is_relative_to(place.resolve()):
             raise JobError(f"{out}: lies inside the source {place}; choose another folder")
 
@@ -122,7 +126,7 @@ def list_named(file: Path, root: Path | str, zone: int, southern: bool | None = 
     ]
     good = np.isfinite(places.east)
     if not good.any():
-        seen = f" ({reasons_of(bad)}; e.g. {example_of(bad)})" if bad else ""
+        seen = f" ({describe_bad(bad)})" if bad else ""
         raise JobError(f"{file}: none of its {len(paths)} rows names a photo and its place{seen}")
     if not good.all():
         assert places.timestamp is not None
@@ -142,6 +146,15 @@ def split_sample(sample: str) -> tuple[int, str]:
     """The number of a sample's source, and the rest of its name."""
     match = _OF_LATER_SOURCE.fullmatch(sample) if sample.startswith("//") else None
     return (int(match[1]), match[2]) if match else (0, sample)
+
+
+def describe_bad(bad: Sequence[Bad]) -> str:
+    """Why photos (one at least) were set aside, and what was seen of the first of the commonest reason, named by its
+    path in its source."""
+    commonest = Counter(b.reason for b in bad).most_common(1)[0][0]
+    first = next(b for b in bad if b.reason == commonest)
+    path = split_sample(first.source)[1]
+    return f"{reasons_of(bad)}; e.g. {printable(f'{path}: {first.detail}' if first.detail else path)}"
 
 
 def turns(crops: int) -> list[str]:

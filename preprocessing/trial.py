@@ -12,12 +12,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from preprocessing.photos import Listing, list_reasons
+from preprocessing.photos import Bad, Listing
 from preprocessing.plan import Plan
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.samples import SampleMaker
 from preprocessing.shard_run import Machinery
-from preprocessing.sources import Source
+from preprocessing.sources import Source, describe_bad
 from shards.console import JobError, format_bytes, format_count
 from shards.upright import UnreadablePhoto, open_photo
 from shards.writer import TAR_BLOCK
@@ -30,11 +30,13 @@ _SURELY = 0.8  # photos differ: a disk with less than this share of the estimate
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial found: images tried, the reasons of those set aside, images a second of one process (reading
-    included), bytes of a data set and of photos for each image, and whether photos to take whole are panoramas."""
+    """What a trial found: images tried, the reasons of those set aside and these in words, images a second of one
+    process (reading included), bytes of a data set and of photos for each image, and whether photos to take whole are
+    panoramas."""
 
     tried: int
     bad: Counter[str]
+    seen: str
     images_per_second: float
     bytes_per_image: float
     source_bytes_per_image: float
@@ -64,9 +66,9 @@ def forecast(plan: Plan, listing: Listing, source: Source, out: Path | None, mac
     """
     trial = try_photos(plan, source, plan.settings.resizer(), 400)
     if trial.bad.total() == trial.tried:
-        root = "; --root is the folder that a list's paths are relative to" if source.is_list else ""
         raise JobError(
-            f"{source.root}: none of {trial.tried} photos that were tried can be used ({list_reasons(trial.bad)}){root}"
+            f"{source.root}: none of {trial.tried} photos that were tried can be used ({trial.seen})"
+            f"{_way_out(trial, source)}"
         )
     images, rate = len(plan.order), trial.images_per_second * machinery.workers
     return Forecast(
@@ -80,6 +82,13 @@ def forecast(plan: Plan, listing: Listing, source: Source, out: Path | None, mac
         seconds=images / rate if rate else 0.0,
         workers=machinery.workers,
     )
+
+
+def _way_out(trial: Trial, source: Source) -> str:
+    commonest = trial.bad.most_common(1)[0][0]
+    if commonest == "missing" and source.is_list:
+        return "; --root is the folder that a list's paths are relative to"
+    return "; leave out --crops to take photos whole" if commonest == "not a panorama" else ""
 
 
 def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Trial:
@@ -100,20 +109,28 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
         with suppress(UnreadablePhoto), open_photo(io.BytesIO(data)) as image:
             wide.append(image.width >= 2 * image.height)
 
-    made = SampleMaker([source], resizer, task.sources, look_at).make()
-    bad: Counter[str] = Counter()
+    maker = SampleMaker([source], resizer, task.sources, look_at)
+    bad: list[Bad] = []
     written = read = 0
     start = time.perf_counter()
-    for jpeg, photo_bytes in made:
+    for sample, (jpeg, photo_bytes) in zip(task.sources, maker.make(), strict=True):
         read += photo_bytes
         if isinstance(jpeg, BadPhoto):
-            bad[jpeg.reason] += 1
+            bad.append(Bad(maker.photo(sample), jpeg.reason, jpeg.detail))
             continue
         written += 3 * TAR_BLOCK + len(jpeg) + -len(jpeg) % TAR_BLOCK + _TABLE_BYTES
     seconds = time.perf_counter() - start
     tried = len(task.sources)
     uncut = not source.crops and sum(wide) * 2 > len(wide)
-    return Trial(tried, bad, tried / seconds, written / max(tried - bad.total(), 1), read / tried, uncut)
+    return Trial(
+        tried,
+        Counter(b.reason for b in bad),
+        describe_bad(bad) if bad else "",
+        tried / seconds,
+        written / max(tried - len(bad), 1),
+        read / tried,
+        uncut,
+    )
 
 
 def check_space(plan: Plan, source: Source, out: Path, resizer: Resizer, images: int) -> None:

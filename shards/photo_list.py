@@ -52,12 +52,17 @@ _SEPARATOR = re.compile(r'"?sep=([\t ,;:|])"?', re.IGNORECASE)
 _SHOWN = 100  # characters of a row
 
 _FORMS = {
+    "no coordinates": "coordinates are decimal numbers, negative in the south and west",
     "no UTM zone": "a zone is written 10, 10S or as its EPSG code: 326.. (327.. in the south), 258.. (ETRS89), 269.. "
     "(NAD83), 283.. (GDA94) or 78.. (GDA2020)",
 }
 
 BACKSLASHES = "its path has \\, here / separates folders"
 """What may be wrong with a photo that a list names by a path of Windows and that is not there."""
+
+
+GIVE_A_LIST = "where names say nothing, give a list with path, latitude, longitude (docs/own-data.md)"
+"""The way out where no photo of a folder has coordinates in its name."""
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,10 @@ def test_a_plane_of_ones_own_may_lie_where_no_zone_does(tmp_path):
         ("path|east|north\na|1|2\n", "it needs path and either"),
         ("path,east,north\n", "none of its 0 rows names a photo"),
         ("path,east,north\na,nan,1\n,2,1\n", r"none of its 2 rows .*\(1 no path, 1 no coordinates; e\.g\. row 2: "),
+        (
+            "path,latitude,longitude\na,33.87 S,1\n",
+            r"a: latitude=33\.87 S, longitude=1; coordinates are decimal numbers",
+        ),
     ],
 )
 def test_a_file_that_is_no_list_is_named_in_one_line(tmp_path, text, message):
@@ -237,8 +241,16 @@ def test_a_dry_run_tells_of_small_cells_and_of_rows_without_a_place(tmp_path, ca
 def test_a_dry_run_over_a_list_whose_photos_lie_elsewhere_names_root(tmp_path):
     names = write_listed(tmp_path / "photos", 20)
     place = write_csv(tmp_path / "list.csv", path=names, east=[500003.0] * 20, north=[4180003.0] * 20)
-    with pytest.raises(JobError, match=r"none of 20 photos that were tried can be used \(20 missing\); --root is"):
+    with pytest.raises(
+        JobError,
+        match=r"none of 20 photos that were tried can be used \(20 missing; e\.g\. IMG_\d+\.jpg: .*; --root is",
+    ):
         dry_run(Source.of(place), tmp_path / "out", SETTINGS, Machinery(1))
+    source = Source.of(place, tmp_path / "photos", crops=12)
+    said = r"144 not a panorama; e\.g\. IMG_\d+\.jpg: 1\.00 times .*\); leave out --crops"
+    with pytest.raises(JobError, match=said) as error:
+        dry_run(source, tmp_path / "out", replace(SETTINGS, crops=12), Machinery(1))
+    assert "--root" not in str(error.value)
 
 
 def test_a_list_with_paths_of_windows_is_told_what_separates_folders(tmp_path):
@@ -257,10 +269,22 @@ def test_photos_whose_names_say_nothing_are_told_of_lists(tmp_path):
         build(Source.of(tmp_path / "photos"), tmp_path / "out", SETTINGS, HERE)
 
 
+def test_a_list_of_another_zone_than_the_one_asked_for_is_not_told_of_names_and_lists(tmp_path):
+    place = write_csv(tmp_path / "list.csv", path=["a.jpg"], east=[5e5], north=[4e6], zone=["32"])
+    with pytest.raises(JobError, match=r"none of 1 photos has usable coordinates; e\.g\. a\.jpg: UTM zone 32[^;]*$"):
+        build(Source.of(place), tmp_path / "out", replace(SETTINGS, zone=10), HERE)
+
+
+def test_the_folder_that_paths_are_relative_to_is_named_where_it_is_not_there(tmp_path):
+    place = write_csv(tmp_path / "list.csv", path=["a.jpg"], east=[5e5], north=[4e6])
+    with pytest.raises(JobError, match=f"^--root {tmp_path}/none: no such folder$"):
+        build(Source.of(place, tmp_path / "none"), tmp_path / "out", SETTINGS, HERE)
+
+
 def test_the_share_of_bad_photos_counts_rows_without_coordinates_among_all(tmp_path):
     names = write_listed(tmp_path, 40)
     place = write_csv(tmp_path / "list.csv", path=names, east=[500003.0] * 10 + [None] * 30, north=[4180003.0] * 40)
-    with pytest.raises(JobError, match=r"30 of 40 photos are bad .* limit of 25"):
+    with pytest.raises(JobError, match=r"30 of 40 .* \(30 no coordinates; e\.g\. IMG_0010\.jpg: east=, .* limit of 25"):
         build(Source.of(place), tmp_path / "out", SETTINGS, HERE)
     assert (
         build(Source.of(place), tmp_path / "out", SETTINGS, replace(HERE, max_bad_share=0.75)).manifest.quarantined

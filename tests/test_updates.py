@@ -122,7 +122,7 @@ def test_after_an_addition_the_samples_are_those_of_a_clean_build_of_both(begun,
 def test_bad_photos_that_an_addition_accepted_stop_no_later_command(begun, tmp_path):
     for photo in write_cell(tmp_path / "more", 0, 40, first=100)[:30]:
         photo.write_bytes(b"no photo")
-    with pytest.raises(JobError, match="30 of 40 photos are bad"):
+    with pytest.raises(JobError, match=r"30 of 40 photos are bad \(30 not an image; e\.g\. @.*: begins with"):
         add(Source.of(tmp_path / "more"), begun, HERE)
     accepted = add(Source.of(tmp_path / "more"), begun, replace(HERE, max_bad_share=0.75))
     assert present(accepted)[1].images == 10
@@ -134,6 +134,16 @@ def test_bad_photos_that_an_addition_accepted_stop_no_later_command(begun, tmp_p
     repair(begun, verify(begun), str(tmp_path / "photos"), 1)
     sound(begun)
     assert samples(begun) == before
+
+
+def test_an_addition_of_too_many_rows_without_a_place_names_the_first_as_the_list_does(begun, tmp_path):
+    place = tmp_path / "more.csv"
+    rows = [*(f"/photos/{i}.jpg,9e5,4e6,33" for i in range(30)), *(f"{i}.jpg,5e5,4.1e6,10" for i in range(10)), ",,,10"]
+    place.write_text("\n".join(["path,east,north,zone", *rows]))
+    with pytest.raises(
+        JobError, match=r"31 of 41 .* \(30 zone mismatch, 1 no path; e\.g\. /photos/0\.jpg: UTM zone 33 "
+    ):
+        add(Source.of(place), begun, HERE)
 
 
 def test_an_addition_of_too_many_bad_photos_leaves_the_data_set_as_it_was_and_open_to_others(begun, tmp_path):
