@@ -126,7 +126,9 @@ def _list(source: Path, localiser: Localiser, world: World) -> Queries:
     answered."""
     found: Queries = world.gather(world.made_on(world.is_main, lambda: localiser.list_queries(source)))[0]
     if len(found) == 0:
-        raise JobError(f"{source}: no photo can be compared with the classes ({found.set_aside[0].reason})")
+        first = found.set_aside[0]
+        seen = f"{printable(str(first.path))}: {first.reason}"
+        raise JobError(f"{source}: no photo can be compared with the classes ({seen})")
     return found
 
 
@@ -185,7 +187,9 @@ def _add(outcome: Outcome, results: Results) -> None:
         near = f"within {row['threshold_m']:g} m of the centre of a class of {checkpoint} ({outcome.classes.crs})"
         results.warn(f"{source}: no query lies {near}: a small --threshold, or another city, zone or hemisphere")
     if row["scored"] == 0:
-        results.error(f"{checkpoint} on {source}: no readable query with coordinates, so no LR@N")
+        results.error(
+            f"{checkpoint} on {source}: no readable query with coordinates, so no LR@N{outcome.queries.advice}"
+        )
 
 
 def _warn_of_photos(source: str, kind: str, photos: Sequence[SetAside], results: Results) -> None:

@@ -115,7 +115,7 @@ class Describer:
         if left_out := len(photos) + len(photos.set_aside) - len(kept):
             self.say(f"{source}: {format_count(left_out, 'photo')} left out")
         if len(kept) == 0:
-            raise JobError(f"{source}: no readable photo with coordinates")
+            raise JobError(f"{source}: no readable photo with coordinates{photos.advice}")
         names = tuple(photos.names[i] for i in kept)
         return Images(_rows(vectors, kept), photos.east[kept], photos.north[kept], names)
 

@@ -128,6 +128,26 @@ def test_photos_that_cannot_be_scored_are_said_and_left_out(
     assert cut["labels"] is None
 
 
+def test_queries_whose_names_say_nothing_are_told_of_lists(
+    run_and_queries: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, queries = run_and_queries
+    (tmp_path / "q").mkdir()
+    shutil.copy(next(queries.iterdir()), tmp_path / "q" / "IMG_1.jpg")
+    words = ["--checkpoints", run, "--no-report", "--out", tmp_path / "o", "--queries"]
+    assert evaluate_here(monkeypatch, *words, tmp_path / "q") == 1
+    advice = "where names say nothing, give a list with path, latitude, longitude (docs/own-data.md)"
+    assert f"no readable query with coordinates, so no LR@N; {advice}" in capsys.readouterr().err
+    (tmp_path / "l.csv").write_text("path,latitude,longitude\nq/IMG_1.jpg,37.7 N,122.4 W\n")
+    assert evaluate_here(monkeypatch, *words, tmp_path / "l.csv") == 1
+    said = capsys.readouterr().err
+    assert "IMG_1.jpg: predicted but not scored: no coordinates (latitude=37.7 N, longitude=122.4 W; " in said
+    assert advice not in said
+
+
 def test_a_query_of_a_neighbouring_zone_is_a_note_for_all_checkpoints_and_no_problem(
     run_and_queries: tuple[Path, Path],
     tmp_path: Path,

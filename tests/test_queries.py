@@ -85,6 +85,7 @@ def test_a_query_of_a_far_zone_is_set_aside_with_its_reason(tmp_path: Path) -> N
     queries = list_queries(tmp_path, 10)
     assert len(queries) == 0
     assert "zone 54" in queries.set_aside[0].reason
+    assert queries.advice == ""
 
 
 @pytest.mark.parametrize(("zone", "reason"), [(10, "nowhere in UTM zone 10, that of the classes"), (0, "farther from")])
@@ -149,7 +150,10 @@ def test_rows_of_a_list_without_a_place_are_kept_and_those_far_away_or_without_a
     queries = list_queries(file, 10)
     assert queries.names == ("a.jpg", "b.jpg", "d.jpg")
     assert queries.located.tolist() == [True, False, False]
-    assert [photo.reason for photo in queries.unlocated(np.ones(3, bool))] == ["no coordinates", "no GPS fix"]
+    assert [photo.reason for photo in queries.unlocated(np.ones(3, bool))] == [
+        "no coordinates (latitude=, longitude=; coordinates are decimal numbers, negative in the south and west)",
+        "no GPS fix (latitude=0.0, longitude=-0)",
+    ]
     assert [(aside.path.name, aside.reason) for aside in queries.set_aside] == [
         ("c.jpg", "farther away than the zones beside 10, that of the classes"),
         ("list.csv, row 4", "no path"),
@@ -218,7 +222,7 @@ def test_a_row_says_why_it_has_no_place_and_a_photo_with_two_places_counts_once(
     queries = list_queries(write_list(tmp_path / "l.csv", path=path, latitude=latitude, longitude=longitude), 10)
     assert queries.names == ("a.jpg", "a.jpg", "b.jpg")
     unlocated = queries.unlocated(np.ones(3, bool))
-    assert [(aside.path.name, aside.reason) for aside in unlocated] == [
+    assert [(aside.path.name, aside.reason.partition(" (")[0]) for aside in unlocated] == [
         ("a.jpg", "no coordinates"),
         ("b.jpg", "coordinates out of range"),
     ]

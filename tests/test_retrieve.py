@@ -371,7 +371,7 @@ def test_bad_queries_are_told_before_the_database_is_described(
     (tmp_path / "plain").mkdir()
     shutil.copy(next(photos.iterdir()), tmp_path / "plain" / "a.jpg")
     words = ["--checkpoint", run, "--database", photos, "--out", tmp_path / "o"]
-    with pytest.raises(JobError, match="no readable photo with coordinates"):
+    with pytest.raises(JobError, match="no readable photo with coordinates; where names say nothing, give a list"):
         run_here(monkeypatch, *words, "--queries", tmp_path / "plain")
     assert "a.jpg: left out: no coordinates in its name" in capsys.readouterr().err
     with pytest.raises(JobError, match=r"a\.jpg: a file; name the folder"):

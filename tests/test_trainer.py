@@ -296,7 +296,12 @@ def test_an_unreadable_validation_query_is_named_and_left_out(
 def test_no_usable_validation_query_is_a_clear_error(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "q").mkdir()
     (tmp_path / "q" / "holiday.jpg").write_bytes(b"")
-    with pytest.raises(JobError, match=r"no validation query has usable coordinates \(no coordinates in its name\)"):
+    said = (
+        r"no validation query has usable coordinates \(.*/holiday\.jpg: no coordinates in its name\); where names say "
+    )
+    with pytest.raises(
+        JobError, match=said + r"nothing, give a list with path, latitude, longitude \(docs/own-data\.md\)"
+    ):
         train_here(configure(shards, tmp_path / "r", val_queries=tmp_path / "q"))
     (tmp_path / "q" / "holiday.jpg").rename(tmp_path / "q" / f"@{WEST}@{SOUTH}@.jpg")
     with pytest.raises(JobError, match=rf"none of its photos can be read \(.*@{WEST}@{SOUTH}@\.jpg: an empty file\)"):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from shards.console import JobError, one_line, printable
 from shards.names import PHOTO_EXTENSIONS, parse_utm
-from shards.photo_list import BACKSLASHES, is_list, read_list
+from shards.photo_list import BACKSLASHES, GIVE_A_LIST, is_list, read_list
 from shards.photo_tree import walk_photos
 from shards.plane import Places, into_zone, join_at_equator, nowhere_in
 from shards.upright import UnreadablePhoto, open_photo, upright_rgb
@@ -66,6 +66,12 @@ class Queries:
         """Those of the `readable` queries (bool [Q]) whose position is not known, with that reason."""
         rows = np.flatnonzero(readable & ~self.located).tolist()
         return [SetAside(self.paths[i], self.unplaced.get(i, "no coordinates in its name")) for i in rows]
+
+    @property
+    def advice(self) -> str:
+        """What to add to a message where the names of a folder's photos tell no place at all; "" otherwise."""
+        nameless = len(self) and not self.located.any() and not is_list(self.source)
+        return f"; {GIVE_A_LIST}" if nameless else ""
 
     def fingerprint(self) -> str:
         """A hash of the located photos: the same wherever they lie, by whatever names or list they are given."""
@@ -130,8 +136,11 @@ def _of_list(file: Path, zone: int, southern: bool) -> Queries:
     unfit: dict[int, str] = {}
     unplaced: dict[int, str] = {}
     for reason, rows in listed.unusable.items():
-        found = unfit if reason in words else unplaced
-        found |= dict.fromkeys(np.flatnonzero(rows).tolist(), words.get(reason, reason))
+        for row in np.flatnonzero(rows).tolist():
+            if reason in words:
+                unfit[row] = words[reason]
+            else:
+                unplaced[row] = f"{reason} ({listed.values(row, reason)})"
     _check_photos(file, [path for path, none in zip(paths, listed.unusable["no path"], strict=True) if not none])
     first: dict[str, int] = {}
     for row, name in enumerate(names):

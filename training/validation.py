@@ -11,7 +11,7 @@ from torch import nn
 
 from shards.cell_index import CellIndex
 from shards.classes import ClassTable
-from shards.console import JobError, format_count
+from shards.console import JobError, format_count, printable
 from training.distributed import World
 from training.head_bank import HeadBank
 from training.interruption import Interruption
@@ -50,8 +50,11 @@ class Validator:
         self.queries: Queries = list_queries(config.val_queries, classes.zone, southern=classes.southern)
         if not self.queries.located.any():
             unlocated = self.queries.unlocated(np.ones(len(self.queries), bool))
-            reason = (*unlocated, *self.queries.set_aside)[0].reason
-            raise JobError(f"{config.val_queries}: no validation query has usable coordinates ({reason})")
+            first = (*unlocated, *self.queries.set_aside)[0]
+            raise JobError(
+                f"{config.val_queries}: no validation query has usable coordinates ({printable(str(first.path))}: "
+                f"{first.reason}){self.queries.advice}"
+            )
         self.answerable = self._count_answerable()
         self._check_readable()
         self.mine = np.arange(world.rank, len(self.queries), world.size)
