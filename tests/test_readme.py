@@ -19,6 +19,7 @@ import simplejpeg
 import utm
 from photos import name_at, picture
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from tiny import ROOT
 from tiny_run import write_run
 
@@ -154,13 +155,22 @@ def test_every_command_of_the_page_on_own_data_runs(own_photos: Path) -> None:
 
 def test_the_script_of_the_page_on_own_data_lists_photos_by_gps(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    exif = Image.Exif()
-    exif.get_ifd(0x8825).update({1: "S", 2: (22.0, 30.0, 0.0), 3: "W", 4: (48.0, 0.0, 36.0)})
+    gps = {1: "S", 2: (22.0, 30.0, 0.0), 3: "W", 4: (48.0, 0.0, 36.0)}
+    exif, tags = Image.Exif(), ImageFileDirectory_v2()
+    exif.get_ifd(0x8825).update(gps)
+    tags[0x8825] = gps
     Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "Foto (3).jpeg", exif=exif)
+    Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "scan.tif", tiffinfo=tags)
     Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "none.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "photos" / "phone.avif", exif=exif)
     (script,) = ("\n".join(lines) for language, lines in blocks("docs/own-data.md") if language == "python")
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-    assert (tmp_path / "list.csv").read_text().splitlines()[1:] == ["photos/Foto (3).jpeg,-22.5,-48.01"]
+    made = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert (tmp_path / "list.csv").read_text().splitlines()[1:] == [
+        "photos/Foto (3).jpeg,-22.5,-48.01",
+        "photos/scan.tif,-22.5,-48.01",
+    ]
+    assert made.stdout.splitlines()[0].startswith("2 photos listed, 2 files left out")
+    assert made.stdout.splitlines()[1:] == ["photos/none.png", "photos/phone.avif"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -1,6 +1,7 @@
 """Lists of photos, panoramas and zones: what reaches the sample tables."""
 
 import datetime as dt
+import io
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import utm
 from conftest import HERE, SETTINGS
 from photos import jpeg, name_at, write_photos
+from PIL import Image
 from present import present
 from test_build import quarantine
 
@@ -279,6 +281,24 @@ def test_the_folder_that_paths_are_relative_to_is_named_where_it_is_not_there(tm
     place = write_csv(tmp_path / "list.csv", path=["a.jpg"], east=[5e5], north=[4e6])
     with pytest.raises(JobError, match=f"^--root {tmp_path}/none: no such folder$"):
         build(Source.of(place, tmp_path / "none"), tmp_path / "out", SETTINGS, HERE)
+
+
+def test_a_list_takes_the_formats_that_the_page_on_own_data_names_and_a_folder_those_of_four_extensions(tmp_path):
+    taken = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP", "tif": "TIFF", "bmp": "BMP"}
+    refused = {"gif": "GIF", "jp2": "JPEG2000", "avif": "AVIF"}
+    image = Image.open(io.BytesIO(jpeg(96, 0)))
+    for extension, kind in (taken | refused).items():
+        for i in range(12):
+            image.save(tmp_path / f"@{500003 + i}@4180003@10@S@{extension}@.{extension}", kind)
+    (tmp_path / "@500003@4180003@10@S@heic@.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    paths = sorted(path.name for path in tmp_path.iterdir())
+    columns = {"path": paths, "east": [500003.0] * len(paths), "north": [4180003.0] * len(paths)}
+    (tmp_path / "lists").mkdir()
+    place = write_csv(tmp_path / "lists" / "list.csv", **columns)
+    listed = build(Source.of(place, tmp_path), tmp_path / "listed", SETTINGS, replace(HERE, max_bad_share=1))
+    assert (listed.manifest.images, listed.reasons) == (60, {"not an image": 37})
+    found = list_photos(tmp_path, None, lambda n: None)
+    assert {path.rpartition(".")[2] for path in found.paths.to_pylist()} == {"jpg", "png", "webp"}
 
 
 def test_the_share_of_bad_photos_counts_rows_without_coordinates_among_all(tmp_path):
