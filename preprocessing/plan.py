@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from preprocessing.codec import Codec, codec_name, make_resizer
 from preprocessing.coordinates import is_southern, locate
@@ -25,7 +26,7 @@ from preprocessing.sources import turns
 from shards.classes import ClassTable, number_within
 from shards.console import JobError
 from shards.layout import FORMAT_VERSION, SHARD_SAMPLES
-from shards.names import string_bytes
+from shards.names import shuffle_keys, string_bytes
 from shards.plane import Places, half_of
 
 _STEP = 1 << 20
@@ -175,7 +176,7 @@ def headings_and_timestamps(places: Places, rows: np.ndarray) -> tuple[list[floa
 
 def make_plan(listing: Listing, settings: Settings) -> Plan:
     """Plan a data set; raises `JobError` where there is nothing to make one of."""
-    places, zone, names, named_bad = locate(listing, settings.zone)
+    places, zone, _, named_bad = locate(listing, settings.zone)
     bad = [*listing.bad, *named_bad]
     finite = np.isfinite(places.east)
     usable = slice(None) if finite.all() else np.flatnonzero(finite)
@@ -211,7 +212,7 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
         classes,
         listing.paths,
         places,
-        class_order(row, names, settings.seed, crops),
+        class_order(row, _shuffle_keys(listing), settings.seed, crops),
         label,
         {g: int(starts[g]) for g in classes.groups},
         np.flatnonzero(row == -1),
@@ -221,11 +222,16 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
     )
 
 
+def _shuffle_keys(listing: Listing) -> np.ndarray:
+    """Numbers that order photos by their base names, or their paths where a list names them, uint64 [n]."""
+    return shuffle_keys(listing.paths if listing.places is None else pc.replace_substring(listing.paths, "/", "\\"))
+
+
 def class_order(row: np.ndarray, names: np.ndarray, seed: int, crops: int) -> np.ndarray:
     """Samples by class and, within it, in an order shuffled by seed and name, so that a run of neighbours in a shard
     is a random sample of its class.
 
-    `row`: the class of each photo (int32 [n], below 0 without one), `names`: its hash (uint64 [n]). Returns
+    `row`: the class of each photo (int32 [n], below 0 without one), `names`: its `shuffle_keys` (uint64 [n]). Returns
     photo * crops + crop, int64 [planned]. Class, some twenty bits of shuffle and sample are sorted as one number.
     """
     kept = np.flatnonzero(row >= 0)

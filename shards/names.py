@@ -129,6 +129,16 @@ def string_bytes(texts: pa.Array) -> tuple[np.ndarray, Any]:
 
 def hash_names(paths: pa.Array) -> np.ndarray:
     """A 64-bit hash of every base name, uint64 [n]: equal names have equal hashes."""
+    return _hash(paths, padded=False)
+
+
+def shuffle_keys(paths: pa.Array) -> np.ndarray:
+    """Numbers that are to order base names at random, uint64 [n]. They depend on the names around too, and data sets
+    have their photos in this order: what makes a photo one and the same is `hash_names`."""
+    return _hash(paths, padded=True)
+
+
+def _hash(paths: pa.Array, *, padded: bool) -> np.ndarray:
     out = np.empty(len(paths), np.uint64)
     for first in range(0, len(paths), _CHUNK):
         text, starts, ends = _text(paths.slice(first, _CHUNK))
@@ -143,9 +153,10 @@ def hash_names(paths: pa.Array) -> np.ndarray:
             else:
                 word = words[base + np.minimum(offset, lengths)]
                 word &= _KEEP_FIRST[np.clip(lengths - offset, 0, 8)]
-            h ^= word
-            h *= np.uint64(0xD6E8FEB86659FD93)
-            h ^= h >> np.uint64(32)
+            mixed = h ^ word
+            mixed *= np.uint64(0xD6E8FEB86659FD93)
+            mixed ^= mixed >> np.uint64(32)
+            h = mixed if padded or offset < shortest else np.where(offset < lengths, mixed, h)
         out[first : first + len(h)] = h
     return out
 

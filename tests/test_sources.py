@@ -106,11 +106,11 @@ def test_of_photos_of_one_name_all_but_the_first_are_set_aside_and_the_listing_s
     assert sorted((b.source, b.reason) for b in bad) == [(path, "duplicate name") for path in sorted(repeated)]
     assert np.isnan(places.east).sum() == len(repeated)
 
-    paths = ["x.jpg", "y.jpg", "x.jpg"]
-    place = write_csv(tmp_path / "list.csv", path=paths, latitude=[37.7] * 3, longitude=[-122.4] * 3)
+    paths = ["x.jpg", "y.jpg", "x.jpg", "./x.jpg", "a//../x.jpg", str(tmp_path / "x.jpg"), "a/x.jpg", "x..jpg"]
+    place = write_csv(tmp_path / "list.csv", path=paths, latitude=[37.7] * 8, longitude=[-122.4] * 8)
     listing = list_named(place, tmp_path, 0)
     before = present(listing.places).east.copy()
-    assert np.isnan(locate(listing, 0)[0].east).tolist() == [False, False, True]
+    assert np.isnan(locate(listing, 0)[0].east).tolist() == [False, False, True, True, True, True, False, False]
     assert np.array_equal(present(listing.places).east, before)
 
 
