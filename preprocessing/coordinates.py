@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from preprocessing.photos import Bad, Listing
 from shards.console import printable
-from shards.names import BadName, hash_names, parse_name, parse_utm
+from shards.names import BadName, hash_names, names_and_keys, parse_name, parse_utm
 from shards.plane import Places, into_zone, join_at_equator, nowhere_in
 from shards.store import is_url
 
@@ -18,9 +18,11 @@ _STEP = 1 << 20
 _ROUNDABOUT = r"//|(^|/)\.\.?(/|$)"
 
 
-def locate(listing: Listing, zone: int, southern: bool | None = None) -> tuple[Places, int, np.ndarray, list[Bad]]:
-    """Where the photos of a listing are: places in the plane of one zone, that zone, `hash_identities`, and the photos
-    that were set aside (their easting becomes NaN).
+def locate(
+    listing: Listing, names: np.ndarray, zone: int, southern: bool | None = None
+) -> tuple[Places, int, list[Bad]]:
+    """Where the photos of a listing are, of which `names` (uint64 [n]) tells which are one and the same: places in the
+    plane of one zone, that zone, and the photos that were set aside (their easting becomes NaN).
 
     `zone`: the zone to use; 0 means the one that most photos are in. The zone is 0 where nothing tells it. `southern`:
     the hemisphere of a plane on the equator; None means the one that most photos are in.
@@ -34,17 +36,17 @@ def locate(listing: Listing, zone: int, southern: bool | None = None) -> tuple[P
     zone = zone or _common_zone(places.zones, places.east)
     bad += _unify_zones(listing.paths, places, zone)
     join_at_equator(places, southern)
-    names = hash_identities(listing)
     bad += _duplicates(listing, places.east, names)
-    return places, zone, names, bad
+    return places, zone, bad
 
 
-def hash_identities(listing: Listing) -> np.ndarray:
-    """A hash of what makes a photo one and the same, uint64 [n]: its base name, or its absolute path where a list names
-    it."""
+def identify(listing: Listing) -> tuple[np.ndarray, np.ndarray]:
+    """A hash of what makes a photo one and the same, its base name or, where a list names it, its absolute path; and
+    numbers to order photos at random by (`names_and_keys`, of the paths in a list), uint64 [n] both."""
     if listing.places is None:
-        return hash_names(listing.paths)
-    return hash_files(str(listing.root), listing.paths)
+        return names_and_keys(listing.paths)
+    _, keys = names_and_keys(pc.replace_substring(listing.paths, "/", "\\"))
+    return hash_files(str(listing.root), listing.paths), keys
 
 
 def hash_files(root: str, paths: pa.Array) -> np.ndarray:

@@ -129,36 +129,43 @@ def string_bytes(texts: pa.Array) -> tuple[np.ndarray, Any]:
 
 def hash_names(paths: pa.Array) -> np.ndarray:
     """A 64-bit hash of every base name, uint64 [n]: equal names have equal hashes."""
-    return _hash(paths, padded=False)
+    return names_and_keys(paths)[0]
 
 
-def shuffle_keys(paths: pa.Array) -> np.ndarray:
-    """Numbers that are to order base names at random, uint64 [n]. They depend on the names around too, and data sets
-    have their photos in this order: what makes a photo one and the same is `hash_names`."""
-    return _hash(paths, padded=True)
+def names_and_keys(paths: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """`hash_names`, and numbers to order names at random by, uint64 [n] both.
 
-
-def _hash(paths: pa.Array, *, padded: bool) -> np.ndarray:
-    out = np.empty(len(paths), np.uint64)
+    The latter depend on the names around too where these differ in length. Data sets have their photos in this order.
+    """
+    names = np.empty(len(paths), np.uint64)
+    keys = names
     for first in range(0, len(paths), _CHUNK):
         text, starts, ends = _text(paths.slice(first, _CHUNK))
         base = _base_starts(text, starts, ends)
         words = _words(text)
         lengths = ends - base
         h = lengths.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        shortest = int(lengths.min()) if len(lengths) else 0
-        for offset in range(0, int(lengths.max(initial=0)), 8):
+        own = h  # until the first names end
+        shortest = int(lengths.min())
+        for offset in range(0, int(lengths.max()), 8):
             if offset + 8 <= shortest:
                 word = words[base + offset]
             else:
                 word = words[base + np.minimum(offset, lengths)]
                 word &= _KEEP_FIRST[np.clip(lengths - offset, 0, 8)]
-            mixed = h ^ word
-            mixed *= np.uint64(0xD6E8FEB86659FD93)
-            mixed ^= mixed >> np.uint64(32)
-            h = mixed if padded or offset < shortest else np.where(offset < lengths, mixed, h)
-        out[first : first + len(h)] = h
-    return out
+            if own is h and offset >= shortest:
+                own = h.copy()
+            h ^= word
+            h *= np.uint64(0xD6E8FEB86659FD93)
+            h ^= h >> np.uint64(32)
+            if own is not h:
+                own = np.where(offset < lengths, h, own)
+        names[first : first + len(h)] = own
+        if own is not h and keys is names:
+            keys = names.copy()
+        if keys is not names:
+            keys[first : first + len(h)] = h
+    return names, keys
 
 
 def _number(field: str) -> float | None:

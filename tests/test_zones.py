@@ -12,7 +12,7 @@ from present import present
 from test_sources import samples, write_csv, write_listed
 
 from preprocessing.build import build
-from preprocessing.coordinates import locate
+from preprocessing.coordinates import identify, locate
 from preprocessing.sources import Source, list_named
 from preprocessing.updates import add
 from shards.console import JobError
@@ -65,7 +65,8 @@ def test_several_zones_as_mere_numbers_are_refused_where_nothing_tells_the_hemis
         JobError, match=r"0\.csv: the zones are mere numbers, .* \(10S\) or as an EPSG code \(32610 north"
     ):
         list_named(numbers, tmp_path, 0)
-    moved, zone, _, bad = locate(list_named(told, tmp_path, 0), 0)
+    listing = list_named(told, tmp_path, 0)
+    moved, zone, bad = locate(listing, identify(listing)[0], 0)
     assert (zone, bad) == (22, [])
     assert np.hypot(np.diff(moved.east), np.diff(moved.north)) == pytest.approx(2087, abs=5)
 
