@@ -227,7 +227,8 @@ def class_order(row: np.ndarray, keys: np.ndarray, seed: int, crops: int) -> np.
     is a random sample of its class.
 
     `row`: the class of each photo (int32 [n], below 0 without one), `keys`: what `identify` orders it by (uint64 [n]).
-    Returns photo * crops + crop, int64 [planned]. Class, some twenty bits of shuffle and sample are sorted as one number.
+    Returns photo * crops + crop, int64 [planned]. Class, some twenty bits of shuffle and sample are sorted as one
+    number.
     """
     kept = np.flatnonzero(row >= 0)
     if not len(kept):
