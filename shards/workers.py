@@ -56,7 +56,9 @@ def finished(pool: ProcessPoolExecutor, running: set[Future[T]], seconds: float)
     """
     done, _ = wait(running, seconds, FIRST_COMPLETED)
     if not done and _has_lost_its_thread(pool):
-        raise JobError(NO_THREAD)
+        done, _ = wait(running, 0)  # a thread that ended just now, since a worker was killed, has told all tasks so
+        if not done:
+            raise JobError(NO_THREAD)
     return done
 
 
