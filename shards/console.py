@@ -80,7 +80,7 @@ def entry(main: Callable[[], int | None], *, names_photos: bool = False) -> NoRe
         print("\ninterrupted", file=sys.stderr)
         code = 130
     except RuntimeError as error:
-        if "can't start new thread" not in str(error):
+        if not lacks_thread(error):
             raise
         code = _fail(NO_THREAD)
     except BrokenPipeError:
@@ -133,6 +133,11 @@ def describe_os_error(error: OSError) -> str:
         errno.EMFILE: f"; allow this process more of them (ulimit -n {4 * open_files})",
     }.get(error.errno or 0, "")
     return f"{where}{what}{advice}"
+
+
+def lacks_thread(error: BaseException | None) -> bool:
+    """Whether an error is, or tells of, Python's own where it can start no further thread."""
+    return "can't start new thread" in str(error)
 
 
 def is_systems(error: BaseException) -> bool:

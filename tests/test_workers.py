@@ -138,10 +138,10 @@ def test_a_pool_whose_thread_could_start_no_other_is_one_line_and_its_workers_en
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     task = pool.submit(os.getpid)
+    workers = list(vars(pool)["_processes"])
     vars(pool)["_executor_manager_thread"].join(10)
     with pytest.raises(JobError, match="no further thread can be started; allow more processes"):
         finished(pool, {task}, 0.05)
-    workers = [worker.pid for worker in multiprocessing.active_children() if worker.pid]
     end_pool(pool)
     assert workers
     assert end(*workers)
