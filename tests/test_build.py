@@ -254,6 +254,18 @@ def test_a_source_that_is_empty_or_another_leaves_a_finished_data_set_as_it_was(
     assert contents(tmp_path / "out") == before
 
 
+def test_a_relative_folder_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
+    write_photos(tmp_path / "photos:of:2026")
+    monkeypatch.chdir(tmp_path)
+    out = Path("shards-2026-11-29T10:00")
+    build(Path("photos:of:2026"), out, SETTINGS, HERE)
+    (out / "skipped.parquet").unlink()
+    assert [str(p) for p in verify(out).problems] == ["skipped.parquet: missing"]
+    build(Path("photos:of:2026"), out, SETTINGS, HERE)
+    assert not verify(out).problems
+    assert Dataset.open(out).manifest.images == 48
+
+
 def test_photos_of_the_neighbouring_zone_are_carried_into_the_common_plane(tmp_path):
     import utm
 
