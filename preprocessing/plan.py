@@ -72,7 +72,7 @@ class ShardTask:
 
     group: int
     number: int
-    sources: list[str]
+    samples: list[str]
     labels: list[int]
     east: list[float]
     north: list[float]
@@ -87,9 +87,9 @@ class ShardTask:
 
     def without(self, samples: frozenset[str]) -> "ShardTask":
         """The same task, which leaves `samples` out: they keep their keys, as holes."""
-        return replace(self, elsewhere=samples.intersection(self.sources))
+        return replace(self, elsewhere=samples.intersection(self.samples))
 
-    def sample(self, i: int) -> dict[str, Any]:
+    def planned(self, i: int) -> dict[str, Any]:
         """What is planned for sample i, as JSON values; see `Bad.sample`."""
         return {
             "group": self.group,

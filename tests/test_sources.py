@@ -268,7 +268,7 @@ def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_comm
     photos = tmp_path / "photos"
     write_photos(photos, cells=1, per_cell=20)
     task = next(make_plan(Source.of(photos).photos(None, 0), SETTINGS).tasks())
-    assert len(task.sources) > Resizer.batch
+    assert len(task.samples) > Resizer.batch
     seen = []
 
     def unmount(*_: int) -> bool:
