@@ -100,8 +100,9 @@ def _densest_part(columns: np.ndarray, rows: np.ndarray, colours: np.ndarray) ->
 def _frame_map(dataset: Dataset, cells: Image.Image, metres_a_pixel: float, detail: Image.Image | None) -> Image.Image:
     """Put title, coordinates, scale bar and legend around the cells."""
     classes, made = dataset.classes, dataset.manifest
-    left, top, legend = 110, 92, 272
-    width = max(left + cells.width + legend, 760)
+    left, top = 110, 92
+    beside = left + max(cells.width, 280) + 28  # to the right of the scale bar too
+    width = max(beside + 244, 760)
     height = max(top + cells.height + 96, top + 90 + 24 * len(classes.groups) + (0 if detail is None else 270))
     page = Image.new("RGB", (width, height), _PAPER)
     pen = ImageDraw.Draw(page)
@@ -111,18 +112,20 @@ def _frame_map(dataset: Dataset, cells: Image.Image, metres_a_pixel: float, deta
     page.paste(cells, (left, top))
     pen.rectangle((left - 1, top - 1, left + cells.width, top + cells.height), outline=_LINE)
     west, north = int(classes.cell_east.min()), int(classes.cell_north.max()) + made.M
-    step = _nice(max(cells.width, 240) * metres_a_pixel / 4)
-    for east in range(-(-west // step) * step, int(west + cells.width * metres_a_pixel) + 1, step):
+    south, east_end = int(north - cells.height * metres_a_pixel), int(west + cells.width * metres_a_pixel)
+    widest = max(ImageFont.load_default(13).getlength(f"{east:,}") for east in (west, east_end))
+    # A step is at least two fifths of what it is made from (20 of 49, say), and labels stand a step apart.
+    step = _nice(max(2.5 * (widest + 12), cells.width / 4, cells.height / 4) * metres_a_pixel)
+    for east in range(-(-west // step) * step, east_end + 1, step) or (west,):
         x = left + round((east - west) / metres_a_pixel)
         pen.line((x, top + cells.height, x, top + cells.height + 6), _FAINT)
         _write(pen, (x, top + cells.height + 10), f"{east:,}", 13, _FAINT, "ma")
-    south = int(north - cells.height * metres_a_pixel)
-    for at in range(-(-south // step) * step, north + 1, step):
+    for at in range(-(-south // step) * step, north + 1, step) or (north,):
         y = top + round((north - at) / metres_a_pixel)
         pen.line((left - 6, y, left, y), _FAINT)
         _write(pen, (left - 10, y), f"{at:,}", 13, _FAINT, "rm")
     _scale_bar(pen, left, top + cells.height + 52, metres_a_pixel)
-    x, y = left + cells.width + 28, top
+    x, y = beside, top
     _write(pen, (x, y), "group", 14, _FAINT)
     _write(pen, (x + 190, y), "classes", 14, _FAINT, "ra")
     for place, group in enumerate(classes.groups):

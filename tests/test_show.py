@@ -4,14 +4,15 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
+from shards import pictures
 from shards.classes import ClassTable
 from shards.console import JobError
 from shards.dataset import Dataset
@@ -109,6 +110,23 @@ def test_on_the_map_of_a_large_city_no_group_hides_the_others(dataset, cells, mi
         assert (abs(south_west - np.mean(colours, axis=0)).max(axis=1) <= 1).any()
     else:
         assert all((south_west == colour).all(axis=1).any() for colour in colours)
+
+
+@pytest.mark.parametrize(("across", "down"), [(1, 1), (2, 1), (9, 9), (16, 3), (3, 1_600), (1_600, 3), (400, 400)])
+@pytest.mark.parametrize("corner", [0, 499_980, 98_000_000])
+def test_no_two_words_of_a_map_lie_over_each_other_and_both_axes_have_some(dataset, monkeypatch, across, down, corner):
+    words = {}
+
+    def note(pen, at, text, size, ink=None, anchor="la"):
+        words[at] = (anchor + text, pen.textbbox(at, text, font=ImageFont.load_default(size), anchor=anchor))
+
+    monkeypatch.setattr(pictures, "_write", note)
+    corners = [corner + 20 * np.array([0, size - 1]) for size in (across, down)]
+    page = cell_map(with_cells(dataset, *corners))
+    for (one, a), (other, b) in combinations(words.values(), 2):
+        assert min(a[2], b[2]) < max(a[0], b[0]) or min(a[3], b[3]) < max(a[1], b[1]), (one, other)
+    assert all(box[0] >= 0 and box[2] <= page.width and box[3] <= page.height for _, box in words.values())
+    assert {"ma", "rm"} <= {text[:2] for at, (text, _) in words.items() if at[0] == 100 or text.startswith("ma")}
 
 
 def test_groups_have_colours_of_their_own():
