@@ -87,11 +87,22 @@ def _paint(columns: np.ndarray, rows: np.ndarray, colours: np.ndarray, scale: in
 
 
 def _densest_part(columns: np.ndarray, rows: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """The square of `_DETAIL` x `_DETAIL` cells (on a grid of such squares) that has the most classes."""
-    squares = rows // _DETAIL * (1 << 32) + columns // _DETAIL
-    numbers, counts = np.unique(squares, return_counts=True)
-    inside = squares == numbers[counts.argmax()]
-    part = _paint(columns[inside] % _DETAIL, rows[inside] % _DETAIL, colours[inside], _DISCERNIBLE)
+    """The square of `_DETAIL` x `_DETAIL` cells (first on a grid of quarters) that has the most classes, these in its
+    middle."""
+    quarter = _DETAIL // 4
+    blocks, counts = np.unique((rows // quarter << 32) + columns // quarter, return_counts=True)
+    steps = [(down << 32) + right for down in range(4) for right in range(4)]
+    corners, at = np.unique(blocks[:, None] + steps, return_inverse=True)  # three quarters further, so never below 0
+    weights = np.repeat(counts, len(steps))
+    corner = int(corners[np.bincount(at.ravel(), weights).argmax()])
+    place = quarter * ((corner >> 32) - 3), quarter * (corner % (1 << 32) - 3)
+    before = None
+    while place != before:  # moved so that what it has is in its middle, it has all that and perhaps more
+        top, left = before = place
+        inside = (rows >= top) & (rows < top + _DETAIL) & (columns >= left) & (columns < left + _DETAIL)
+        ends = [(int(part.min()), int(part.max())) for part in (rows[inside], columns[inside])]
+        place = (sum(ends[0]) + 1 - _DETAIL) // 2, (sum(ends[1]) + 1 - _DETAIL) // 2
+    part = _paint(columns[inside] - left, rows[inside] - top, colours[inside], _DISCERNIBLE)
     whole = Image.new("RGB", (_DETAIL * _DISCERNIBLE, _DETAIL * _DISCERNIBLE), _PAPER)
     whole.paste(part)
     return whole

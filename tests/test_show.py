@@ -129,6 +129,18 @@ def test_no_two_words_of_a_map_lie_over_each_other_and_both_axes_have_some(datas
     assert {"ma", "rm"} <= {text[:2] for at, (text, _) in words.items() if at[0] == 100 or text.startswith("ma")}
 
 
+@pytest.mark.parametrize("west", [5, 26, 35])
+def test_the_enlarged_part_of_a_map_has_the_densest_cells_in_its_middle(dataset, west):
+    east, north = (a.ravel() for a in np.meshgrid(west + np.arange(34), 26 + np.arange(20)))
+    east, north = np.append(east, [0, 1_000, 1_000]), np.append(north, [0, 0, 1_000])
+    page = np.asarray(cell_map(with_cells(dataset, 500_000 + 20 * east, 4_000_000 + 20 * north)))
+    legend = page.shape[1] - 244
+    detail = page[92 + 26 + 24 * 4 + 60 :, legend : legend + 216]
+    shown = np.argwhere(np.any([(detail == group_colour(group, 4)).all(2) for group in range(4)], axis=0))
+    assert len(shown) == 25 * 34 * 20
+    assert (shown.min(0) + shown.max(0))[1] / 2 == pytest.approx(108, abs=4)
+
+
 def test_groups_have_colours_of_their_own():
     for groups in (1, 4, 8, 25):
         assert len({group_colour(g, groups) for g in range(groups)}) == groups
