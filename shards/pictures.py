@@ -1,6 +1,7 @@
 """A data set in pictures: a contact sheet of some classes, and a map of the cells coloured by group."""
 
 import io
+import re
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _DETAIL = 36
 _TILE = 176
 _GAP = 8
 _EDGE = 28
+_CAPTION = 12  # the size of letters
 
 Rgb = tuple[int, int, int]
 
@@ -190,7 +192,7 @@ def contact_sheet(dataset: Dataset, rows: int = 7, columns: int = 7) -> Image.Im
                 _write(pen, (x + _TILE // 2, y + _TILE // 2), "damaged", 16, (190, 40, 40), "mm")
             else:
                 page.paste(shown.photo.resize((_TILE, _TILE), Image.Resampling.BICUBIC), (x, y))
-            _write(pen, (x + _TILE // 2, y + _TILE + 3), shown.caption, 12, _FAINT, "ma")
+            _write(pen, (x + _TILE // 2, y + _TILE + 3), shown.caption, _CAPTION, _FAINT, "ma")
     reader.close()
     return page
 
@@ -243,10 +245,20 @@ def _photo_caption(index: GroupIndex, row: int) -> str:
     facts = read_samples(table, ["heading", "timestamp"], wanted).to_pylist()
     if not facts:
         return ""
-    heading, time = facts[0]["heading"], printable(facts[0]["timestamp"])[:12]
-    if len(time) == 6 and time.isdigit():
-        time = f"{time[:4]}-{time[4:]}"
-    return "   ".join(part for part in ("" if np.isnan(heading) else f"{heading:.0f}°", time) if part)
+    heading, time = facts[0]["heading"], printable(facts[0]["timestamp"])
+    time = re.sub(r"^(\d{4})(\d\d)$", r"\1-\2", time)
+    time = re.sub(r"^(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d).*$", r"\1 \2", time)
+    degrees = f"{round(heading) % 360}°" if np.isfinite(heading) else ""
+    return _shortened("   ".join(part for part in (degrees, time) if part), _TILE, _CAPTION)
+
+
+def _shortened(text: str, pixels: int, size: int) -> str:
+    """`text`, with an ellipsis for its end where it is wider than so many pixels."""
+    font = ImageFont.load_default(size)
+    kept = text[:pixels]
+    while kept and font.getlength(kept + "…" * (kept != text)) > pixels:
+        kept = kept[:-1]
+    return kept + "…" * (kept != text)
 
 
 def _title(dataset: Dataset) -> str:

@@ -8,6 +8,7 @@ from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFont
@@ -167,6 +168,27 @@ def test_the_contact_sheet_shows_photos_and_marks_the_damaged(dataset, tmp_path)
     damaged = np.asarray(contact_sheet(Dataset.open(copy), rows=2, columns=3)).astype(int)
     assert damaged.shape == whole.shape
     assert (damaged[:, 200:] == (222, 224, 228)).all(2).mean() > 0.4
+
+
+@pytest.mark.parametrize(
+    ("heading", "time", "caption"),
+    [
+        (725.0, "201206", "5°   2012-06"),
+        (-90.0, "2026-05-01T10:00:00Z", "270°   2026-05-01 10:00"),
+        (359.7, "2026-05-01 10:00:00.123+02:00", "0°   2026-05-01 10:00"),
+        (np.nan, "2026-05-01", "2026-05-01"),
+        (np.inf, "on a Sunday", "on a Sunday"),
+        (10.0, "on the first Sunday of the month", "10°   on the first Sunday of the …"),
+        (10.0, "M" * 10_000, f"10°   {'M' * 14}…"),
+    ],
+)
+def test_below_a_photo_stand_its_heading_within_a_turn_and_its_time(dataset, monkeypatch, heading, time, caption):
+    said = []
+    monkeypatch.setattr(pictures, "_write", lambda pen, at, text, size, *ink_and_anchor: said.append((size, text)))
+    facts = pa.table({"heading": pa.array([heading], pa.float32()), "timestamp": [time]})
+    monkeypatch.setattr(pictures, "read_samples", lambda *words: facts)
+    contact_sheet(dataset, rows=1, columns=1)
+    assert [text for size, text in said if size == 12] == [caption]
 
 
 def test_a_damaged_table_below_a_current_index_is_named(dataset, tmp_path):
