@@ -142,17 +142,22 @@ def to_geojson(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], 
     return json.dumps({"type": "FeatureCollection", "features": features}, indent=2)
 
 
-def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], localiser: Localiser) -> str:
-    """Answers as a table for a person; eastings and northings where the class map has no UTM zone."""
+def to_table(
+    answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], localiser: Localiser, apart: float
+) -> str:
+    """Answers as a table for a person, with probabilities within `apart` metres; eastings and northings where the class
+    map has no UTM zone."""
+    within = f"within {apart:.10g} m"
     degrees = bool(localiser.classes.zone)
     first, second = ("latitude", "longitude") if degrees else ("easting m", "northing m")
+    wide = max(len(within), 11)
     lines = []
     for photo in answered:
         known = photo.known
         source = {"exif": "EXIF GPS", "name": "name"}.get(known.source, "") if known else ""
         where = f"   ({source}: {known.latitude:.5f}, {known.longitude:.5f})" if known else ""
         lines.append(f"{printable(str(photo.path))}{where}")
-        lines.append(f"  {'':>2}  {first:>11}  {second:>11}  {'confidence':>10}  {'68 % within':>11}"
+        lines.append(f"  {'':>2}  {first:>11}  {second:>11}  {within:>{wide}}  {'68 % within':>11}"
                      + (f"  {'from ' + source:>13}" if known else ""))  # fmt: skip
         for rank, place in enumerate(photo.places, start=1):
             if degrees:
@@ -160,9 +165,8 @@ def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], lo
             else:
                 position = f"{place.east:11.1f}  {place.north:11.1f}"
             distance = f"  {place.distance_m:11,.0f} m" if place.distance_m is not None else ""
-            lines.append(
-                f"  {rank:2}  {position}  {100 * place.confidence:8.1f} %  {place.uncertainty_m:9,.0f} m{distance}"
-            )
+            confidence = f"{100 * place.confidence:{wide - 2}.1f} %"
+            lines.append(f"  {rank:2}  {position}  {confidence}  {place.uncertainty_m:9,.0f} m{distance}")
         lines.append("")
     count = format_count(len(answered), "photo")
     summary = f"{count} answered" + (f", {len(failures):,} failed" if failures else "")
@@ -172,4 +176,4 @@ def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], lo
         if found
         else "not calibrated (evaluate.py --val-queries does that)"
     )
-    return "\n".join([*lines, f"{summary}; confidence {trust}"])
+    return "\n".join([*lines, f"{summary}; confidence {within}, {trust}"])

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -76,7 +77,7 @@ def main() -> int:
     failures += unreadable
     for failure in failures:
         print(f"error: {printable(str(failure.path))}: {printable(failure.reason)}", file=sys.stderr)
-    show = to_geojson if arguments.geojson else to_json if arguments.json else to_table
+    show = to_geojson if arguments.geojson else to_json if arguments.json else partial(to_table, apart=arguments.apart)
     print(show(answered, failures, localiser))
     return 1 if failures else 0
 

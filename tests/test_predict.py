@@ -69,6 +69,22 @@ def test_json_names_places_in_degrees_with_metres_and_confidence(
     assert near >= 13
 
 
+@pytest.mark.parametrize(("words", "within"), [([], "within 25 m"), (["--apart", 12345.5], "within 12345.5 m")])
+def test_the_table_says_within_what_distance_its_probabilities_are(
+    run: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[object],
+    within: str,
+) -> None:
+    assert run_here(monkeypatch, "--checkpoint", run, sorted(folder.iterdir())[0], *words) == 0
+    _, head, first, *_, last = capsys.readouterr().out.splitlines()
+    assert head.split("  68 %")[0].endswith(f"  {within}")
+    assert first.index(" %") + 2 == head.index(within) + len(within)
+    assert last == f"1 photo answered; confidence {within}, not calibrated (evaluate.py --val-queries does that)"
+
+
 def test_geojson_has_longitude_before_latitude(
     run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
