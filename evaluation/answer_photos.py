@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,8 +17,12 @@ from evaluation.calibration import temperature_of
 from evaluation.localiser import Localiser
 from evaluation.places import KnownPosition, Place, distinct, known_position, top_places
 from shards.console import JobError, format_count, printable
+from shards.names import PHOTO_EXTENSIONS
+from shards.photo_tree import walk_photos
 from training.queries import SetAside, find_photos
 from training.scoring import THRESHOLD_METRES
+
+_EXTENSIONS_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,11 @@ class AnsweredPhoto:
     places: list[Place]
 
 
-def find_all(names: Sequence[str]) -> tuple[list[Path], list[SetAside]]:
-    """The photos that files, folders and glob patterns name, each once in the order given, and what names nothing."""
+def find_all(names: Sequence[str]) -> tuple[list[Path], list[SetAside], list[Path]]:
+    """The photos that files, folders and glob patterns name, each once in the order given; what names nothing; and the
+    files of the folders that are no photos by their names, but for hidden ones."""
     found: list[Path] = []
+    others: list[Path] = []
     missing: list[SetAside] = []
     for name in names:
         path = Path(name)
@@ -49,20 +56,34 @@ def find_all(names: Sequence[str]) -> tuple[list[Path], list[SetAside]]:
             if not name:  # Path("") would be the current folder
                 missing.append(SetAside(Path("''"), "no such photo, folder or pattern"))
             elif path.is_dir():
+                others += (path / name for kind, name in walk_photos(path) if kind == "other" and not _is_hidden(name))
                 found += find_photos(path)
             elif path.exists():
                 found.append(path)
             elif matches := sorted(glob.glob(name, recursive=True)):
-                photos, others = find_all(
-                    [glob.escape(match) if not Path(match).exists() else match for match in matches]
-                )
-                found += photos
-                missing += others
+                parts = find_all([glob.escape(match) if not Path(match).exists() else match for match in matches])
+                found += parts[0]
+                missing += parts[1]
+                others += parts[2]
             else:
                 missing.append(SetAside(path, "no such photo, folder or pattern"))
         except JobError as error:
             missing.append(SetAside(path, str(error).removeprefix(f"{path}: ")))
-    return list(dict.fromkeys(found)), missing
+    return list(dict.fromkeys(found)), missing, list(dict.fromkeys(others))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
+
+
+def describe_others(others: Sequence[Path]) -> str:
+    """How many files are left out, and of which extensions."""
+    kinds = Counter(printable(path.suffix.lower()) or "without extension" for path in others).most_common()
+    listed = [f"{count:,} {kind}" for kind, count in kinds[:_EXTENSIONS_LISTED]]
+    if more := sum(count for _, count in kinds[_EXTENSIONS_LISTED:]):
+        listed.append(f"{more:,} of other extensions")
+    photos = f"({', '.join(PHOTO_EXTENSIONS)} are photos)"
+    return f"ignored {format_count(len(others), 'file')} of other kinds: {', '.join(listed)} {photos}"
 
 
 def answer_photos(

@@ -21,7 +21,7 @@ from typing import Annotated
 
 import tyro
 
-from evaluation.answer_photos import Request, answer_photos, find_all, to_geojson, to_json, to_table
+from evaluation.answer_photos import Request, answer_photos, describe_others, find_all, to_geojson, to_json, to_table
 from evaluation.localiser import choose_device, load_localiser
 from shards.console import JobError, check_arguments, entry, printable
 from shards.workers import cores_of_process
@@ -66,7 +66,9 @@ class Arguments:
 def main() -> int:
     """Answer all photos and print; 1 where one failed."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    paths, failures = find_all(arguments.photos)
+    paths, failures, others = find_all(arguments.photos)
+    if others:
+        print(f"note: {describe_others(others)}", file=sys.stderr)
     device = choose_device(cpu=arguments.cpu)
     localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
     if arguments.geojson and not localiser.classes.zone:
