@@ -100,7 +100,7 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
         with suppress(UnreadablePhoto), open_photo(io.BytesIO(data)) as image:
             wide.append(image.width >= 2 * image.height)
 
-    made = SampleMaker([source], resizer, task.sources, look_at).make()
+    made = SampleMaker([source], resizer, task.samples, look_at).make()
     bad: Counter[str] = Counter()
     written = read = 0
     start = time.perf_counter()
@@ -111,7 +111,7 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
             continue
         written += 3 * TAR_BLOCK + len(jpeg) + -len(jpeg) % TAR_BLOCK + _TABLE_BYTES
     seconds = time.perf_counter() - start
-    tried = len(task.sources)
+    tried = len(task.samples)
     uncut = not source.crops and sum(wide) * 2 > len(wide)
     return Trial(tried, bad, tried / seconds, written / max(tried - bad.total(), 1), read / tried, uncut)
 

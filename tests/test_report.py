@@ -43,10 +43,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     run, queries = write_run(folder / "run"), write_queries(folder / "queries")
     odd = write_queries(folder / "odd")
-    good = next(queries.iterdir()).read_bytes()
+    inner = sorted(queries.iterdir())[5]  # of a cell that has others all around, and rightly answered
+    good = inner.read_bytes()
     (odd / f"@{WEST + 300}@{SOUTH + 300}@{ZONE}@S@{HOSTILE}.jpg").write_bytes(good)
     (odd / "plain.jpg").write_bytes(good)
-    known = parse_name(next(queries.iterdir()).name)
+    known = parse_name(inner.name)
     east, north = (int(metres) // 20 * 20 + 10 for metres in (known.east, known.north))
     for step in range(8):  # all around the centre of its cell, 25.03 m from it: wrong by less than is shown
         x, y = 25.03 * np.cos(step * np.pi / 4), 25.03 * np.sin(step * np.pi / 4)
@@ -263,6 +264,26 @@ def test_photos_of_cells_that_cannot_be_had_are_said_and_the_report_is_written(
         assert evaluate.main() == 0
         assert said in capsys.readouterr().err
         assert said in (out / "report.html").read_text()
+
+
+def test_queries_that_are_the_training_photos_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, dataset = write_run(tmp_path / "run"), write_dataset(tmp_path / "city")
+    queries, others = tmp_path / "queries", write_queries(tmp_path / "others")
+    queries.mkdir()
+    for table in shard_tables(dataset.path):
+        for i, place in enumerate(pq.read_table(table, columns=["east", "north"]).slice(0, 15).to_pylist()):
+            name = PhotoName(place["east"], place["north"], ZONE, "S", pano=f"{table.stem}-{i}")
+            (queries / format_name(name)).write_bytes(next(others.iterdir()).read_bytes())
+    out = tmp_path / "out"
+    for folder, told in ((queries, True), (others, False)):
+        words = ["--checkpoints", run, "--queries", folder, "--out", out, "--shards", dataset.path, "--cpu"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        assert evaluate.main() == 0
+        said = capsys.readouterr().err
+        assert ("compared lie at the very place of a training photo" in said) == told
+        assert ("the very place of a training photo" in (out / "report.html").read_text()) == told
 
 
 def test_a_photo_of_a_cell_is_sought_in_the_shards_that_have_the_cell_alone(tmp_path: Path) -> None:
