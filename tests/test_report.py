@@ -133,8 +133,29 @@ def test_numbers_are_rounded_as_in_the_console_and_nouns_follow_them(page: Page)
         assert page.evaluate(f"number({value}, {digits})") == f"{value:.{digits}f}"
     assert page.evaluate("number(null)") == "–"
     assert page.evaluate("[1, 2, 1234].map((n) => count(n, 'cell'))") == ["1 cell", "2 cells", "1,234 cells"]
-    page.evaluate("view.row.scored = 0; drawHistogram(view)")
-    assert page.evaluate("$('error-note').textContent") == "No query with a known place."
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+def test_where_nothing_was_scored_a_sentence_stands_in_place_of_each_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    (queries / "plain.jpg").write_bytes(simplejpeg.encode_jpeg(photo(WEST, SOUTH, 64, 0), quality=90))
+    words = ["--checkpoints", write_run(tmp_path / "run"), "--queries", queries, "--out", tmp_path / "out"]
+    assert evaluate_here(monkeypatch, *words) == 1
+    page = Page(tmp_path / "profile")
+    try:
+        page.open((tmp_path / "out" / "report.html").as_uri())
+        page.wait_for("document.body?.dataset.ready === 'yes'")
+        assert page.evaluate("$('summary').textContent") == "Nothing was scored: no readable query has a known place."
+        for name in ("histogram", "curve", "reliability", "groups", "confident", "farthest", "successes"):
+            section = f"$('{name}').closest('section')"
+            assert page.evaluate(f"{section}.innerText.split(/\\n+/).slice(1)") == ["Nothing was scored."], name
+        assert not page.problems
+    finally:
+        page.close()
 
 
 @pytest.mark.slow
