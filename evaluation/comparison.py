@@ -27,7 +27,7 @@ from training.distributed import PATIENCE, World, check_gpus
 from training.queries import Queries, SetAside
 
 _LINES_A_KIND = 10
-_COMPARED = 100  # queries whose places are sought among the training photos'
+_COMPARED = 100  # queries whose places are sought among the training photos
 
 
 @dataclass(frozen=True)
