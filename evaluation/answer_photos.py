@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,8 +17,12 @@ from evaluation.calibration import temperature_of
 from evaluation.localiser import Localiser
 from evaluation.places import KnownPosition, Place, distinct, known_position, top_places
 from shards.console import JobError, format_count, printable
+from shards.names import PHOTO_EXTENSIONS
+from shards.photo_tree import walk_photos
 from training.queries import SetAside, find_photos
 from training.scoring import THRESHOLD_METRES
+
+_EXTENSIONS_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -39,9 +44,11 @@ class AnsweredPhoto:
     places: list[Place]
 
 
-def find_all(names: Sequence[str]) -> tuple[list[Path], list[SetAside]]:
-    """The photos that files, folders and glob patterns name, each once in the order given, and what names nothing."""
+def find_all(names: Sequence[str]) -> tuple[list[Path], list[SetAside], list[Path]]:
+    """The photos that files, folders and glob patterns name, each once in the order given; what names nothing; and the
+    files of the folders that are no photos by their names, but for hidden ones."""
     found: list[Path] = []
+    others: list[Path] = []
     missing: list[SetAside] = []
     for name in names:
         path = Path(name)
@@ -49,20 +56,34 @@ def find_all(names: Sequence[str]) -> tuple[list[Path], list[SetAside]]:
             if not name:  # Path("") would be the current folder
                 missing.append(SetAside(Path("''"), "no such photo, folder or pattern"))
             elif path.is_dir():
+                others += (path / name for kind, name in walk_photos(path) if kind == "other" and not _is_hidden(name))
                 found += find_photos(path)
             elif path.exists():
                 found.append(path)
             elif matches := sorted(glob.glob(name, recursive=True)):
-                photos, others = find_all(
-                    [glob.escape(match) if not Path(match).exists() else match for match in matches]
-                )
-                found += photos
-                missing += others
+                parts = find_all([glob.escape(match) if not Path(match).exists() else match for match in matches])
+                found += parts[0]
+                missing += parts[1]
+                others += parts[2]
             else:
                 missing.append(SetAside(path, "no such photo, folder or pattern"))
         except JobError as error:
             missing.append(SetAside(path, str(error).removeprefix(f"{path}: ")))
-    return list(dict.fromkeys(found)), missing
+    return list(dict.fromkeys(found)), missing, list(dict.fromkeys(others))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.rpartition("/")[2].startswith(".")
+
+
+def describe_others(others: Sequence[Path]) -> str:
+    """How many files are left out, and of which extensions."""
+    kinds = Counter(printable(path.suffix.lower()) or "without extension" for path in others).most_common()
+    listed = [f"{count:,} {kind}" for kind, count in kinds[:_EXTENSIONS_LISTED]]
+    if more := sum(count for _, count in kinds[_EXTENSIONS_LISTED:]):
+        listed.append(f"{more:,} of other extensions")
+    photos = f"({', '.join(PHOTO_EXTENSIONS)} are photos)"
+    return f"ignored {format_count(len(others), 'file')} of other kinds: {', '.join(listed)} {photos}"
 
 
 def answer_photos(
@@ -142,17 +163,22 @@ def to_geojson(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], 
     return json.dumps({"type": "FeatureCollection", "features": features}, indent=2)
 
 
-def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], localiser: Localiser) -> str:
-    """Answers as a table for a person; eastings and northings where the class map has no UTM zone."""
+def to_table(
+    answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], localiser: Localiser, apart: float
+) -> str:
+    """Answers as a table for a person, with probabilities within `apart` metres; eastings and northings where the class
+    map has no UTM zone."""
+    within = f"within {apart:.10g} m"
     degrees = bool(localiser.classes.zone)
     first, second = ("latitude", "longitude") if degrees else ("easting m", "northing m")
+    wide = max(len(within), 11)
     lines = []
     for photo in answered:
         known = photo.known
         source = {"exif": "EXIF GPS", "name": "name"}.get(known.source, "") if known else ""
         where = f"   ({source}: {known.latitude:.5f}, {known.longitude:.5f})" if known else ""
         lines.append(f"{printable(str(photo.path))}{where}")
-        lines.append(f"  {'':>2}  {first:>11}  {second:>11}  {'confidence':>10}  {'68 % within':>11}"
+        lines.append(f"  {'':>2}  {first:>11}  {second:>11}  {within:>{wide}}  {'68 % within':>11}"
                      + (f"  {'from ' + source:>13}" if known else ""))  # fmt: skip
         for rank, place in enumerate(photo.places, start=1):
             if degrees:
@@ -160,9 +186,8 @@ def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], lo
             else:
                 position = f"{place.east:11.1f}  {place.north:11.1f}"
             distance = f"  {place.distance_m:11,.0f} m" if place.distance_m is not None else ""
-            lines.append(
-                f"  {rank:2}  {position}  {100 * place.confidence:8.1f} %  {place.uncertainty_m:9,.0f} m{distance}"
-            )
+            confidence = f"{100 * place.confidence:{wide - 2}.1f} %"
+            lines.append(f"  {rank:2}  {position}  {confidence}  {place.uncertainty_m:9,.0f} m{distance}")
         lines.append("")
     count = format_count(len(answered), "photo")
     summary = f"{count} answered" + (f", {len(failures):,} failed" if failures else "")
@@ -172,4 +197,4 @@ def to_table(answered: Sequence[AnsweredPhoto], failures: Sequence[SetAside], lo
         if found
         else "not calibrated (evaluate.py --val-queries does that)"
     )
-    return "\n".join([*lines, f"{summary}; confidence {trust}"])
+    return "\n".join([*lines, f"{summary}; confidence {within}, {trust}"])

@@ -55,7 +55,7 @@ class Calibration:
         try:
             values: dict[str, Any] = json.loads(read_bytes(path))
             found = cls(**values)
-            sound = found.form in RANKING_FORMS and found.form in found.temperatures
+            sound = found.form in RANKING_FORMS and found.form in found.temperatures and found.form in found.lr_at_1
             sound &= all(0 < t < np.inf for t in found.temperatures.values())
         except FileNotFoundError:
             return None
@@ -67,10 +67,13 @@ class Calibration:
 
     def describe(self) -> str:
         """One line for the console."""
-        lr = ", ".join(f"{form} {value:.1f}" for form, value in self.lr_at_1.items())
+        first = {form: self.lr_at_1[form] for form in RANKING_FORMS if form in self.lr_at_1}
+        lr = ", ".join(f"{form} {value:.1f}" for form, value in first.items())
+        higher = ", ".join(form for form, value in first.items() if value > first[self.form])
+        why = f"; not surely better: {higher}" if higher else ""
         return (
             f"fitted to {format_count(self.count, 'query')} of {self.queries}: {self.form} scores (LR@1 there within "
-            f"25 m: {lr}), temperature {self.temperatures[self.form]:.2f}"
+            f"25 m: {lr}{why}), temperature {self.temperatures[self.form]:.2f}"
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -26,6 +27,7 @@ from training.distributed import PATIENCE, World, check_gpus
 from training.queries import Queries, SetAside
 
 _LINES_A_KIND = 10
+_COMPARED = 100  # queries whose places are sought among the training photos
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,26 @@ def _warn_of_photos(source: str, kind: str, photos: Sequence[SetAside], results:
         results.warn(f"{source}: {len(photos) - _LINES_A_KIND} more photos {kind}")
 
 
+def _compare_with_training(samples: SamplePhotos, results: Results) -> None:
+    """Warn of checkpoints that the shards have no cell of, and of queries that seem to be training photos."""
+    for outcome in results.outcomes:
+        if not samples.covers(outcome.classes):
+            results.warn(f"--shards {samples.dataset.place}: has none of the cells of {outcome.checkpoint}")
+            continue
+        located = np.flatnonzero(outcome.queries.located)
+        some = located[np.linspace(0, len(located) - 1, min(len(located), _COMPARED)).astype(int)]
+        try:
+            known = samples.count_at(outcome.queries.east[some], outcome.queries.north[some])
+        except (JobError, OSError):  # of which the report tells
+            continue
+        if known > len(some) / 2:
+            results.warn(
+                f"{outcome.name[1]}: {known} of {format_count(len(some), 'query')} that were compared lie at the very "
+                f"place of a training photo of {samples.dataset.place}; where they are the same photos, LR@N tells "
+                "nothing of new ones"
+            )
+
+
 def write_results(results: Results, *, report: bool = True, samples: SamplePhotos | None = None) -> None:
     """Write all files, print the table and where the files are; without a row leave the folder as it was.
 
@@ -208,9 +230,8 @@ def write_results(results: Results, *, report: bool = True, samples: SamplePhoto
     if not rows:
         print(f"no row of the table could be made; nothing is written to {out}", file=sys.stderr)
         return
-    for outcome in results.outcomes:
-        if report and samples is not None and not samples.covers(outcome.classes):
-            results.warn(f"--shards {samples.dataset.place}: has none of the cells of {outcome.checkpoint}")
+    if report and samples is not None:
+        _compare_with_training(samples, results)
     facts: dict[str, Any] = {
         "settings": asdict(results.job.settings),
         "calibrations": {path: asdict(some) if some else None for path, some in results.calibrations.items()},

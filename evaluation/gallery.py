@@ -303,8 +303,7 @@ def _fingerprint(localiser: Localiser, source: Dataset | Queries) -> str:
     and times of change."""
     place = (source.path if isinstance(source, Dataset) else source.source).resolve()
     digest = hashlib.sha256(f"{place} {localiser.shorter_side}\n".encode())
-    listing = json.loads((localiser.path / "files.json").read_text())["files"]
-    digest.update(json.dumps(listing["model.safetensors"]).encode())
+    digest.update(localiser.fingerprint.partition("-")[0].encode())
     if isinstance(source, Dataset):
         files = {str(file): file for file in sorted(place.rglob("*"))}
     else:

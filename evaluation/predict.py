@@ -15,12 +15,13 @@ if __name__ == "__main__":
 import math
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from evaluation.answer_photos import Request, answer_photos, find_all, to_geojson, to_json, to_table
+from evaluation.answer_photos import Request, answer_photos, describe_others, find_all, to_geojson, to_json, to_table
 from evaluation.localiser import choose_device, load_localiser
 from shards.console import JobError, check_arguments, entry, printable
 from shards.workers import cores_of_process
@@ -65,7 +66,9 @@ class Arguments:
 def main() -> int:
     """Answer all photos and print; 1 where one failed."""
     arguments = tyro.cli(Arguments, description=__doc__)
-    paths, failures = find_all(arguments.photos)
+    paths, failures, others = find_all(arguments.photos)
+    if others:
+        print(f"note: {describe_others(others)}", file=sys.stderr)
     device = choose_device(cpu=arguments.cpu)
     localiser = load_localiser(arguments.checkpoint, device, southern=arguments.southern)
     if arguments.geojson and not localiser.classes.zone:
@@ -76,7 +79,7 @@ def main() -> int:
     failures += unreadable
     for failure in failures:
         print(f"error: {printable(str(failure.path))}: {printable(failure.reason)}", file=sys.stderr)
-    show = to_geojson if arguments.geojson else to_json if arguments.json else to_table
+    show = to_geojson if arguments.geojson else to_json if arguments.json else partial(to_table, apart=arguments.apart)
     print(show(answered, failures, localiser))
     return 1 if failures else 0
 

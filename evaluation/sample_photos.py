@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.cell_index import CellIndex
-from shards.classes import ClassTable
+from shards.classes import ClassTable, cell_index
 from shards.console import is_systems
 from shards.dataset import Dataset
 from shards.index import damage_named, read_samples
@@ -77,6 +77,21 @@ class SamplePhotos:
             SamplePhoto(partial(self._read, table, tar, i), *(table[name][i].as_py() for name in _FACTS))
             for table, tar, i in (found[at] for at in spread)
         ]
+
+    def count_at(self, east: np.ndarray, north: np.ndarray) -> int:
+        """How many of the points (float64 [Q], metres) are, to the centimetre, the place of a photo."""
+        M = self.dataset.classes.M
+        corners = np.stack([cell_index(axis, M) * M for axis in (east, north)], axis=1)
+        count = 0
+        for cell in np.unique(corners, axis=0):
+            points = np.flatnonzero((corners == cell).all(axis=1))
+            of_cell = [table for table, _ in self._photos((int(cell[0]), int(cell[1])), M)]
+            places = [
+                np.concatenate([table[axis].to_numpy() for table in of_cell] or [[]]) for axis in ("east", "north")
+            ]
+            apart = [abs(axis[points, None] - place) for axis, place in zip((east, north), places, strict=True)]
+            count += int((np.maximum(*apart) < 0.01).any(axis=1).sum())
+        return count
 
     def _read(self, table: pa.Table, tar: Path, i: int) -> bytes:
         try:

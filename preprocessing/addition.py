@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from preprocessing.coordinates import locate
+from preprocessing.coordinates import hash_files, identify, locate
 from preprocessing.finishing import State
 from preprocessing.partition import CellBox, make_classes
 from preprocessing.photos import Bad, Listing
@@ -20,7 +20,7 @@ from shards.cell_index import CellIndex
 from shards.classes import ClassTable, cell_index, number_within
 from shards.files import read_table
 from shards.layout import QUARANTINE, SHARD_SAMPLES, SKIPPED, shard_numbers, shard_tables
-from shards.names import hash_names
+from shards.names import hash_names, names_and_keys
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def plan_addition(out: Path, state: State, source: Source, listing: Listing) -> 
     sources = state.sources
     number = sources.index(source) if source in sources else len(sources)
     zone = state.classes.zone
-    places, _, names, named_bad = locate(listing, zone, state.classes.southern if zone else None)
+    names, _ = identify(listing)
+    places, _, named_bad = locate(listing, names, zone, state.classes.southern if zone else None)
     usable = np.isfinite(places.east)
     fresh = np.flatnonzero(usable & ~np.isin(names, _known(out, sources, source)))
     start, nothing = (pa.scalar(text, pa.large_string()) for text in (prefix(number), ""))
@@ -67,7 +68,7 @@ def plan_samples(samples: pa.Table, seed: int, out: Path) -> pa.Table:
     seeded shuffle within it."""
     group, label = samples["group"].to_numpy().astype(np.int64), samples["label"].to_numpy()
     _, row = np.unique(group << 32 | label, return_inverse=True)
-    order = class_order(row.astype(np.int32), hash_names(_large(samples["source"])), seed, 1)
+    order = class_order(row.astype(np.int32), names_and_keys(_large(samples["source"]))[1], seed, 1)
     samples, group = samples.take(pa.array(order)), group[order]
     shards = Counter(shard_numbers(table.stem)[0] for table in shard_tables(out))
     first = np.array([shards[g] for g in group.tolist()], np.int64)
@@ -139,18 +140,16 @@ def _known(out: Path, sources: list[Source], source: Source) -> np.ndarray:
 
 
 def _identities(samples: pa.ChunkedArray, sources: list[Source], source: Source) -> np.ndarray:
-    """`hash_identities` of samples' photos: of all, or of those below the same root where a list names the photos."""
+    """What `identify` tells samples' photos apart by, as it does those of `source` have them."""
     if any(s.crops for s in sources):
         samples = pc.replace_substring_regex(samples, r"#\d+(\.\d+)?$", "")
     if not source.is_list:
         return hash_names(_large(samples))
     parts = [np.empty(0, np.uint64)]
     for number, other in enumerate(sources):
-        if other.is_list and other.root == source.root:
-            start = prefix(number)
-            own = samples.filter(pc.starts_with(samples, start) if start else pc.invert(pc.starts_with(samples, "//")))
-            paths = _large(pc.utf8_slice_codeunits(own, len(start)))
-            parts.append(hash_names(pc.replace_substring(paths, "/", "\\")))
+        start = prefix(number)
+        own = samples.filter(pc.starts_with(samples, start) if start else pc.invert(pc.starts_with(samples, "//")))
+        parts.append(hash_files(other.root, _large(pc.utf8_slice_codeunits(own, len(start)))))
     return np.concatenate(parts)
 
 

@@ -1,5 +1,7 @@
 """Brings the photos of a source into one plane: UTM metres of one zone, from names or from a list."""
 
+import os
+import posixpath
 from dataclasses import replace
 
 import numpy as np
@@ -8,13 +10,19 @@ import pyarrow.compute as pc
 
 from preprocessing.photos import Bad, Listing
 from shards.console import printable
-from shards.names import BadName, hash_names, parse_name, parse_utm
+from shards.names import BadName, hash_names, names_and_keys, parse_name, parse_utm
 from shards.plane import Places, into_zone, join_at_equator, nowhere_in
+from shards.store import is_url
+
+_STEP = 1 << 20
+_ROUNDABOUT = r"//|(^|/)\.\.?(/|$)"
 
 
-def locate(listing: Listing, zone: int, southern: bool | None = None) -> tuple[Places, int, np.ndarray, list[Bad]]:
-    """Where the photos of a listing are: places in the plane of one zone, that zone, `hash_identities`, and the photos
-    that were set aside (their easting becomes NaN).
+def locate(
+    listing: Listing, names: np.ndarray, zone: int, southern: bool | None = None
+) -> tuple[Places, int, list[Bad]]:
+    """Where the photos of a listing are, of which `names` (uint64 [n]) tells which are one and the same: places in the
+    plane of one zone, that zone, and the photos that were set aside (their easting becomes NaN).
 
     `zone`: the zone to use; 0 means the one that most photos are in. The zone is 0 where nothing tells it. `southern`:
     the hemisphere of a plane on the equator; None means the one that most photos are in.
@@ -28,14 +36,39 @@ def locate(listing: Listing, zone: int, southern: bool | None = None) -> tuple[P
     zone = zone or _common_zone(places.zones, places.east)
     bad += _unify_zones(listing.paths, places, zone)
     join_at_equator(places, southern)
-    names = hash_identities(listing)
     bad += _duplicates(listing, places.east, names)
-    return places, zone, names, bad
+    return places, zone, bad
 
 
-def hash_identities(listing: Listing) -> np.ndarray:
-    """A hash of what makes a photo one and the same, uint64 [n]: its base name, or its path where a list names it."""
-    return hash_names(listing.paths if listing.places is None else pc.replace_substring(listing.paths, "/", "\\"))
+def identify(listing: Listing) -> tuple[np.ndarray, np.ndarray]:
+    """A hash of what makes a photo one and the same, its base name or, where a list names it, its absolute path; and
+    numbers to order photos at random by (`names_and_keys`, of the paths in a list), uint64 [n] both."""
+    if listing.places is None:
+        return names_and_keys(listing.paths)
+    _, keys = names_and_keys(pc.replace_substring(listing.paths, "/", "\\"))
+    return hash_files(str(listing.root), listing.paths), keys
+
+
+def hash_files(root: str, paths: pa.Array) -> np.ndarray:
+    """A hash of which files paths name, in `root` (a folder or URL) or absolute, uint64 [n]: `./a`, `b/../a` and the
+    absolute path of `a` are one file. Links are not followed."""
+    root = root if is_url(root) else os.path.abspath(root)
+    start, nothing = (pa.scalar(text, pa.large_string()) for text in (f"{root}/", ""))
+    out = np.empty(len(paths), np.uint64)
+    for first in range(0, len(paths), _STEP):
+        part = paths.slice(first, _STEP)
+        inside = pc.binary_join_element_wise(start, part, nothing)
+        whole = pc.if_else(pc.starts_with(part, "/"), part, inside)
+        roundabout = pc.match_substring_regex(part, _ROUNDABOUT)
+        if pc.any(roundabout).as_py():
+            plain = pa.array([_plain(root, path) for path in part.filter(roundabout).to_pylist()], pa.large_string())
+            whole = pc.replace_with_mask(whole, roundabout, plain)
+        out[first : first + len(part)] = hash_names(pc.replace_substring(whole, "/", "\0"))  # the whole as a base name
+    return out
+
+
+def _plain(root: str, path: str) -> str:
+    return f"{root}/{posixpath.normpath(path)}" if is_url(root) else posixpath.normpath(posixpath.join(root, path))
 
 
 def is_southern(places: Places) -> bool:
@@ -82,12 +115,13 @@ def _duplicates(listing: Listing, east: np.ndarray, names: np.ndarray) -> list[B
         return []
     bad = []
     first: dict[str, str] = {}
+    what = "name" if listing.places is None else "photo"
     for row in _rows_of(names, repeated):
         path = listing.paths[row].as_py()
-        name = path.rpartition("/")[2] if listing.places is None else path
+        name = path.rpartition("/")[2] if listing.places is None else _plain(str(listing.root), path)
         if name in first and np.isfinite(east[row]):
             east[row] = np.nan
-            bad.append(Bad(path, "duplicate name", f"the same name as {printable(first[name])}"))
+            bad.append(Bad(path, "duplicate name", f"the same {what} as {printable(first[name])}"))
         first.setdefault(name, path)
     return bad
 

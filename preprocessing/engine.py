@@ -126,8 +126,8 @@ class _Worker:
     stop: ctypes.c_byte
     counters: list["Synchronized[int]"]
 
-    def monitor(self, photos: int, source_bytes: int, bad: int) -> bool:
-        for counter, value in zip(self.counters, (photos, bad, source_bytes), strict=True):
+    def monitor(self, source_bytes: int, is_bad: bool) -> bool:
+        for counter, value in zip(self.counters, (1, is_bad, source_bytes), strict=True):
             if value:
                 with counter.get_lock():
                     counter.get_obj().value += value

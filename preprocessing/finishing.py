@@ -25,12 +25,11 @@ from shards.writer import shard_facts
 
 @dataclass(frozen=True)
 class Summary:
-    """What a build did: the manifest, the plane in words, photos set aside by reason, bytes read, and the time it took
-    in seconds."""
+    """What a build did: the manifest, the classes, photos set aside by reason, bytes read, and the time it took in
+    seconds."""
 
     manifest: Manifest
-    plane: str
-    classes_per_group: dict[int, int]
+    classes: ClassTable
     images_per_group: dict[int, int]
     reasons: Counter[str]
     other_files: int
@@ -117,8 +116,7 @@ def finish(
     manifest.save(out / MANIFEST)
     return Summary(
         manifest,
-        classes.crs,
-        {g: classes.count(g) for g in classes.groups},
+        classes,
         {g: sum(r.images for r in results if r.group == g) for g in classes.groups},
         Counter(b.reason for b in bad),
         other_files,

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from preprocessing.codec import Codec, codec_name, make_resizer
-from preprocessing.coordinates import is_southern, locate
+from preprocessing.coordinates import identify, is_southern, locate
 from preprocessing.partition import Partition, make_partition
 from preprocessing.photos import Bad, Listing
 from preprocessing.resize import ResizeFilter, Resizer
@@ -73,7 +73,7 @@ class ShardTask:
 
     group: int
     number: int
-    sources: list[str]
+    samples: list[str]
     labels: list[int]
     east: list[float]
     north: list[float]
@@ -88,9 +88,9 @@ class ShardTask:
 
     def without(self, samples: frozenset[str]) -> "ShardTask":
         """The same task, which leaves `samples` out: they keep their keys, as holes."""
-        return replace(self, elsewhere=samples.intersection(self.sources))
+        return replace(self, elsewhere=samples.intersection(self.samples))
 
-    def sample(self, i: int) -> dict[str, Any]:
+    def planned(self, i: int) -> dict[str, Any]:
         """What is planned for sample i, as JSON values; see `Bad.sample`."""
         return {
             "group": self.group,
@@ -176,7 +176,8 @@ def headings_and_timestamps(places: Places, rows: np.ndarray) -> tuple[list[floa
 
 def make_plan(listing: Listing, settings: Settings) -> Plan:
     """Plan a data set; raises `JobError` where there is nothing to make one of."""
-    places, zone, names, named_bad = locate(listing, settings.zone)
+    names, keys = identify(listing)
+    places, zone, named_bad = locate(listing, names, settings.zone)
     bad = [*listing.bad, *named_bad]
     finite = np.isfinite(places.east)
     usable = slice(None) if finite.all() else np.flatnonzero(finite)
@@ -212,7 +213,7 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
         classes,
         listing.paths,
         places,
-        class_order(row, names, settings.seed, crops),
+        class_order(row, keys, settings.seed, crops),
         label,
         {g: int(starts[g]) for g in classes.groups},
         np.flatnonzero(row == -1),
@@ -222,12 +223,13 @@ def make_plan(listing: Listing, settings: Settings) -> Plan:
     )
 
 
-def class_order(row: np.ndarray, names: np.ndarray, seed: int, crops: int) -> np.ndarray:
+def class_order(row: np.ndarray, keys: np.ndarray, seed: int, crops: int) -> np.ndarray:
     """Samples by class and, within it, in an order shuffled by seed and name, so that a run of neighbours in a shard
     is a random sample of its class.
 
-    `row`: the class of each photo (int32 [n], below 0 without one), `names`: its hash (uint64 [n]). Returns
-    photo * crops + crop, int64 [planned]. Class, some twenty bits of shuffle and sample are sorted as one number.
+    `row`: the class of each photo (int32 [n], below 0 without one), `keys`: what `identify` orders it by (uint64 [n]).
+    Returns photo * crops + crop, int64 [planned]. Class, some twenty bits of shuffle and sample are sorted as one
+    number.
     """
     kept = np.flatnonzero(row >= 0)
     if not len(kept):
@@ -235,18 +237,18 @@ def class_order(row: np.ndarray, names: np.ndarray, seed: int, crops: int) -> np
     salt = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "little")
     index_bits = (len(row) * crops).bit_length()
     class_bits = int(row.max()).bit_length()
-    keys = np.empty((len(kept), crops), np.uint64)
+    sorted_by = np.empty((len(kept), crops), np.uint64)
     for first in range(0, len(kept), _STEP):
         rows = kept[first : first + _STEP]
         for crop in range(crops):
-            key = names[rows] ^ np.uint64((salt + crop * 0x9E3779B97F4A7C15) % 2**64)
+            key = keys[rows] ^ np.uint64((salt + crop * 0x9E3779B97F4A7C15) % 2**64)
             key *= np.uint64(0x9FB21C651E98DF25)
             key >>= np.uint64(class_bits + index_bits)
             key <<= np.uint64(index_bits)
             key |= rows.astype(np.uint64) * np.uint64(crops) + np.uint64(crop)
             key |= row[rows].astype(np.uint64) << np.uint64(64 - class_bits)
-            keys[first : first + _STEP, crop] = key
-    order = keys.ravel()
+            sorted_by[first : first + _STEP, crop] = key
+    order = sorted_by.ravel()
     order.sort()
     order &= np.uint64((1 << index_bits) - 1)
     return order.view(np.int64)

@@ -27,7 +27,7 @@ from preprocessing.plan import ShardTask, headings_and_timestamps
 from preprocessing.sources import Source
 from shards.classes import ClassTable
 from shards.console import JobError, one_line
-from shards.files import atomic_path, atomic_write_text
+from shards.files import atomic_path, atomic_write_text, read_table
 from shards.layout import REVISION_FILES, REVISIONS, SHARD_KINDS, shard_stem
 from shards.plane import Places
 from shards.soundness import READ_ERRORS
@@ -88,14 +88,14 @@ class Revision:
         """Read a revision that `save` wrote; raises `JobError` where a file of it is lost or damaged."""
         stem = _stem(out, number)
         try:
-            samples = pq.read_table(f"{stem}.parquet").select(PLANNED.names)
+            samples = read_table(f"{stem}.parquet").select(PLANNED.names)
             facts = json.loads(samples.schema.metadata[b"revision"])
             return Revision(
                 number,
                 Source(**facts["source"]) if facts["source"] else None,
                 samples,
                 ClassTable.load(f"{stem}-classes.parquet"),
-                pq.read_table(f"{stem}-skipped.parquet").select(SKIPPED_COLUMNS.names),
+                read_table(f"{stem}-skipped.parquet").select(SKIPPED_COLUMNS.names),
                 read_bad(Path(f"{stem}-bad.jsonl")),
                 facts["photos"],
             )

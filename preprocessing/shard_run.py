@@ -61,7 +61,7 @@ class Machinery:
 def write_shards(
     job: Job,
     tasks: Iterator[ShardTask],
-    finished: Mapping[tuple[int, int], ShardResult | None],
+    shards: Mapping[tuple[int, int], ShardResult | None],
     tolerance: Tolerance,
     machinery: Machinery,
     *,
@@ -69,16 +69,16 @@ def write_shards(
 ) -> list[ShardResult]:
     """Write `tasks`; returns their results after those of shards that are done.
 
-    `finished`: the results of all shards of the plan, by group and number, None of those to write; `images`: how many
+    `shards`: the results of all shards of the plan, by group and number, None of those to write; `images`: how many
     are planned for all. Raises `JobError` where more photos are bad than is tolerated.
     """
-    results = [result for result in finished.values() if result is not None]
-    shards, done = len(finished), len(results)
+    results = [result for result in shards.values() if result is not None]
+    done = len(results)
     tolerance.check(bad_of(results))
-    if done == shards:
+    if done == len(shards):
         return results
     if done:
-        print(f"going on: {done} of {format_count(shards, 'shard')} done before")
+        print(f"going on: {done} of {format_count(len(shards), 'shard')} done before")
     left = images - sum(r.images + len(r.bad) for r in results)
     bad_before = len(tolerance.named) + sum(len(r.bad) for r in results)
     with tqdm(desc="starting workers", total=left, unit=" images", unit_scale=True, smoothing=0.05) as bar:
@@ -91,7 +91,7 @@ def write_shards(
             return counts.bad + bad_before <= tolerance.limit
 
         try:
-            results += machinery.run_tasks(job, tasks, min(machinery.workers, shards - done), progress)
+            results += machinery.run_tasks(job, tasks, min(machinery.workers, len(shards) - done), progress)
             bar.update(left - bar.n)
         except Stopped as stopped:
             tolerance.check([*stopped.bad, *bad_of(results)])
@@ -100,7 +100,7 @@ def write_shards(
             bar.close()
             made = format_count(sum(r.images for r in results), "image")
             print(
-                f"stopped: {len(results)} of {format_count(shards, 'shard')} ({made}) "
+                f"stopped: {len(results)} of {format_count(len(shards), 'shard')} ({made}) "
                 f"are done in {job.place}; the same command goes on from there"
             )
             raise

@@ -20,13 +20,13 @@ from shards.names import parse_name
 from shards.soundness import READ_ERRORS
 from shards.writer import ShardWriter, publish_shard, shard_facts
 
-Monitor = Callable[[int, int, int], bool]
-"""Called after each photo with (photos, source bytes, bad photos); returns whether to go on."""
+Monitor = Callable[[int, bool], bool]
+"""Called after each photo with the bytes that were read of it and whether it was bad; returns whether to go on."""
 
 
 @dataclass
 class ShardResult:
-    """What became of a shard's planned samples: kept by label, set aside, and bytes read and written."""
+    """What became of a shard's planned samples: how many images it holds, the bad photos, bytes read and written."""
 
     group: int
     number: int
@@ -65,17 +65,17 @@ def write_shard(
     stem = out / shard_stem(task.group, task.number)
     partial = stem.with_name(f".{stem.name}.tar.{os.getpid()}{TEMPORARY_SUFFIX}")
     result = ShardResult(task.group, task.number)
-    rows = [i for i, sample in enumerate(task.sources) if sample not in task.elsewhere]
-    maker = SampleMaker(sources, resizer, [task.sources[i] for i in rows])
+    rows = [i for i, sample in enumerate(task.samples) if sample not in task.elsewhere]
+    maker = SampleMaker(sources, resizer, [task.samples[i] for i in rows])
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb", buffering=1 << 20) as file:
             writer = ShardWriter(file)
             for i, (jpeg, read) in zip(rows, maker.make(), strict=True):
-                sample = task.sources[i]
+                sample = task.samples[i]
                 is_bad = isinstance(jpeg, BadPhoto)
                 if isinstance(jpeg, BadPhoto):
-                    result.bad.append(Bad(sample, jpeg.reason, jpeg.detail, task.sample(i)))
+                    result.bad.append(Bad(sample, jpeg.reason, jpeg.detail, task.planned(i)))
                 else:
                     writer.add(
                         sample_key(task.first + i),
@@ -89,7 +89,7 @@ def write_shard(
                     result.images += 1
                     result.jpeg_bytes += len(jpeg)
                 result.source_bytes += read
-                if not monitor(1, read, int(is_bad)):
+                if not monitor(read, is_bad):
                     raise Stopped(result.bad)
             writer.finish()
         result.tar_bytes = writer.position
@@ -112,7 +112,7 @@ def went_away(out: Path) -> JobError:
 
 def _heading_and_timestamp(task: ShardTask, i: int, maker: SampleMaker) -> dict[str, Any]:
     """Heading and timestamp of a sample, from the plan where a list gave them, otherwise from the photo's name."""
-    sample = task.sources[i]
+    sample = task.samples[i]
     heading, timestamp = task.headings[i], task.timestamps[i]
     if timestamp is None:
         name = parse_name(maker.photo(sample))

@@ -7,17 +7,19 @@ from preprocessing.finishing import Summary
 from preprocessing.photos import list_reasons, reasons_of
 from preprocessing.plan import Plan
 from preprocessing.trial import UNCUT, Forecast
+from shards.classes import ClassTable
 from shards.console import format_bytes, format_count, format_duration
 from shards.names import PHOTO_EXTENSIONS
 
 _LISTED_CLASSES = 20
+_FAR_METRES = 50_000.0
 
 
 def print_summary(summary: Summary, out: str) -> None:
     """What was built."""
     made = summary.manifest
-    _print_groups(summary.classes_per_group, summary.images_per_group)
-    print(f"plane       {summary.plane}")
+    _print_groups(summary.classes, summary.images_per_group)
+    _print_place(summary.classes)
     print(f"skipped     {format_count(made.skipped, 'photo')} in cells with fewer than {made.min_images} photos")
     reasons = list_reasons(summary.reasons)
     print(f"set aside   {format_count(made.quarantined, 'bad photo')}{f' ({reasons})' if reasons else ''}")
@@ -33,9 +35,9 @@ def print_summary(summary: Summary, out: str) -> None:
 def print_forecast(made: Forecast, out: str) -> None:
     """What a build would make."""
     plan, trial = made.plan, made.trial
-    of_group = {g: plan.classes.of_group(g) for g in plan.classes.groups}
-    _print_groups({g: len(c) for g, c in of_group.items()}, {g: int(c.images.sum()) for g, c in of_group.items()})
-    print(f"plane       {plan.classes.crs}")
+    classes = plan.classes
+    _print_groups(classes, {g: int(classes.of_group(g).images.sum()) for g in classes.groups})
+    _print_place(classes)
     print(f"skipped     {_describe_small_cells(plan)}")
     unusable = reasons_of(plan.bad)
     print(f"set aside   {format_count(len(plan.bad), 'photo')} by names or list{f' ({unusable})' if unusable else ''}")
@@ -114,9 +116,20 @@ def _describe_small_cells(plan: Plan) -> str:
     return f"{said}; --min-images {least // 2} makes classes of {format_count(len(taken))} of these cells"
 
 
-def _print_groups(classes: dict[int, int], images: dict[int, int]) -> None:
+def _print_place(classes: ClassTable) -> None:
+    print(f"plane       {classes.place}")
+    centers = classes.centers()
+    away = np.hypot(*(centers - np.median(centers, axis=0)).T)
+    if far := int(np.count_nonzero(away > _FAR_METRES)):
+        print(
+            f"far away    {format_count(far, 'class')} of {len(classes):,}, up to {away.max() / 1000:,.0f} km from the "
+            "middle: WRONG COORDINATES?"
+        )
+
+
+def _print_groups(classes: ClassTable, images: dict[int, int]) -> None:
     print(f"\n{'group':>5}  {'classes':>9}  {'images':>12}  {'images a class':>14}")
-    rows = [(str(group), count, images[group]) for group, count in classes.items()]
-    for name, count, of_group in [*rows, ("all", sum(classes.values()), sum(images.values()))]:
+    rows = [(str(group), classes.count(group), images[group]) for group in classes.groups]
+    for name, count, of_group in [*rows, ("all", len(classes), sum(images.values()))]:
         print(f"{name:>5}  {format_count(count):>9}  {format_count(of_group):>12}  {of_group / max(count, 1):14.1f}")
     print()

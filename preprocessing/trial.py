@@ -109,18 +109,18 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
         with suppress(UnreadablePhoto), open_photo(io.BytesIO(data)) as image:
             wide.append(image.width >= 2 * image.height)
 
-    maker = SampleMaker([source], resizer, task.sources, look_at)
+    maker = SampleMaker([source], resizer, task.samples, look_at)
     bad: list[Bad] = []
     written = read = 0
     start = time.perf_counter()
-    for sample, (jpeg, photo_bytes) in zip(task.sources, maker.make(), strict=True):
+    for sample, (jpeg, photo_bytes) in zip(task.samples, maker.make(), strict=True):
         read += photo_bytes
         if isinstance(jpeg, BadPhoto):
             bad.append(Bad(maker.photo(sample), jpeg.reason, jpeg.detail))
             continue
         written += 3 * TAR_BLOCK + len(jpeg) + -len(jpeg) % TAR_BLOCK + _TABLE_BYTES
     seconds = time.perf_counter() - start
-    tried = len(task.sources)
+    tried = len(task.samples)
     uncut = not source.crops and sum(wide) * 2 > len(wide)
     return Trial(
         tried,

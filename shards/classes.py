@@ -137,6 +137,15 @@ class ClassTable:
         half = "south" if self.southern else "north"
         return f"UTM zone {self.zone} {half}, metres" if self.zone else "metres in one plane (no UTM zone in the names)"
 
+    @property
+    def place(self) -> str:
+        """Where the classes lie, in words: coordinate system, extent, and the degrees of their middle where known."""
+        east, north = (axis[None].astype(float) for axis in np.median(self.centers(), axis=0))
+        (latitude,), (longitude,) = self.to_latlon(east, north)
+        wide, high = (float(np.ptp(axis) + self.M) / 1000 for axis in (self.cell_east, self.cell_north))
+        around = f", around latitude {latitude:.3f}, longitude {longitude:.3f}" if self.zone else ""
+        return f"{self.crs}; {wide:,.2f} km west to east, {high:,.2f} km south to north{around}"
+
     @staticmethod
     def load(path: Path | str) -> "ClassTable":
         """Read a table that `save` wrote; raises `JobError` where it is missing or something else."""

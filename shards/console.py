@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -79,7 +80,7 @@ def entry(main: Callable[[], int | None], *, names_photos: bool = False) -> NoRe
         print("\ninterrupted", file=sys.stderr)
         code = 130
     except RuntimeError as error:
-        if "can't start new thread" not in str(error):
+        if not lacks_thread(error):
             raise
         code = _fail(NO_THREAD)
     except BrokenPipeError:
@@ -121,6 +122,7 @@ def describe_os_error(error: OSError) -> str:
     what = error.strerror or str(error)
     if error.filename and error.errno and "[errno " in what:  # pyarrow's, which tells how it was reading
         what = os.strerror(error.errno)
+    open_files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     advice = {
         errno.ENOSPC: "; free some space and run the same command again",
         errno.EDQUOT: "; free some space and run the same command again",
@@ -128,9 +130,14 @@ def describe_os_error(error: OSError) -> str:
         errno.EACCES: "; check the permissions",
         errno.EROFS: "; choose a folder that can be written to",
         errno.EAGAIN: "; allow more processes (ulimit -u, of a container), or use fewer --workers",
-        errno.EMFILE: "; allow this process more of them (ulimit -n 1024)",
+        errno.EMFILE: f"; allow this process more of them (ulimit -n {4 * open_files})",
     }.get(error.errno or 0, "")
     return f"{where}{what}{advice}"
+
+
+def lacks_thread(error: BaseException | None) -> bool:
+    """Whether an error is, or tells of, Python's own where it can start no further thread."""
+    return "can't start new thread" in str(error)
 
 
 def is_systems(error: BaseException) -> bool:

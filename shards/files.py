@@ -41,7 +41,7 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
     On an error the temporary file is removed and `path` is left as it was; an `OSError` bears the name of a file.
     """
     path = Path(path)
-    partial = _partial(path)
+    partial = for_arrow(_partial(path))
     try:
         with named(path, partial):
             yield partial
@@ -81,12 +81,17 @@ def atomic_folder(path: Path | str, *, replace: bool = False) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def for_arrow(path: Path) -> Path:
+    """A path that Arrow takes for one: it takes a relative one with a colon for a URL where nothing is there yet."""
+    return path.absolute() if ":" in str(path) else path
+
+
 def read_table(
     path: Path | str, columns: list[str] | None = None, filters: list[tuple[str, str, Any]] | None = None
 ) -> pa.Table:
     """A Parquet file's table, or some columns and rows of it; an `OSError` bears its name, also one of reading."""
     with named(path):
-        return pq.read_table(path, columns=columns, filters=filters)
+        return pq.read_table(for_arrow(Path(path)), columns=columns, filters=filters)
 
 
 def read_bytes(path: Path) -> bytes:

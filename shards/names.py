@@ -129,25 +129,43 @@ def string_bytes(texts: pa.Array) -> tuple[np.ndarray, Any]:
 
 def hash_names(paths: pa.Array) -> np.ndarray:
     """A 64-bit hash of every base name, uint64 [n]: equal names have equal hashes."""
-    out = np.empty(len(paths), np.uint64)
+    return names_and_keys(paths)[0]
+
+
+def names_and_keys(paths: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """`hash_names`, and numbers to order names at random by, uint64 [n] both.
+
+    The latter depend on the names around too where these differ in length. Data sets have their photos in this order.
+    """
+    names = np.empty(len(paths), np.uint64)
+    keys = names
     for first in range(0, len(paths), _CHUNK):
         text, starts, ends = _text(paths.slice(first, _CHUNK))
         base = _base_starts(text, starts, ends)
         words = _words(text)
         lengths = ends - base
         h = lengths.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        shortest = int(lengths.min()) if len(lengths) else 0
-        for offset in range(0, int(lengths.max(initial=0)), 8):
+        own = h  # until the first names end
+        shortest = int(lengths.min())
+        for offset in range(0, int(lengths.max()), 8):
             if offset + 8 <= shortest:
                 word = words[base + offset]
             else:
                 word = words[base + np.minimum(offset, lengths)]
                 word &= _KEEP_FIRST[np.clip(lengths - offset, 0, 8)]
+            if own is h and offset >= shortest:
+                own = h.copy()
             h ^= word
             h *= np.uint64(0xD6E8FEB86659FD93)
             h ^= h >> np.uint64(32)
-        out[first : first + len(h)] = h
-    return out
+            if own is not h:
+                own = np.where(offset < lengths, h, own)
+        names[first : first + len(h)] = own
+        if own is not h and keys is names:
+            keys = names.copy()
+        if keys is not names:
+            keys[first : first + len(h)] = h
+    return names, keys
 
 
 def _number(field: str) -> float | None:

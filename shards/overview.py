@@ -87,15 +87,13 @@ def describe(dataset: Dataset) -> str:
 
 def _heading(dataset: Dataset) -> str:
     made, classes = dataset.manifest, dataset.classes
-    east, north = classes.cell_east, classes.cell_north
-    extent = [(int(axis.max()) - int(axis.min()) + made.M) / 1000 for axis in (east, north)]
     name = printable(dataset.place)
     return "\n".join(
         [
             f"{name}: {format_count(made.images, 'image')} of {format_count(made.classes, 'class')}",
             f"  cells      {made.M} m, {format_count(made.groups, 'group')} (N = {made.N}), "
             f"at least {format_count(made.min_images, 'photo')} a class",
-            f"  place      {classes.crs}; {extent[0]:.2f} km west to east, {extent[1]:.2f} km south to north",
+            f"  place      {classes.place}",
             f"  photos     {made.image_size} x {made.image_size} pixels, JPEG quality {made.quality}, "
             f"{made.resize_filter} filter ({made.codec})",
             f"  on disk    {format_count(made.shards, 'shard')}, format version {made.format_version}, "

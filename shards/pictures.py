@@ -1,6 +1,7 @@
 """A data set in pictures: a contact sheet of some classes, and a map of the cells coloured by group."""
 
 import io
+import re
 from colorsys import hsv_to_rgb
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ _DETAIL = 36
 _TILE = 176
 _GAP = 8
 _EDGE = 28
+_CAPTION = 12  # the size of letters
 
 Rgb = tuple[int, int, int]
 
@@ -87,11 +89,22 @@ def _paint(columns: np.ndarray, rows: np.ndarray, colours: np.ndarray, scale: in
 
 
 def _densest_part(columns: np.ndarray, rows: np.ndarray, colours: np.ndarray) -> Image.Image:
-    """The square of `_DETAIL` x `_DETAIL` cells (on a grid of such squares) that has the most classes."""
-    squares = rows // _DETAIL * (1 << 32) + columns // _DETAIL
-    numbers, counts = np.unique(squares, return_counts=True)
-    inside = squares == numbers[counts.argmax()]
-    part = _paint(columns[inside] % _DETAIL, rows[inside] % _DETAIL, colours[inside], _DISCERNIBLE)
+    """The square of `_DETAIL` x `_DETAIL` cells (first on a grid of quarters) that has the most classes, these in its
+    middle."""
+    quarter = _DETAIL // 4
+    blocks, counts = np.unique((rows // quarter << 32) + columns // quarter, return_counts=True)
+    steps = [(down << 32) + right for down in range(4) for right in range(4)]
+    corners, at = np.unique(blocks[:, None] + steps, return_inverse=True)  # three quarters further, so never below 0
+    weights = np.repeat(counts, len(steps))
+    corner = int(corners[np.bincount(at.ravel(), weights).argmax()])
+    place = quarter * ((corner >> 32) - 3), quarter * (corner % (1 << 32) - 3)
+    before = None
+    while place != before:  # moved so that what it has is in its middle, it has all that and perhaps more
+        top, left = before = place
+        inside = (rows >= top) & (rows < top + _DETAIL) & (columns >= left) & (columns < left + _DETAIL)
+        ends = [(int(part.min()), int(part.max())) for part in (rows[inside], columns[inside])]
+        place = (sum(ends[0]) + 1 - _DETAIL) // 2, (sum(ends[1]) + 1 - _DETAIL) // 2
+    part = _paint(columns[inside] - left, rows[inside] - top, colours[inside], _DISCERNIBLE)
     whole = Image.new("RGB", (_DETAIL * _DISCERNIBLE, _DETAIL * _DISCERNIBLE), _PAPER)
     whole.paste(part)
     return whole
@@ -100,8 +113,9 @@ def _densest_part(columns: np.ndarray, rows: np.ndarray, colours: np.ndarray) ->
 def _frame_map(dataset: Dataset, cells: Image.Image, metres_a_pixel: float, detail: Image.Image | None) -> Image.Image:
     """Put title, coordinates, scale bar and legend around the cells."""
     classes, made = dataset.classes, dataset.manifest
-    left, top, legend = 110, 92, 272
-    width = max(left + cells.width + legend, 760)
+    left, top = 110, 92
+    beside = left + max(cells.width, 280) + 28  # to the right of the scale bar too
+    width = max(beside + 244, 760)
     height = max(top + cells.height + 96, top + 90 + 24 * len(classes.groups) + (0 if detail is None else 270))
     page = Image.new("RGB", (width, height), _PAPER)
     pen = ImageDraw.Draw(page)
@@ -111,18 +125,20 @@ def _frame_map(dataset: Dataset, cells: Image.Image, metres_a_pixel: float, deta
     page.paste(cells, (left, top))
     pen.rectangle((left - 1, top - 1, left + cells.width, top + cells.height), outline=_LINE)
     west, north = int(classes.cell_east.min()), int(classes.cell_north.max()) + made.M
-    step = _nice(max(cells.width, 240) * metres_a_pixel / 4)
-    for east in range(-(-west // step) * step, int(west + cells.width * metres_a_pixel) + 1, step):
+    south, east_end = int(north - cells.height * metres_a_pixel), int(west + cells.width * metres_a_pixel)
+    widest = max(ImageFont.load_default(13).getlength(f"{east:,}") for east in (west, east_end))
+    # A step is at least two fifths of what it is made from (20 of 49, say), and labels stand a step apart.
+    step = _nice(max(2.5 * (widest + 12), cells.width / 4, cells.height / 4) * metres_a_pixel)
+    for east in range(-(-west // step) * step, east_end + 1, step) or (west,):
         x = left + round((east - west) / metres_a_pixel)
         pen.line((x, top + cells.height, x, top + cells.height + 6), _FAINT)
         _write(pen, (x, top + cells.height + 10), f"{east:,}", 13, _FAINT, "ma")
-    south = int(north - cells.height * metres_a_pixel)
-    for at in range(-(-south // step) * step, north + 1, step):
+    for at in range(-(-south // step) * step, north + 1, step) or (north,):
         y = top + round((north - at) / metres_a_pixel)
         pen.line((left - 6, y, left, y), _FAINT)
         _write(pen, (left - 10, y), f"{at:,}", 13, _FAINT, "rm")
     _scale_bar(pen, left, top + cells.height + 52, metres_a_pixel)
-    x, y = left + cells.width + 28, top
+    x, y = beside, top
     _write(pen, (x, y), "group", 14, _FAINT)
     _write(pen, (x + 190, y), "classes", 14, _FAINT, "ra")
     for place, group in enumerate(classes.groups):
@@ -176,7 +192,7 @@ def contact_sheet(dataset: Dataset, rows: int = 7, columns: int = 7) -> Image.Im
                 _write(pen, (x + _TILE // 2, y + _TILE // 2), "damaged", 16, (190, 40, 40), "mm")
             else:
                 page.paste(shown.photo.resize((_TILE, _TILE), Image.Resampling.BICUBIC), (x, y))
-            _write(pen, (x + _TILE // 2, y + _TILE + 3), shown.caption, 12, _FAINT, "ma")
+            _write(pen, (x + _TILE // 2, y + _TILE + 3), shown.caption, _CAPTION, _FAINT, "ma")
     reader.close()
     return page
 
@@ -229,10 +245,20 @@ def _photo_caption(index: GroupIndex, row: int) -> str:
     facts = read_samples(table, ["heading", "timestamp"], wanted).to_pylist()
     if not facts:
         return ""
-    heading, time = facts[0]["heading"], printable(facts[0]["timestamp"])[:12]
-    if len(time) == 6 and time.isdigit():
-        time = f"{time[:4]}-{time[4:]}"
-    return "   ".join(part for part in ("" if np.isnan(heading) else f"{heading:.0f}°", time) if part)
+    heading, time = facts[0]["heading"], printable(facts[0]["timestamp"])
+    time = re.sub(r"^(\d{4})(\d\d)$", r"\1-\2", time)
+    time = re.sub(r"^(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d).*$", r"\1 \2", time)
+    degrees = f"{round(heading) % 360}°" if np.isfinite(heading) else ""
+    return _shortened("   ".join(part for part in (degrees, time) if part), _TILE, _CAPTION)
+
+
+def _shortened(text: str, pixels: int, size: int) -> str:
+    """`text`, with an ellipsis for its end where it is wider than so many pixels."""
+    font = ImageFont.load_default(size)
+    kept = text[:pixels]
+    while kept and font.getlength(kept + "…" * (kept != text)) > pixels:
+        kept = kept[:-1]
+    return kept + "…" * (kept != text)
 
 
 def _title(dataset: Dataset) -> str:

@@ -71,8 +71,12 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """A file's bytes; raises `FileNotFoundError`, and `JobError` where it cannot be read."""
+        return self._asked(lambda: self.files.cat_file(self._path(name)))
+
+    def _asked(self, request: Callable[[], T]) -> T:
+        """As `ask`; raises `FileNotFoundError`, and `JobError` for any other error."""
         try:
-            return self.ask(lambda: self.files.cat_file(self._path(name)))
+            return self.ask(request)
         except FileNotFoundError:
             raise
         except Exception as error:  # each file system has errors of its own
@@ -108,12 +112,7 @@ class Store:
 
     def fetch(self, name: str, path: Path) -> None:
         """Copy a file to `path`; raises as `read` does."""
-        try:
-            self.ask(lambda: self.files.get_file(self._path(name), str(path)))
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # each file system has errors of its own
-            raise self.lost(error) from None
+        self._asked(lambda: self.files.get_file(self._path(name), str(path)))
 
     def names(self) -> set[str]:
         """Every file below the URL, as they are now; raises `JobError` where listing them fails."""
@@ -132,11 +131,9 @@ class Store:
         """Every file below the URL with its bytes, which a listing over HTTP leaves out."""
         self.files.invalidate_cache()
         try:
-            found = self.ask(lambda: self.files.find(self.root, detail=True))
+            found = self._asked(lambda: self.files.find(self.root, detail=True))
         except FileNotFoundError:
             return {}
-        except Exception as error:  # each file system has errors of its own
-            raise self.lost(error) from None
         files = {path.removeprefix(self.root).lstrip("/"): info for path, info in found.items()}
         return {n: info["size"] for n, info in files.items() if info["type"] == "file" and not _no_file(n)}
 
@@ -157,10 +154,10 @@ class Store:
                 self.ask(lambda: self.files.put_file(str(path), target))
                 return
             folder, _, last = target.rpartition("/")
-            partial = f"{folder}/.{last}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
+            unfinished = f"{folder}/.{last}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}"
             self.files.makedirs(folder, exist_ok=True)
-            self.files.put_file(str(path), partial)
-            self.files.mv(partial, target)
+            self.files.put_file(str(path), unfinished)
+            self.files.mv(unfinished, target)
         except Exception as error:  # each file system has errors of its own
             raise JobError(
                 f"{self.url}: {name} cannot be written ({_one_line(error)}); mend that and run the same command again"

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from shards.checksums import DamagedChecksums, files_below, read_checksums
 from shards.classes import ClassTable
 from shards.console import JobError, format_count, one_line
 from shards.dataset import Manifest, check_folder
-from shards.files import TEMPORARY_SUFFIX, json_text
+from shards.files import TEMPORARY_SUFFIX, json_text, read_table
 from shards.index import INDEX_ARRAYS
 from shards.layout import (
     CHECKSUMS,
@@ -142,9 +141,9 @@ def _check_top(dataset: Path, found: set[str], sums: dict[str, str] | None) -> _
         PLAN: _read_json,
         PROVENANCE: _read_json,
         CLASSES: ClassTable.load,
-        SKIPPED: pq.read_table,
+        SKIPPED: read_table,
         QUARANTINE: _read_quarantine,
-        LISTING: pq.read_table,
+        LISTING: read_table,
     }
     for name in found & readers.keys():
         regular = (dataset / name).is_file()
@@ -197,7 +196,7 @@ def _check_revisions(
         problem = check_sum(dataset, name, sums)
         if problem is None and name.endswith(".parquet"):
             try:
-                pq.read_table(dataset / name)
+                read_table(dataset / name)
             except READ_ERRORS as error:
                 problem = Problem(name, f"damaged ({one_line(error)})")
         if problem is not None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from shards.checksums import seal
 from shards.console import WrongArguments, check_ranges, entry, format_bytes, format_count, format_duration
-from shards.layout import REVISIONS
+from shards.layout import CHECKSUMS, REVISIONS
 from shards.mirror import fetch_all, named_by_url, scratch_folder
 from shards.repair import needs_photos, repair
 from shards.soundness import Problem
@@ -51,8 +51,9 @@ class Arguments:
             raise WrongArguments("--source is for --repair only")
         if is_url(self.dataset) and (self.repair or self.seal):
             raise WrongArguments(
-                f"--repair and --seal work in a folder. To mend {self.dataset}, delete the tables (.parquet) of "
-                "damaged shards there and run the command that built it again: it writes those shards anew"
+                f"--repair and --seal work in a folder. To mend {self.dataset}, delete {CHECKSUMS} there if it is "
+                "damaged, and the tables (.parquet) of damaged shards, and run the command that built it again: it "
+                "writes those anew"
             )
 
 

@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from shards import limits
-from shards.console import NO_THREAD, JobError
+from shards.console import NO_THREAD, JobError, lacks_thread
 
 T = TypeVar("T")
 
@@ -54,13 +54,21 @@ def ctrl_c_held_back() -> Iterator[None]:
 def finished(pool: ProcessPoolExecutor, running: set[Future[T]], seconds: float) -> set[Future[T]]:
     """Those of `running` that are done, after a wait for one of up to so many seconds.
 
-    Raises `JobError` where the pool's own thread has died, as it does where no further thread can be started: no task
-    would ever be done.
+    Raises `JobError` where no further thread can be started: the pool's own thread then dies and no task would ever be
+    done, or, from Python 3.12 on, says that the pool is broken.
     """
     done, _ = wait(running, seconds, FIRST_COMPLETED)
     if not done and _has_lost_its_thread(pool):
+        done, _ = wait(running, 0)  # a thread that ended just now, since a worker was killed, has told all tasks so
+        if not done:
+            raise JobError(NO_THREAD)
+    if any(_lacks_thread(task.exception()) for task in done):
         raise JobError(NO_THREAD)
     return done
+
+
+def _lacks_thread(error: BaseException | None) -> bool:
+    return isinstance(error, BrokenProcessPool) and lacks_thread(error.__cause__)
 
 
 def run_tasks(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from shards.files import atomic_path
+from shards.files import atomic_path, for_arrow
 from shards.layout import SAMPLE_COLUMNS
 
 TAR_BLOCK = 512  # bytes; every part of a tar begins at a multiple
@@ -102,4 +102,4 @@ def publish_shard(stem: Path, partial_tar: Path, writer: ShardWriter, facts: dic
 
 def shard_facts(table: Path) -> dict[str, Any]:
     """The facts that `publish_shard` kept with a sample table."""
-    return json.loads(pq.read_schema(table).metadata[b"shard"])
+    return json.loads(pq.read_schema(for_arrow(table)).metadata[b"shard"])

@@ -157,8 +157,8 @@ def test_a_job_that_meets_too_many_bad_photos_stops_before_it_has_tried_the_rest
     tried = []
 
     def one_by_one(job, tasks, workers, progress):
-        def monitor(photos, source_bytes, bad):
-            tried.append(bad)
+        def monitor(source_bytes, is_bad):
+            tried.append(is_bad)
             return progress(Counts(len(tried), sum(tried), 0))
 
         yield from (job.run(task, monitor) for task in tasks)
@@ -254,6 +254,18 @@ def test_a_source_that_is_empty_or_another_leaves_a_finished_data_set_as_it_was(
     with pytest.raises(JobError, match=message):
         build(source, tmp_path / "out", SETTINGS, HERE, rescan=rescan)
     assert contents(tmp_path / "out") == before
+
+
+def test_a_relative_folder_may_have_a_colon_in_its_name(tmp_path, monkeypatch):
+    write_photos(tmp_path / "photos:of:2026")
+    monkeypatch.chdir(tmp_path)
+    out = Path("shards-2026-11-29T10:00")
+    build(Path("photos:of:2026"), out, SETTINGS, HERE)
+    (out / "skipped.parquet").unlink()
+    assert [str(p) for p in verify(out).problems] == ["skipped.parquet: missing"]
+    build(Path("photos:of:2026"), out, SETTINGS, HERE)
+    assert not verify(out).problems
+    assert Dataset.open(out).manifest.images == 48
 
 
 def test_photos_of_the_neighbouring_zone_are_carried_into_the_common_plane(tmp_path):
@@ -424,4 +436,4 @@ def test_each_of_ten_thousand_groups_has_its_shard(tmp_path):
     listing = Listing(tmp_path, pa.array(names, pa.large_string()), [])
     plan = make_plan(listing, replace(SETTINGS, N=100, min_images=1))
     assert plan.shards() == [(group, 0, 1 + group // 100 % 2) for group in range(10_000)]
-    assert len(plan.task(101, 0).sources) == len(plan.task(9999, 0).sources) == 2
+    assert len(plan.task(101, 0).samples) == len(plan.task(9999, 0).samples) == 2

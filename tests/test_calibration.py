@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from present import present
 from tiny import write_queries
 from tiny_run import evaluate_here, write_run
 
@@ -97,12 +98,31 @@ def test_a_calibration_is_read_back_and_a_damaged_one_is_a_clear_error(tmp_path:
     unsound = [
         {"form": "best"},
         {"form": "cosine"},
+        {"lr_at_1": {}},
         *({"temperatures": {"raw": t}} for t in (0.0, -1.0, float("inf"), float("nan"), "hot")),
     ]
     for text in ("", "{}", "[1]", *(json.dumps(written | values) for values in unsound)):
         (tmp_path / "calibration.json").write_text(text)
         with pytest.raises(JobError, match=r"calibration\.json: no calibration"):
             Calibration.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("raw", "zscore", "said"),
+    [
+        (65.6, 64.8, "raw 65.6, cosine 64.0, zscore 64.8, softmax 62.8; not surely better: raw, zscore"),
+        (64.0, 64.8, "raw 64.0, cosine 64.0, zscore 64.8, softmax 62.8; not surely better: zscore"),
+        (64.0, 60.0, "raw 64.0, cosine 64.0, zscore 60.0, softmax 62.8"),
+    ],
+)
+def test_the_line_of_a_fit_says_why_a_form_of_higher_lr_at_1_was_not_taken_in_one_order_always(
+    tmp_path: Path, raw: float, zscore: float, said: str
+) -> None:
+    first: dict[RankingForm, float] = {"softmax": 62.8, "cosine": 64.0, "raw": raw, "zscore": zscore}
+    found = Calibration("cosine", {"cosine": 1.125}, "val", 250, first, {}, {})
+    found.save(tmp_path)
+    line = f"fitted to 250 queries of val: cosine scores (LR@1 there within 25 m: {said}), temperature 1.12"
+    assert found.describe() == present(Calibration.load(tmp_path)).describe() == line
 
 
 def test_validation_queries_of_no_use_are_one_error_and_the_rest_goes_on(

@@ -1,7 +1,9 @@
 """Numbers with units and nouns, as a person reads them, and how a process ends."""
 
+import errno
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shards.console import entry, format_bytes, format_count, format_duration, quit_on_ctrl_c
+from shards.console import describe_os_error, entry, format_bytes, format_count, format_duration, quit_on_ctrl_c
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,3 +96,10 @@ def test_a_name_that_is_not_utf8_is_one_line_but_for_that_of_a_photo(
     with pytest.raises(SystemExit, match="0"):
         entry(lambda: print("ran"), names_photos=True)
     assert capsys.readouterr().out == "ran\n"
+
+
+@pytest.mark.parametrize(("allowed", "advised"), [(256, 1024), (1024, 4096)])
+def test_of_too_many_open_files_the_way_out_is_more_than_there_may_be_now(monkeypatch, allowed, advised):
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (allowed, 1 << 20))
+    said = describe_os_error(OSError(errno.EMFILE, os.strerror(errno.EMFILE)))
+    assert said == f"Too many open files; allow this process more of them (ulimit -n {advised})"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from shards.names import BadName, PhotoName, format_name, hash_names, parse_name, parse_utm
+from shards.names import BadName, PhotoName, format_name, hash_names, names_and_keys, parse_name, parse_utm
 
 SF_XL = "@0544388.51@4172758.25@10@S@037.70098@-122.49646@kPnABhWJ1kA61eMNPLs1vQ@@210@@@@201606@@.jpg"
 
@@ -112,3 +112,13 @@ def test_hashes_depend_on_the_whole_base_name_and_on_nothing_else():
     hashes = hash_names(pa.array(names, pa.large_string()))
     assert hashes[0] == hashes[1]
     assert len(set(hashes.tolist())) == len(names) - 1
+    for longest in ("", "x" * 300):  # whatever is beside it
+        beside = pa.array([*names, *[longest] * 20_000, *names], pa.large_string())
+        assert hash_names(beside)[: len(names)].tolist() == hashes.tolist()
+        assert hash_names(beside)[-len(names) :].tolist() == hashes.tolist()
+
+
+def test_data_sets_of_earlier_versions_have_their_photos_in_the_same_order():
+    """Those whose names differ in length too: a repair makes a lost shard of the photos that it had."""
+    names = pa.array(["IMG_1.jpg", "a/IMG_00000000002.jpg", "IMG_3.jpeg"], pa.large_string())
+    assert names_and_keys(names)[1].tolist() == [260795593125168008, 11492212945409131637, 6469816647127138910]

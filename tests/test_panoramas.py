@@ -84,7 +84,7 @@ def test_the_last_panorama_of_a_class_may_be_cut_by_the_end_of_a_shard(tmp_path,
     monkeypatch.setattr("preprocessing.plan.SHARD_SAMPLES", 7)
 
     plan = make_plan(source.photos(None, 0), settings)
-    pieces = [s for task in plan.tasks() for s in task.sources]
+    pieces = [s for task in plan.tasks() for s in task.samples]
     assert pieces == [row["source"] for row in samples(tmp_path / "whole")]
 
 

@@ -69,6 +69,22 @@ def test_json_names_places_in_degrees_with_metres_and_confidence(
     assert near >= 13
 
 
+@pytest.mark.parametrize(("words", "within"), [([], "within 25 m"), (["--apart", 12345.5], "within 12345.5 m")])
+def test_the_table_says_within_what_distance_its_probabilities_are(
+    run: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[object],
+    within: str,
+) -> None:
+    assert run_here(monkeypatch, "--checkpoint", run, sorted(folder.iterdir())[0], *words) == 0
+    _, head, first, *_, last = capsys.readouterr().out.splitlines()
+    assert head.split("  68 %")[0].endswith(f"  {within}")
+    assert first.index(" %") + 2 == head.index(within) + len(within)
+    assert last == f"1 photo answered; confidence {within}, not calibrated (evaluate.py --val-queries does that)"
+
+
 def test_geojson_has_longitude_before_latitude(
     run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -101,6 +117,35 @@ def test_patterns_and_folders_name_each_photo_once(
     first = sorted(folder.iterdir())[0]
     assert run_here(monkeypatch, "--checkpoint", run, folder / "*.jpg", folder, first) == 0
     assert "16 photos answered" in capsys.readouterr().out
+
+
+def test_other_files_of_folders_are_one_line_with_their_extensions_and_hidden_ones_are_not_worth_it(
+    run: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--checkpoint", run, folder, folder.parent / "ph*", folder]
+    for name in (".DS_Store", "._a.jpg"):
+        (folder / name).write_bytes(b"")
+    assert run_here(monkeypatch, *words) == 0
+    assert capsys.readouterr().err == ""
+    below = folder / "below"
+    below.mkdir()
+    for name in ("a.TIF", "b.tif", "c.heic", "README"):
+        (below / name).write_bytes(b"")
+    said = "note: ignored 4 files of other kinds: 2 .tif, 1 without extension, 1 .heic"
+    photos = " (.jpg, .jpeg, .png, .webp are photos)\n"
+    assert run_here(monkeypatch, *words, "--json") == 0
+    out, err = capsys.readouterr()
+    assert (len(json.loads(out)["photos"]), err) == (16, said + photos)
+    for number in range(8):
+        (below / f"d.{number}").write_bytes(b"")
+    assert run_here(monkeypatch, *words) == 0
+    err = capsys.readouterr().err
+    assert err.startswith("note: ignored 12 files of other kinds: 2 .tif, 1 without extension, 1 .heic, 1 .0, ")
+    assert err.endswith(f", 6 of other extensions{photos}")
+    assert run_here(monkeypatch, "--checkpoint", run, below) == 1
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("note: ignored 12 files")
+    assert second.startswith(f"error: {below}: no photos found")
 
 
 def test_an_empty_name_is_no_folder(

@@ -43,10 +43,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     run, queries = write_run(folder / "run"), write_queries(folder / "queries")
     odd = write_queries(folder / "odd")
-    good = next(queries.iterdir()).read_bytes()
+    inner = sorted(queries.iterdir())[5]  # of a cell that has others all around, and rightly answered
+    good = inner.read_bytes()
     (odd / f"@{WEST + 300}@{SOUTH + 300}@{ZONE}@S@{HOSTILE}.jpg").write_bytes(good)
     (odd / "plain.jpg").write_bytes(good)
-    known = parse_name(next(queries.iterdir()).name)
+    known = parse_name(inner.name)
     east, north = (int(metres) // 20 * 20 + 10 for metres in (known.east, known.north))
     for step in range(8):  # all around the centre of its cell, 25.03 m from it: wrong by less than is shown
         x, y = 25.03 * np.cos(step * np.pi / 4), 25.03 * np.sin(step * np.pi / 4)
@@ -132,8 +133,29 @@ def test_numbers_are_rounded_as_in_the_console_and_nouns_follow_them(page: Page)
         assert page.evaluate(f"number({value}, {digits})") == f"{value:.{digits}f}"
     assert page.evaluate("number(null)") == "–"
     assert page.evaluate("[1, 2, 1234].map((n) => count(n, 'cell'))") == ["1 cell", "2 cells", "1,234 cells"]
-    page.evaluate("view.row.scored = 0; drawHistogram(view)")
-    assert page.evaluate("$('error-note').textContent") == "No query with a known place."
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome")
+def test_where_nothing_was_scored_a_sentence_stands_in_place_of_each_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    (queries / "plain.jpg").write_bytes(simplejpeg.encode_jpeg(photo(WEST, SOUTH, 64, 0), quality=90))
+    words = ["--checkpoints", write_run(tmp_path / "run"), "--queries", queries, "--out", tmp_path / "out"]
+    assert evaluate_here(monkeypatch, *words) == 1
+    page = Page(tmp_path / "profile")
+    try:
+        page.open((tmp_path / "out" / "report.html").as_uri())
+        page.wait_for("document.body?.dataset.ready === 'yes'")
+        assert page.evaluate("$('summary').textContent") == "Nothing was scored: no readable query has a known place."
+        for name in ("histogram", "curve", "reliability", "groups", "confident", "farthest", "successes"):
+            section = f"$('{name}').closest('section')"
+            assert page.evaluate(f"{section}.innerText.split(/\\n+/).slice(1)") == ["Nothing was scored."], name
+        assert not page.problems
+    finally:
+        page.close()
 
 
 @pytest.mark.slow
@@ -242,6 +264,26 @@ def test_photos_of_cells_that_cannot_be_had_are_said_and_the_report_is_written(
         assert evaluate.main() == 0
         assert said in capsys.readouterr().err
         assert said in (out / "report.html").read_text()
+
+
+def test_queries_that_are_the_training_photos_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, dataset = write_run(tmp_path / "run"), write_dataset(tmp_path / "city")
+    queries, others = tmp_path / "queries", write_queries(tmp_path / "others")
+    queries.mkdir()
+    for table in shard_tables(dataset.path):
+        for i, place in enumerate(pq.read_table(table, columns=["east", "north"]).slice(0, 15).to_pylist()):
+            name = PhotoName(place["east"], place["north"], ZONE, "S", pano=f"{table.stem}-{i}")
+            (queries / format_name(name)).write_bytes(next(others.iterdir()).read_bytes())
+    out = tmp_path / "out"
+    for folder, told in ((queries, True), (others, False)):
+        words = ["--checkpoints", run, "--queries", folder, "--out", out, "--shards", dataset.path, "--cpu"]
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        assert evaluate.main() == 0
+        said = capsys.readouterr().err
+        assert ("compared lie at the very place of a training photo" in said) == told
+        assert ("the very place of a training photo" in (out / "report.html").read_text()) == told
 
 
 def test_a_photo_of_a_cell_is_sought_in_the_shards_that_have_the_cell_alone(tmp_path: Path) -> None:

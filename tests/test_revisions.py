@@ -38,8 +38,8 @@ def test_the_samples_of_a_revision_make_a_shard_for_every_group_and_number(tmp_p
             tasks = list(revision.tasks())
             assert [(task.group, task.number) for task in tasks] == shards
             assert [task.first for task in tasks] == [number * SHARD_SAMPLES for _, number in shards]
-            assert [task.sources for task in tasks] == [["a", "b"], ["c"], ["d", "e"]][: len(shards)]
-            assert [task.sample(0)["label"] for task in tasks] == [4, 5, 0][: len(shards)]
+            assert [task.samples for task in tasks] == [["a", "b"], ["c"], ["d", "e"]][: len(shards)]
+            assert [task.planned(0)["label"] for task in tasks] == [4, 5, 0][: len(shards)]
             assert [task.timestamps for task in tasks] == [["2020", None], [None], [None, ""]][: len(shards)]
 
 

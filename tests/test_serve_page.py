@@ -46,6 +46,7 @@ def test_a_browser_shows_the_places_of_a_chosen_photo_and_known_photos(
     for width in (1280, 390):
         opened(page, server, width).choose("#file", path)
         page.wait_for("document.body.dataset.state === 'answer' && !document.getElementById('known').hidden")
+        assert page.evaluate("document.getElementById('within').textContent") == "probability within 25 m"
         shown = page.evaluate("[...document.querySelectorAll('#places .percent')].map((n) => n.textContent)")
         places = expected["photos"][0]["places"]
         assert shown == ["< 0.1 %" if p["confidence"] < 1e-3 else f"{100 * p['confidence']:.1f} %" for p in places]

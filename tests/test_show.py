@@ -4,14 +4,16 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from PIL import Image, ImageFont
 
+from shards import pictures
 from shards.classes import ClassTable
 from shards.console import JobError
 from shards.dataset import Dataset
@@ -111,6 +113,35 @@ def test_on_the_map_of_a_large_city_no_group_hides_the_others(dataset, cells, mi
         assert all((south_west == colour).all(axis=1).any() for colour in colours)
 
 
+@pytest.mark.parametrize(("across", "down"), [(1, 1), (2, 1), (9, 9), (16, 3), (3, 1_600), (1_600, 3), (400, 400)])
+@pytest.mark.parametrize("corner", [0, 499_980, 98_000_000])
+def test_no_two_words_of_a_map_lie_over_each_other_and_both_axes_have_some(dataset, monkeypatch, across, down, corner):
+    words = {}
+
+    def note(pen, at, text, size, ink=None, anchor="la"):
+        words[at] = (anchor + text, pen.textbbox(at, text, font=ImageFont.load_default(size), anchor=anchor))
+
+    monkeypatch.setattr(pictures, "_write", note)
+    corners = [corner + 20 * np.array([0, size - 1]) for size in (across, down)]
+    page = cell_map(with_cells(dataset, *corners))
+    for (one, a), (other, b) in combinations(words.values(), 2):
+        assert min(a[2], b[2]) < max(a[0], b[0]) or min(a[3], b[3]) < max(a[1], b[1]), (one, other)
+    assert all(box[0] >= 0 and box[2] <= page.width and box[3] <= page.height for _, box in words.values())
+    assert {"ma", "rm"} <= {text[:2] for at, (text, _) in words.items() if at[0] == 100 or text.startswith("ma")}
+
+
+@pytest.mark.parametrize("west", [5, 26, 35])
+def test_the_enlarged_part_of_a_map_has_the_densest_cells_in_its_middle(dataset, west):
+    east, north = (a.ravel() for a in np.meshgrid(west + np.arange(34), 26 + np.arange(20)))
+    east, north = np.append(east, [0, 1_000, 1_000]), np.append(north, [0, 0, 1_000])
+    page = np.asarray(cell_map(with_cells(dataset, 500_000 + 20 * east, 4_000_000 + 20 * north)))
+    legend = page.shape[1] - 244
+    detail = page[92 + 26 + 24 * 4 + 60 :, legend : legend + 216]
+    shown = np.argwhere(np.any([(detail == group_colour(group, 4)).all(2) for group in range(4)], axis=0))
+    assert len(shown) == 25 * 34 * 20
+    assert (shown.min(0) + shown.max(0))[1] / 2 == pytest.approx(108, abs=4)
+
+
 def test_groups_have_colours_of_their_own():
     for groups in (1, 4, 8, 25):
         assert len({group_colour(g, groups) for g in range(groups)}) == groups
@@ -137,6 +168,27 @@ def test_the_contact_sheet_shows_photos_and_marks_the_damaged(dataset, tmp_path)
     damaged = np.asarray(contact_sheet(Dataset.open(copy), rows=2, columns=3)).astype(int)
     assert damaged.shape == whole.shape
     assert (damaged[:, 200:] == (222, 224, 228)).all(2).mean() > 0.4
+
+
+@pytest.mark.parametrize(
+    ("heading", "time", "caption"),
+    [
+        (725.0, "201206", "5°   2012-06"),
+        (-90.0, "2026-05-01T10:00:00Z", "270°   2026-05-01 10:00"),
+        (359.7, "2026-05-01 10:00:00.123+02:00", "0°   2026-05-01 10:00"),
+        (np.nan, "2026-05-01", "2026-05-01"),
+        (np.inf, "on a Sunday", "on a Sunday"),
+        (10.0, "on the first Sunday of the month", "10°   on the first Sunday of the …"),
+        (10.0, "M" * 10_000, f"10°   {'M' * 14}…"),
+    ],
+)
+def test_below_a_photo_stand_its_heading_within_a_turn_and_its_time(dataset, monkeypatch, heading, time, caption):
+    said = []
+    monkeypatch.setattr(pictures, "_write", lambda pen, at, text, size, *ink_and_anchor: said.append((size, text)))
+    facts = pa.table({"heading": pa.array([heading], pa.float32()), "timestamp": [time]})
+    monkeypatch.setattr(pictures, "read_samples", lambda *words: facts)
+    contact_sheet(dataset, rows=1, columns=1)
+    assert [text for size, text in said if size == 12] == [caption]
 
 
 def test_a_damaged_table_below_a_current_index_is_named(dataset, tmp_path):

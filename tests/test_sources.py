@@ -21,7 +21,7 @@ from present import present
 from test_build import quarantine
 
 from preprocessing.build import build, dry_run
-from preprocessing.coordinates import _rows_of, locate
+from preprocessing.coordinates import _rows_of, identify, locate
 from preprocessing.engine import Job
 from preprocessing.photos import list_photos, reasons_of
 from preprocessing.plan import make_plan
@@ -131,16 +131,26 @@ def test_of_photos_of_one_name_all_but_the_first_are_set_aside_and_the_listing_s
         (tmp_path / folder).mkdir()
         for name in names[::2] if folder == "b" else names[:7]:
             (tmp_path / folder / name).touch()
-    places, _, _, bad = locate(list_photos(tmp_path, None, lambda n: None), 0)
+    listing = list_photos(tmp_path, None, lambda n: None)
+    places, _, bad = locate(listing, identify(listing)[0], 0)
     repeated = [*(f"b/{name}" for name in names[:7:2]), *(f"c/{name}" for name in names[:7])]
     assert sorted((b.source, b.reason) for b in bad) == [(path, "duplicate name") for path in sorted(repeated)]
     assert np.isnan(places.east).sum() == len(repeated)
 
-    paths = ["x.jpg", "y.jpg", "x.jpg"]
-    place = write_csv(tmp_path / "list.csv", path=paths, latitude=[37.7] * 3, longitude=[-122.4] * 3)
+    paths = ["x.jpg", "y.jpg", "x.jpg", "./x.jpg", "a//../x.jpg", str(tmp_path / "x.jpg"), "a/x.jpg", "x..jpg"]
+    place = write_csv(tmp_path / "list.csv", path=paths, latitude=[37.7] * 8, longitude=[-122.4] * 8)
     listing = list_named(place, tmp_path, 0)
     before = present(listing.places).east.copy()
-    assert np.isnan(locate(listing, 0)[0].east).tolist() == [False, False, True]
+    assert np.isnan(locate(listing, identify(listing)[0], 0)[0].east).tolist() == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
     assert np.array_equal(present(listing.places).east, before)
 
 
@@ -348,7 +358,7 @@ def test_a_source_that_vanishes_midway_stops_the_job_leaves_nothing_and_the_comm
     photos = tmp_path / "photos"
     write_photos(photos, cells=1, per_cell=20)
     task = next(make_plan(Source.of(photos).photos(None, 0), SETTINGS).tasks())
-    assert len(task.sources) > Resizer.batch
+    assert len(task.samples) > Resizer.batch
     seen = []
 
     def unmount(*_: int) -> bool:

@@ -26,6 +26,7 @@ from shards.console import JobError, entry
 from shards.dataset import Dataset
 from shards.index import open_index
 from shards.layout import CHECKSUMS, REVISION_FILES, shard_tables
+from shards.names import parse_name
 from shards.reader import ShardReader
 from shards.repair import repair
 from shards.verification import verify
@@ -346,6 +347,34 @@ def test_a_list_is_added_to_a_folder_with_headings_from_the_list(begun, tmp_path
     assert [np.isfinite(r["heading"]) for r in skipped_before] == [True] * 6
     assert add(Source.of(place), begun, HERE) is None
     sound(begun)
+
+
+@pytest.mark.parametrize("base", ["list", "list by absolute paths", "folder"])
+def test_photos_of_a_list_are_known_however_it_and_those_before_name_them(tmp_path, base):
+    from test_sources import write_csv
+
+    photos = write_cell(tmp_path / "photos", 0, 14) + write_cell(tmp_path / "photos" / "deeper", 2, 12)
+    photos = [photo.relative_to(tmp_path / "photos") for photo in photos]
+
+    def write_list(name: str, paths: list[str]) -> Source:
+        place = [parse_name(path) for path in paths]
+        columns = {"east": [p.east for p in place], "north": [p.north for p in place]}
+        return Source.of(write_csv(tmp_path / "photos" / name, path=paths, **columns))
+
+    absolute = [str(tmp_path / "photos" / photo) for photo in photos]
+    lists = {"list": [str(photo) for photo in photos], "list by absolute paths": absolute}
+    source = write_list("base.csv", lists[base]) if base in lists else Source.of(tmp_path / "photos")
+    out = tmp_path / "out"
+    build(source, out, SETTINGS, HERE)
+    new = write_cell(tmp_path / "photos" / ("new" * 20), 0, 3, first=50)
+    for name, known in (("longer.csv", lists["list"]), ("absolute.csv", absolute), ("base.csv", lists["list"])):
+        paths = [*known, *(f"./deeper/../{photo.relative_to(tmp_path / 'photos')}" for photo in new)]
+        done = add(write_list(name, paths), out, HERE)
+        assert (done and (done[1].new, done[1].known)) == ((3, 26) if name == "longer.csv" else None)
+    done = add(Source.of(tmp_path / "photos"), out, HERE)
+    assert done is None
+    assert Dataset.open(out).manifest.images == 29
+    sound(out)
 
 
 @pytest.mark.parametrize("name", [f"000002{end}" for end in REVISION_FILES])

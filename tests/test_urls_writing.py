@@ -37,7 +37,7 @@ from preprocessing.sources import Source
 from preprocessing.updates import add, retry_quarantined
 from shards.console import JobError
 from shards.dataset import Dataset
-from shards.layout import MANIFEST, REVISION_FILES
+from shards.layout import CHECKSUMS, MANIFEST, REVISION_FILES
 from shards.store import Store
 from shards.verify import Arguments
 from shards.verify import main as verify_main
@@ -283,8 +283,12 @@ def test_verify_finds_what_is_damaged_at_a_url_and_its_advice_mends_it(photos, w
         f"{url}: 4 problems in 4 files; --repair tells how",
     ):
         assert line in printed
-    with pytest.raises(JobError, match="delete the tables"):
+    (place / CHECKSUMS).write_text("rotten")
+    with pytest.raises(JobError, match=r"checksums\.txt: damaged .*; run shards/verify\.py --repair"):
+        build_at(url, photos)
+    with pytest.raises(JobError, match=r"delete checksums\.txt there if it is damaged, and the tables"):
         Arguments(url, repair=True)
+    (place / CHECKSUMS).unlink()
     for stem in ("group-01/group-01-000001", "group-02/group-02-000000", "group-03/group-03-000001"):
         (place / f"{stem}.parquet").unlink()
     build_at(url, photos)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ time.sleep(60)
 def runs(process: int) -> bool:
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or before it was read
         return False
 
 
@@ -137,13 +138,29 @@ def test_a_pool_whose_thread_could_start_no_other_is_one_line_and_its_workers_en
     monkeypatch.setattr("threading.excepthook", lambda _: None)
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
     task = pool.submit(os.getpid)
+    workers = list(vars(pool)["_processes"])
     vars(pool)["_executor_manager_thread"].join(10)
     with pytest.raises(JobError, match="no further thread can be started; allow more processes"):
         finished(pool, {task}, 0.05)
-    workers = [worker.pid for worker in multiprocessing.active_children() if worker.pid]
     end_pool(pool)
     assert workers
     assert end(*workers)
+
+
+def test_a_pool_whose_worker_is_killed_while_its_tasks_are_looked_at_has_not_lost_its_thread(monkeypatch):
+    def none_yet(running: set, *_: object) -> tuple[set, set]:
+        monkeypatch.undo()
+        os.kill(worker, signal.SIGKILL)
+        vars(pool)["_executor_manager_thread"].join(10)
+        return set(), running
+
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    worker = pool.submit(os.getpid).result()
+    task = pool.submit(time.sleep, 600)
+    monkeypatch.setattr("shards.workers.wait", none_yet)
+    assert finished(pool, {task}, 0.05) == {task}
+    assert isinstance(task.exception(), BrokenProcessPool)
+    end_pool(pool)
 
 
 def test_a_pool_ends_where_no_thread_can_be_started_that_would_end_it(monkeypatch):

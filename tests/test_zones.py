@@ -11,9 +11,10 @@ from photos import jpeg
 from present import present
 from test_sources import samples, write_csv, write_listed
 
-from preprocessing.build import build
-from preprocessing.coordinates import locate
+from preprocessing.build import build, dry_run
+from preprocessing.coordinates import identify, locate
 from preprocessing.sources import Source, list_named
+from preprocessing.summaries import print_forecast, print_summary
 from preprocessing.updates import add
 from shards.console import JobError
 from shards.dataset import Dataset
@@ -77,7 +78,8 @@ def test_several_zones_as_mere_numbers_are_refused_where_nothing_tells_the_hemis
         JobError, match=r"0\.csv: the zones are mere numbers, .* \(10S\) or as an EPSG code \(32610 north"
     ):
         list_named(numbers, tmp_path, 0)
-    moved, zone, _, bad = locate(list_named(told, tmp_path, 0), 0)
+    listing = list_named(told, tmp_path, 0)
+    moved, zone, bad = locate(listing, identify(listing)[0], 0)
     assert (zone, bad) == (22, [])
     assert np.hypot(np.diff(moved.east), np.diff(moved.north)) == pytest.approx(2087, abs=5)
 
@@ -151,6 +153,22 @@ def test_a_list_south_of_the_equator_makes_a_class_map_that_says_so(tmp_path):
     add(Source.of(write_csv(tmp_path / "more.csv", path=more, **at), tmp_path / "more"), tmp_path / "out", HERE)
     classes = Dataset.open(tmp_path / "out").classes
     assert (len(classes), classes.southern, classes.crs) == (2, True, "UTM zone 56 south, metres")
+
+
+def test_where_the_classes_lie_and_that_some_lie_far_away_is_told(tmp_path, capsys):
+    names = write_listed(tmp_path / "photos", 45)
+    at = {"latitude": [48.14] * 33 + [49.05] * 12, "longitude": [11.58] * 45}
+    source = Source.of(write_csv(tmp_path / "list.csv", path=names, **at), tmp_path / "photos")
+    print_forecast(dry_run(source, tmp_path / "out", SETTINGS, HERE), "out")
+    print_summary(build(source, tmp_path / "out", SETTINGS, HERE), "out")
+    said = capsys.readouterr().out
+    assert said.count("south to north, around latitude 48.595, longitude 11.580\n") == 2
+    assert "plane       UTM zone 32 north, metres; " in said
+    assert said.count("far away    2 classes of 2, up to 51 km from the middle: WRONG COORDINATES?\n") == 2
+    at["latitude"][33:] = [48.145] * 12
+    source = Source.of(write_csv(tmp_path / "list.csv", path=names, **at), tmp_path / "photos")
+    print_forecast(dry_run(source, tmp_path / "other", SETTINGS, HERE), "other")
+    assert "far away" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("zone", [1, 60])

@@ -11,10 +11,10 @@ from training.engine import Engine, StepOutcome
 from training.progress import Progress, Timing
 
 
-def step_curves(engine: Engine, outcome: StepOutcome, slots: np.ndarray, timing: Timing) -> dict[str, float]:
+def step_curves(engine: Engine, outcome: StepOutcome, groups_of_slots: np.ndarray, timing: Timing) -> dict[str, float]:
     """Of a step: losses, accuracies in percent, gradient norms, learning rates, speed, and peak bytes of memory.
 
-    `slots` int64 [global batch size] are the groups of the step's samples.
+    `groups_of_slots` int64 [global batch size] are the groups of the step's samples.
     """
     bank = engine.bank
     values = {"rate/model": engine.rates.model_rate, "speed/images_per_second": timing.rate()}
@@ -23,9 +23,9 @@ def step_curves(engine: Engine, outcome: StepOutcome, slots: np.ndarray, timing:
     for group, optimizer in bank.optimizers.items():
         values[f"rate/head-{group:02d}"] = float(optimizer.param_groups[0]["lr"])
     if outcome.finite:
-        values["loss/all"] = outcome.loss / len(slots)
+        values["loss/all"] = outcome.loss / len(groups_of_slots)
         for group, loss, hits in zip(bank.groups, outcome.losses, outcome.hits, strict=True):
-            if count := int(np.count_nonzero(slots == group)):
+            if count := int(np.count_nonzero(groups_of_slots == group)):
                 values[f"loss/group-{group:02d}"] = float(loss) / count
                 values[f"accuracy/group-{group:02d}"] = 100 * float(hits) / count
     if outcome.grad_norm is not None:

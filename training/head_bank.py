@@ -195,30 +195,31 @@ class HeadBank:
             state[f"head.{name}"] = parameter if average is None else average.tensors[name]
             if average is not None:
                 state[f"raw.{name}"] = parameter
-                state["average_updates"] = torch.tensor(average.updates)
             for key, value in self.optimizers[group].state.get(parameter, {}).items():
                 state[f"adam.{name}.{key}"] = value
+        if average is not None:
+            state["average_updates"] = torch.tensor(average.updates)
         return state
 
     @torch.no_grad()
     def restore(self, heads: Mapping[int, Mapping[str, Tensor]], tensors: Mapping[str, Tensor]) -> None:
         """Take up what `collect` gathered, on any number of ranks. JobError where the shapes do not fit."""
         for group, head in self.heads.items():
-            average = self.averages.get(group)
+            averages: dict[str, Tensor] = {}
             for name, parameter in head.named_parameters():
                 saved = heads.get(group, {}).get(name)
                 if saved is None or len(saved) != head.classes or saved.shape[1:] != parameter.shape[1:]:
                     raise JobError(f"the checkpoint's head of group {group} does not fit ({name}); use --init-from")
                 parameter.copy_(_cut(tensors.get(f"{group}.raw.{name}", saved), head.part))
-                if average is not None:
-                    average.tensors[name].copy_(_cut(saved, head.part))
-                    average.updates = int(tensors.get(f"{group}.average_updates", torch.tensor(0)))
+                averages[name] = _cut(saved, head.part)
                 prefix = f"{group}.adam.{name}."
                 found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
                 if found and group in self.optimizers:
                     self.optimizers[group].state[parameter] = {
                         key: _cut(value, head.part).to(parameter.device, copy=True) for key, value in found.items()
                     }
+            if group in self.averages:
+                self.averages[group].load(averages, int(tensors.get(f"{group}.average_updates", torch.tensor(0))))
 
 
 def _join(pieces: list[Tensor]) -> Tensor:

@@ -31,10 +31,10 @@ class Progress:
     val_photos: str = ""
     skipped: int = 0
 
-    def add(self, groups: list[int], global_groups: np.ndarray, outcome: StepOutcome) -> None:
+    def add(self, groups: list[int], groups_of_slots: np.ndarray, outcome: StepOutcome) -> None:
         """Add a step that was taken."""
         for i, group in enumerate(groups):
-            count = int(np.count_nonzero(global_groups == group))
+            count = int(np.count_nonzero(groups_of_slots == group))
             if count:
                 self.losses[group] = self.losses.get(group, 0.0) + float(outcome.losses[i])
                 self.hits[group] = self.hits.get(group, 0.0) + float(outcome.hits[i])

@@ -1,4 +1,5 @@
 const data = JSON.parse($("data").textContent);
+const NOTHING = "Nothing was scored.";
 const RIGHT = "var(--right)", WRONG = "var(--wrong)", ACCENT = "var(--accent)";
 const LINES = ["#2456a6", "#c77700", "#16824a", "#8a3ea8", "#c8352b", "#4d5b6c"];
 
@@ -47,7 +48,7 @@ function drawSummary(row) {
     `${several ? "of" : "Of"} ${count(row.scored)} query photos ${number(row[`lr_at_${n}`])} % are placed within ${row.threshold_m} m ` +
     `${n === 1 ? "at the first answer" : `by one of the first ${n} answers`} (chance ${number(row.chance[`lr_at_${n}`])} %), ` +
     `among ${count(row.classes, "cell")} in ${count(row.groups, "group")}.` + (row.fitted ? " Form and confidence are fitted to these very queries." : "")
-    : "no query with a known place");
+    : `${several ? "n" : "N"}othing was scored: no readable query has a known place.`);
 }
 
 // Charts: small SVGs, 520 x 260
@@ -79,7 +80,7 @@ function drawHistogram(view) {
     while (bin > 0 && within(i, used[bin])) bin--;
     counts[bin]++;
   }
-  const svg = chart(), left = 44, right = 494, top = 18, bottom = 222, total = Math.max(view.scored.length, 1);
+  const svg = chart(), left = 44, right = 494, top = 18, bottom = 222, total = view.scored.length;
   const highest = Math.max(20, Math.ceil((100 * Math.max(...counts)) / total / 20) * 20);
   percentAxis(svg, left, right, top, bottom, highest);
   const step = (right - left) / used.length;
@@ -92,9 +93,8 @@ function drawHistogram(view) {
   });
   label(svg, (left + right) / 2, 252, "metres from the first answer to the true position");
   $("histogram").replaceChildren(svg);
-  $("error-note").textContent = view.row.scored ? `Half of the queries are at most ${metres(view.row.median_error_m)} off, ` +
-    `90 % at most ${metres(view.row.p90_error_m)}; the mean is ${metres(view.row.mean_error_m)}. Green: within ${threshold} m.`
-    : "No query with a known place.";
+  $("error-note").textContent = `Half of the queries are at most ${metres(view.row.median_error_m)} off, ` +
+    `90 % at most ${metres(view.row.p90_error_m)}; the mean is ${metres(view.row.mean_error_m)}. Green: within ${threshold} m.`;
 }
 
 function drawCurve(view) {
@@ -107,7 +107,7 @@ function drawCurve(view) {
   label(svg, (left + right) / 2, 252, "metres");
   const legend = el("div", { class: "legend" });
   nsOf(view.row).forEach((n, k) => {
-    const path = xs.map((m, i) => `${i ? "L" : "M"}${place(m).toFixed(1)} ${(bottom - ((bottom - top) * (curve[`lr_at_${n}`][i] ?? 0)) / 100).toFixed(1)}`);
+    const path = xs.map((m, i) => `${i ? "L" : "M"}${place(m).toFixed(1)} ${(bottom - ((bottom - top) * curve[`lr_at_${n}`][i]) / 100).toFixed(1)}`);
     svg.append(el("path", { d: path.join(" "), fill: "none", stroke: LINES[k % LINES.length], "stroke-width": 2.2 }));
     legend.append(el("span", {}, el("i", { style: `background:${LINES[k % LINES.length]}` }), `LR@${n}`));
   });
@@ -264,10 +264,14 @@ function openRow(index) {
   const scored = set.photos.map((_, i) => i).filter((i) => answers.error[i] !== null);
   const isRight = (i) => Boolean(answers.right[i]); // errors are rounded
   view = { row, answers, set, cells, scored, isRight };
-  drawSummary(row); drawHistogram(view); drawCurve(view); drawReliability(view); drawGroups(view);
-  drawGallery(view, "confident", answers.confident, "No mistakes.");
-  drawGallery(view, "farthest", answers.farthest, "No mistakes.");
-  drawGallery(view, "successes", answers.successes, "No successes.");
+  drawSummary(row);
+  for (const [id, draw] of Object.entries({ histogram: drawHistogram, curve: drawCurve, reliability: drawReliability, groups: drawGroups })) {
+    $(id).previousElementSibling.hidden = !row.scored; // its note
+    if (row.scored) draw(view); else $(id).replaceChildren(el("p", { class: "note" }, NOTHING));
+  }
+  drawGallery(view, "confident", answers.confident, row.scored ? "No mistakes." : NOTHING);
+  drawGallery(view, "farthest", answers.farthest, row.scored ? "No mistakes." : NOTHING);
+  drawGallery(view, "successes", answers.successes, row.scored ? "No successes." : NOTHING);
   map.hovered = kept = null;
   map.fit(boundsOf(cells));
 }

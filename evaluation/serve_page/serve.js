@@ -60,8 +60,7 @@ function show(reply, file) {
   $("ask").textContent = "Choose another photo";
   $("places").replaceChildren(...answer.places.map(placeItem));
   const known = answer.known_position;
-  $("answer-note").textContent = `The bar is the probability that the photo was taken within ${metres(about.apart)}.` +
-    (known ? ` ${known.source === "exif" ? "Its EXIF GPS" : "Its name"} says ${position(known)}, the green dot.` : "");
+  $("answer-note").textContent = known ? `${known.source === "exif" ? "Its EXIF GPS" : "Its name"} says ${position(known)}, the green dot.` : "";
   state("answer");
   select(0);
   fitAnswer();
@@ -178,7 +177,7 @@ function onHover(rank) {
   card.hidden = rank === null;
   if (rank === null) return;
   const place = answer.places[rank];
-  card.replaceChildren(el("strong", {}, `${rank + 1}. ${percent(place.confidence)}`), el("br"), position(place), el("br"), `68 % within ${metres(place.uncertainty_m)}`);
+  card.replaceChildren(el("strong", {}, `${rank + 1}. ${percent(place.confidence)}`), ` within ${metres(about.apart)}`, el("br"), position(place), el("br"), `68 % within ${metres(place.uncertainty_m)}`);
   map.placeCard(card, ...local(place));
 }
 
@@ -208,6 +207,7 @@ async function start() {
     (about.private ? "Your photo stays on this computer and is not kept." : "Your photo is sent to this server and not kept.");
   $("ways").textContent += ` (${about.formats.join(", ")}; up to ${about.max_bytes / 1e6} MB and ${about.max_pixels / 1e6} megapixels)`;
   listen();
+  $("within").textContent = `probability within ${metres(about.apart)}`;
   map.fit(boundsOf(about.cells));
   state("ready");
 }

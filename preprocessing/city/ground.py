@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import cv2
 import numpy as np
@@ -50,7 +49,7 @@ class Ground:
         rough = cv2.resize(rng.normal(0, 5, (32, 32)).astype(np.float32), (TILE, TILE), interpolation=cv2.INTER_CUBIC)
         grain = np.clip(rough + rng.normal(0, 5, (TILE, TILE)) + 14, 0, 255).astype(np.uint8)
         self._grain = cv2.merge([grain] * 3)
-        self._tiles: OrderedDict[tuple[float, int, int], Image] = OrderedDict()
+        self._tile = lru_cache(_TILES_KEPT)(self._paint)
 
     def patches(self, x: float, y: float, weather: Weather, trees: Floats) -> list[Patch]:
         """Patches around a camera, finest first."""
@@ -75,17 +74,6 @@ class Ground:
                 piece = tile[y0 - j * TILE : y1 - j * TILE, x0 - i * TILE : x1 - i * TILE]
                 image[y0 - row : y1 - row, x0 - column : x1 - column] = piece
         return Patch(column / density, row / density, density, image)
-
-    def _tile(self, density: float, i: int, j: int) -> Image:
-        key = (density, i, j)
-        found = self._tiles.get(key)
-        if found is None:
-            found = self._tiles[key] = self._paint(density, i, j)
-            if len(self._tiles) > _TILES_KEPT:
-                self._tiles.popitem(last=False)
-        else:
-            self._tiles.move_to_end(key)
-        return found
 
     def _paint(self, density: float, i: int, j: int) -> Image:
         image = np.empty((TILE, TILE, 3), np.uint8)
