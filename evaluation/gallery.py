@@ -16,7 +16,7 @@ import numpy as np
 from evaluation.localiser import Localiser
 from shards import limits
 from shards.cell_index import CellIndex
-from shards.classes import cell_index
+from shards.classes import grid_index
 from shards.console import JobError, format_bytes, format_count, printable
 from shards.dataset import Dataset
 from shards.files import atomic_path
@@ -61,7 +61,7 @@ class Gallery:
         classes = len(index.classes)
         rows = index.holding(images.east, images.north)
         rows = np.where(rows < 0, classes, rows)
-        cells = np.stack([cell_index(images.east, index.classes.M), cell_index(images.north, index.classes.M)])
+        cells = np.stack([grid_index(images.east, index.classes.M), grid_index(images.north, index.classes.M)])
         order = np.lexsort((*cells, rows))
         starts = np.searchsorted(rows[order], np.arange(classes + 1))
         names = tuple(images.names[i] for i in order) if images.names else ()

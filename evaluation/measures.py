@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from shards.cell_index import CellIndex
-from shards.classes import cell_index, group_of
+from shards.classes import grid_index, group_of
 
 CURVE_METRES = (5, 10, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 500, 750, 1000)
 RELIABILITY_BINS = 10
@@ -91,7 +91,7 @@ def accuracy_by_group(
     [Q]. A query's group follows from its position, whether or not its cell is a class.
     """
     classes = index.classes
-    group_of_query = group_of(cell_index(east, classes.M), cell_index(north, classes.M), classes.N)
+    group_of_query = group_of(grid_index(east, classes.M), grid_index(north, classes.M), classes.N)
     group_of_answer = classes.group[answered]
     return [
         {

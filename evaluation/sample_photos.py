@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from shards.cell_index import CellIndex
-from shards.classes import ClassTable, cell_index
+from shards.classes import ClassTable, grid_index
 from shards.console import is_systems
 from shards.dataset import Dataset
 from shards.index import damage_named, read_samples
@@ -81,7 +81,7 @@ class SamplePhotos:
     def count_at(self, east: np.ndarray, north: np.ndarray) -> int:
         """How many of the points (float64 [Q], metres) are, to the centimetre, the place of a photo."""
         M = self.dataset.classes.M
-        corners = np.stack([cell_index(axis, M) * M for axis in (east, north)], axis=1)
+        corners = np.stack([grid_index(axis, M) * M for axis in (east, north)], axis=1)
         count = 0
         for cell in np.unique(corners, axis=0):
             points = np.flatnonzero((corners == cell).all(axis=1))

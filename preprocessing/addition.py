@@ -17,7 +17,7 @@ from preprocessing.plan import class_order
 from preprocessing.revisions import PLANNED, SKIPPED_COLUMNS, Revision, photo_table, read_bad
 from preprocessing.sources import Source, prefix, split_sample, turns
 from shards.cell_index import CellIndex
-from shards.classes import ClassTable, cell_index, number_within
+from shards.classes import ClassTable, grid_index, number_within
 from shards.files import read_table
 from shards.layout import QUARANTINE, SHARD_SAMPLES, SKIPPED, shard_numbers, shard_tables
 from shards.names import hash_names, names_and_keys
@@ -79,7 +79,7 @@ def plan_samples(samples: pa.Table, seed: int, out: Path) -> pa.Table:
 def _classify(candidates: pa.Table, crops: np.ndarray, state: State) -> tuple[np.ndarray, ClassTable, ClassTable]:
     """The row of each candidate in the class table from now on (-1: in none), that table, and what is new in it."""
     old, M, N = state.classes, state.settings.M, state.settings.N
-    own = [cell_index(candidates[axis].to_numpy(), M) for axis in ("east", "north")]
+    own = [grid_index(candidates[axis].to_numpy(), M) for axis in ("east", "north")]
     box = CellBox.around(*own)
     codes, of_candidate = np.unique(box.codes(*own), return_inverse=True)
     images = np.bincount(of_candidate, weights=np.maximum(crops, 1), minlength=len(codes))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shards.classes import ClassTable, cell_index, group_of, number_within
+from shards.classes import ClassTable, grid_index, group_of, number_within
 from shards.console import JobError
 
 _DENSE_CELLS = 1 << 26
@@ -90,7 +90,7 @@ def make_partition(east: np.ndarray, north: np.ndarray, *, M: int, N: int, min_i
 
     Cells with fewer than `min_images` photos are left out. Labels follow (cell east, cell north) within a group.
     """
-    cell_east, cell_north = cell_index(east, M), cell_index(north, M)
+    cell_east, cell_north = grid_index(east, M), grid_index(north, M)
     box = CellBox.around(cell_east, cell_north)
     code = box.codes(cell_east, cell_north)
     del cell_east, cell_north

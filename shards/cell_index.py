@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from shards.classes import ClassTable, cell_index
+from shards.classes import ClassTable, grid_index
 
 _CHUNK = 1 << 22
 
@@ -31,7 +31,7 @@ class CellIndex:
     def holding(self, east: np.ndarray, north: np.ndarray) -> np.ndarray:
         """Table row of the class whose cell holds each point (float64 [Q], metres); -1 outside, or for NaN."""
         known = np.isfinite(east) & np.isfinite(north)
-        cells = [cell_index(np.where(known, v, 0), self.classes.M) * self.classes.M for v in (east, north)]
+        cells = [grid_index(np.where(known, v, 0), self.classes.M) * self.classes.M for v in (east, north)]
         return np.where(known, self.find(*cells), -1)
 
     def count_near(self, east: np.ndarray, north: np.ndarray, radius: float) -> np.ndarray:

@@ -24,7 +24,7 @@ _COLUMNS = {
 _STEP = 1 << 20
 
 
-def cell_index(metres: np.ndarray, M: int) -> np.ndarray:
+def grid_index(metres: np.ndarray, M: int) -> np.ndarray:
     """`floor(metres / M)` exactly, int64, same shape: the quotient's rounding never moves a point over an edge."""
     out = np.empty(np.shape(metres), np.int64)
     flat = out.reshape(-1)

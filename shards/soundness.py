@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from shards.checksums import checksum
-from shards.classes import ClassTable, cell_index
+from shards.classes import ClassTable, grid_index
 from shards.console import JobError, format_count, is_systems, one_line, printable
 from shards.files import read_table
 from shards.index import gather
@@ -216,7 +216,7 @@ def _count(report: ShardReport, table: pa.Table, facts: dict[str, Any], classes:
         if len(corner):
             metres = table[axis].to_numpy()
             near = abs(metres - corner[at]) <= classes.M  # of what is a hair west or south of 0 the difference is M
-            foreign |= ~near | (cell_index(np.where(near, metres, 0), classes.M) * classes.M != corner[at])
+            foreign |= ~near | (grid_index(np.where(near, metres, 0), classes.M) * classes.M != corner[at])
     whats = {int(row): f"lies outside the cell of its label {labels[row]}" for row in np.flatnonzero(foreign)}
     report.problems += _listed(name, keys, whats)
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preprocessing.partition import make_partition
-from shards.classes import cell_index
+from shards.classes import grid_index
 from shards.console import JobError
 
 COORDINATES = st.one_of(
@@ -26,7 +26,7 @@ def plain_cell(metres: float, M: int) -> int:
 
 @given(COORDINATES, st.sampled_from([1, 7, 10, 20, 25]))
 def test_a_cell_is_the_floor_of_the_exact_quotient(metres, M):
-    assert cell_index(np.array([metres]), M)[0] * M == plain_cell(metres, M)
+    assert grid_index(np.array([metres]), M)[0] * M == plain_cell(metres, M)
 
 
 @settings(deadline=None)
