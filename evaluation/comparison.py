@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 
@@ -19,15 +18,14 @@ from evaluation.query_set import Outcome, Settings, calibrate, evaluate_set
 from evaluation.ranking import RankingForm
 from evaluation.report import write_report
 from evaluation.result_files import Row, format_table, prepare_folder, write_csv, write_json, write_predictions
-from evaluation.sample_photos import SamplePhotos
 from shards.console import JobError, describe_os_error, format_count, printable
 from shards.provenance import provenance
+from shards.sample_photos import SamplePhotos
 from training.checkpoint import validation_photos
 from training.distributed import PATIENCE, World, check_gpus
 from training.queries import Queries, SetAside
 
 _LINES_A_KIND = 10
-_COMPARED = 100  # queries whose places are sought among the training photos
 
 
 @dataclass(frozen=True)
@@ -207,18 +205,10 @@ def _compare_with_training(samples: SamplePhotos, results: Results) -> None:
         if not samples.covers(outcome.classes):
             results.warn(f"--shards {samples.dataset.place}: has none of the cells of {outcome.checkpoint}")
             continue
-        located = np.flatnonzero(outcome.queries.located)
-        some = located[np.linspace(0, len(located) - 1, min(len(located), _COMPARED)).astype(int)]
-        try:
-            known = samples.count_at(outcome.queries.east[some], outcome.queries.north[some])
-        except (JobError, OSError):  # of which the report tells
-            continue
-        if known > len(some) / 2:
-            results.warn(
-                f"{outcome.name[1]}: {known} of {format_count(len(some), 'query')} that were compared lie at the very "
-                f"place of a training photo of {samples.dataset.place}; where they are the same photos, LR@N tells "
-                "nothing of new ones"
-            )
+        queries = outcome.queries
+        with suppress(JobError, OSError):  # of which the report tells
+            if said := samples.familiar(queries.east[queries.located], queries.north[queries.located]):
+                results.warn(f"{outcome.name[1]}: {said}")
 
 
 def write_results(results: Results, *, report: bool = True, samples: SamplePhotos | None = None) -> None:

@@ -22,8 +22,8 @@ from pathlib import Path
 from evaluation.comparison import Job, evaluate_all, open_world, write_results
 from evaluation.query_set import Settings
 from evaluation.ranking import OWN_FORMS, RankingForm
-from evaluation.sample_photos import SamplePhotos
 from shards.console import check_arguments, entry
+from shards.sample_photos import SamplePhotos
 from shards.workers import cores_of_process
 from training.one_voice import one_voice, parse_arguments
 from training.scoring import RECALL_NS, THRESHOLD_METRES

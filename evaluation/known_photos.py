@@ -12,10 +12,10 @@ import numpy as np
 from torch import Tensor
 
 from evaluation.places import Place
-from evaluation.sample_photos import SamplePhoto, SamplePhotos
 from evaluation.thumbnails import data_url
 from shards.classes import ClassTable
 from shards.console import JobError
+from shards.sample_photos import SamplePhoto, SamplePhotos
 from training.queries import decode_query
 
 _COMPARED = 24

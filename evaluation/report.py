@@ -12,11 +12,11 @@ import numpy as np
 from evaluation.pages import map_cells, map_corner, read_page, to_script
 from evaluation.query_set import Outcome
 from evaluation.result_files import Row
-from evaluation.sample_photos import SamplePhotos
 from evaluation.thumbnails import data_url, thumbnails
 from shards.console import JobError, describe_os_error
 from shards.files import atomic_write_text
 from shards.names import BadName, parse_name
+from shards.sample_photos import SamplePhotos
 from training.queries import Queries
 
 GALLERY = 12

@@ -33,9 +33,9 @@ from evaluation.answer_photos import Request
 from evaluation.answer_queue import AnswerQueue
 from evaluation.known_photos import KnownPhotos
 from evaluation.localiser import Localiser, choose_device, load_localiser
-from evaluation.sample_photos import SamplePhotos
 from evaluation.uploads import Limits
 from shards.console import JobError, check_arguments, entry, format_count, printable
+from shards.sample_photos import SamplePhotos
 from shards.workers import cores_of_process
 from training.scoring import THRESHOLD_METRES
 

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny import class_table, configure, train_here
+from tiny import ZONE, class_table, configure, train_here, write_queries
 
 from shards.dataset import Dataset
+from shards.layout import shard_tables
+from shards.names import PhotoName, format_name
 from training.advice import warnings_of
 from training.distributed import World
 
@@ -91,3 +95,18 @@ def test_windows_of_few_runs_for_many_classes_are_told(
     )
     train_here(configure(shards, tmp_path / "r3", stream_window=8 * classes, schedule="joint", **stream))
     assert "may be less accurate" in capsys.readouterr().out
+
+
+def test_validation_queries_that_are_the_training_photos_are_told(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tables = [pq.read_table(table, columns=["east", "north"]) for table in shard_tables(shards)]
+    east, north = (np.concatenate([table[axis].to_numpy() for table in tables]) for axis in ("east", "north"))
+    photo = next(write_queries(tmp_path / "photo").iterdir())
+    few: dict[str, object] = {"epochs": 1, "iterations_per_epoch": 1}
+    for name, off, told in (("same", 0.0, True), ("others", 0.5, False)):
+        (tmp_path / name).mkdir()
+        for i, place in enumerate(zip((east + off).tolist(), north.tolist(), strict=True)):
+            (tmp_path / name / format_name(PhotoName(*place, ZONE, "S", pano=str(i)))).hardlink_to(photo)
+        train_here(configure(shards, tmp_path / f"run-{name}", val_queries=tmp_path / name, **few))
+        assert ("100 of 100 queries that were compared lie at the very place" in capsys.readouterr().out) == told

@@ -28,11 +28,11 @@ from evaluation import evaluate
 from evaluation.known_photos import KnownPhotos
 from evaluation.pages import to_script
 from evaluation.places import Place
-from evaluation.sample_photos import SamplePhotos
 from evaluation.thumbnails import data_url, thumbnails
 from shards.console import JobError
 from shards.layout import shard_tables
 from shards.names import PhotoName, format_name, parse_name
+from shards.sample_photos import SamplePhotos
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 

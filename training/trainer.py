@@ -13,6 +13,7 @@ import numpy as np
 from shards.console import JobError, describe_os_error, format_count, format_duration
 from shards.dataset import Dataset
 from shards.loader import Batch
+from shards.sample_photos import SamplePhotos
 from shards.workers import cores_of_process
 from training.advice import warnings_of
 from training.assembly import (
@@ -52,7 +53,7 @@ class Trainer:
         self.accelerator, self.config = make_accelerator(config)
         config = self.config
         self.world = make_world(self.accelerator)
-        self.classes, self.photo_size = dataset.classes, dataset.manifest.image_size
+        self.dataset, self.classes = dataset, dataset.classes
         self.groups = dataset.classes.groups
         check_against_world(config, self.world, len(self.groups))
         self.schedule = make_schedule(
@@ -304,12 +305,24 @@ class Trainer:
         if step % self.config.iterations_per_epoch == 0:
             self.tracker.picture("batch", batch_picture(batch.images), step + 1)
 
+    def _familiar_queries(self) -> list[str]:
+        """A warning where validation queries seem to be training photos, or where tables cannot tell."""
+        if self.validator is None or not self.world.is_main:
+            return []
+        queries = self.validator.queries
+        try:
+            said = SamplePhotos(self.dataset).familiar(queries.east[queries.located], queries.north[queries.located])
+        except JobError as error:
+            return [f"warning: {error}"]
+        return [f"warning: {queries.source}: {said}"] if said else []
+
     def _description(self) -> str:
         config, model = self.config, self.engine.model
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         begins = self.progress.step == 0 and config.init_from is None
         lines = [
-            *warnings_of(config, self.classes, self.photo_size, self.world, begins=begins),
+            *warnings_of(config, self.classes, self.dataset.manifest.image_size, self.world, begins=begins),
+            *self._familiar_queries(),
             f"{config.backbone}, {config.head} heads of {format_count(len(self.groups), 'group')} "
             f"with {format_count(len(self.classes), 'class')}, {trained:,} trained parameters in the model",
             f"{config.schedule} schedule, {format_count(self.world.size, 'process')} on {self.world.device.type}, "

@@ -1,4 +1,4 @@
-"""Photos of a cell out of the shards, to show beside an answer."""
+"""Photos of a cell out of the shards, to show beside an answer or to compare queries with."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 
 from shards.cell_index import CellIndex
 from shards.classes import ClassTable, grid_index
-from shards.console import is_systems
+from shards.console import format_count, is_systems
 from shards.dataset import Dataset
 from shards.index import damage_named, read_samples
 from shards.layout import shard_numbers, shard_tables
 
 _FACTS = ("east", "north", "heading", "timestamp")
 _PLACE = ("offset", "size", "crc32")
+_COMPARED = 100
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,19 @@ class SamplePhotos:
             for table, tar, i in (found[at] for at in spread)
         ]
 
-    def count_at(self, east: np.ndarray, north: np.ndarray) -> int:
+    def familiar(self, east: np.ndarray, north: np.ndarray) -> str | None:
+        """What to say of queries (their places, float64 [Q], metres in the plane of the classes) of which most seem to
+        be training photos; None of others. Looks at 100 of them; raises as `of_cell` does."""
+        some = np.linspace(0, len(east) - 1, min(len(east), _COMPARED)).astype(int)
+        known = self._count_at(east[some], north[some])
+        if known <= len(some) / 2:
+            return None
+        return (
+            f"{known} of {format_count(len(some), 'query')} that were compared lie at the very place of a training "
+            f"photo of {self.dataset.place}; where they are the same photos, LR@N tells nothing of new ones"
+        )
+
+    def _count_at(self, east: np.ndarray, north: np.ndarray) -> int:
         """How many of the points (float64 [Q], metres) are, to the centimetre, the place of a photo."""
         M = self.dataset.classes.M
         corners = np.stack([grid_index(axis, M) * M for axis in (east, north)], axis=1)
