@@ -331,7 +331,7 @@ def _half(north: np.ndarray, zones: np.ndarray, told: np.ndarray, asked: bool | 
 def _in_band(north: np.ndarray, bands: np.ndarray) -> np.ndarray:
     """Whether northings are those of their band of latitude (its place in the alphabet of bands, -1: unknown), give or
     take a band. Near the equator, where they may be counted from either side, all are."""
-    south = 8 * bands - 80.0
+    south = 8.0 * bands - 80.0
     origin = np.where(south < 0, 1e7, 0.0)
     fits = (north >= (south - 8) * 111e3 + origin) & (north <= (south + 20) * 111e3 + origin)
     return fits | (bands < 0) | (abs(south + 4) < 16)

@@ -43,6 +43,10 @@ def write_metres(folder: Path, place: tuple[float, float], zones: list[str]) -> 
         ((48.1, 11.5), ["25832", "EPSG:25832", "25832.0", "epsg:25832"], False),
         ((38.9, -77.0), ["26918", "EPSG:26918", "18"], False),
         ((-33.87, 151.21), ["28356", "EPSG:28356", "7856", "EPSG:7856", "56"], True),
+        ((52.52, 13.4), ["33U"], False),
+        ((59.91, 10.75), ["32V"], False),
+        ((64.15, -21.94), ["27W"], False),
+        ((78.22, 15.65), ["33X"], False),
         ((-2.0, -79.9), ["17", "17"], True),  # 9.78 million metres: north of Svalbard, if it were of the north
     ],
     ids=[
@@ -53,6 +57,10 @@ def write_metres(folder: Path, place: tuple[float, float], zones: list[str]) -> 
         "ETRS89",
         "NAD83",
         "GDA94 and GDA2020",
+        "band U",
+        "band V",
+        "band W",
+        "band X",
         "by the northing",
     ],
 )
