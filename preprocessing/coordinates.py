@@ -50,15 +50,15 @@ def identify(listing: Listing) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hash_files(root: str, paths: pa.Array) -> np.ndarray:
-    """A hash of which files paths name, in `root` (a folder or URL) or absolute, uint64 [n]: `./a`, `b/../a` and the
-    absolute path of `a` are one file. Links are not followed."""
-    root = root if is_url(root) else os.path.abspath(root)
+    """A hash of which files paths name, in `root` (a folder or URL) or, with a folder, absolute, uint64 [n]: `./a`,
+    `b/../a` and the absolute path of `a` are one file. Links are not followed."""
+    root = _plain_root(root)
     start, nothing = (pa.scalar(text, pa.large_string()) for text in (f"{root}/", ""))
     out = np.empty(len(paths), np.uint64)
     for first in range(0, len(paths), _STEP):
         part = paths.slice(first, _STEP)
         inside = pc.binary_join_element_wise(start, part, nothing)
-        whole = pc.if_else(pc.starts_with(part, "/"), part, inside)
+        whole = inside if is_url(root) else pc.if_else(pc.starts_with(part, "/"), part, inside)
         roundabout = pc.match_substring_regex(part, _ROUNDABOUT)
         if pc.any(roundabout).as_py():
             plain = pa.array([_plain(root, path) for path in part.filter(roundabout).to_pylist()], pa.large_string())
@@ -67,8 +67,15 @@ def hash_files(root: str, paths: pa.Array) -> np.ndarray:
     return out
 
 
+def _plain_root(root: str) -> str:
+    return (root if is_url(root) else os.path.abspath(root)).rstrip("/")
+
+
 def _plain(root: str, path: str) -> str:
-    return f"{root}/{posixpath.normpath(path)}" if is_url(root) else posixpath.normpath(posixpath.join(root, path))
+    """One spelling of a path in `root`, which is as `_plain_root` has it."""
+    if is_url(root):
+        return f"{root}/{posixpath.normpath(path)}"
+    return posixpath.normpath(path if path.startswith("/") else f"{root}/{path}")
 
 
 def is_southern(places: Places) -> bool:
@@ -116,9 +123,10 @@ def _duplicates(listing: Listing, east: np.ndarray, names: np.ndarray) -> list[B
     bad = []
     first: dict[str, str] = {}
     what = "name" if listing.places is None else "photo"
+    root = _plain_root(str(listing.root))
     for row in _rows_of(names, repeated):
         path = listing.paths[row].as_py()
-        name = path.rpartition("/")[2] if listing.places is None else _plain(str(listing.root), path)
+        name = path.rpartition("/")[2] if listing.places is None else _plain(root, path)
         if name in first and np.isfinite(east[row]):
             east[row] = np.nan
             bad.append(Bad(path, "duplicate name", f"the same {what} as {printable(first[name])}"))

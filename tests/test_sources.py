@@ -21,7 +21,7 @@ from present import present
 from test_build import quarantine
 
 from preprocessing.build import build, dry_run
-from preprocessing.coordinates import _rows_of, identify, locate
+from preprocessing.coordinates import _rows_of, hash_files, identify, locate
 from preprocessing.engine import Job
 from preprocessing.photos import list_photos, reasons_of
 from preprocessing.plan import make_plan
@@ -152,6 +152,29 @@ def test_of_photos_of_one_name_all_but_the_first_are_set_aside_and_the_listing_s
         False,
     ]
     assert np.array_equal(present(listing.places).east, before)
+
+
+def test_a_photo_of_a_relative_root_is_the_one_of_its_absolute_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_csv(Path("list.csv"), path=["a/x.jpg", str(tmp_path / "a" / "x.jpg")], latitude=[37.7] * 2, longitude=[9] * 2)
+    listing = list_named(Path("list.csv"), ".", 0)
+    _, _, bad = locate(listing, identify(listing)[0], 0)
+    assert [(b.source, b.detail) for b in bad] == [(str(tmp_path / "a" / "x.jpg"), "the same photo as a/x.jpg")]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (("/", "a/b.jpg"), ("/", "/a/b.jpg"), True),
+        (("/", "a/b.jpg"), ("/a", "./b.jpg"), True),
+        (("s3://bucket/photos/", "a.jpg"), ("s3://bucket/photos", "./a.jpg"), True),
+        (("s3://bucket/photos", "/a.jpg"), ("s3://bucket/others", "/a.jpg"), False),
+        (("s3://bucket/photos", "/a.jpg"), ("s3://bucket/photos", "/b/../a.jpg"), True),
+    ],
+)
+def test_which_photos_are_one_file_at_the_ends_of_roots(one, other, same):
+    hashes = [hash_files(root, pa.array([path], pa.large_string())) for root, path in (one, other)]
+    assert bool(hashes[0] == hashes[1]) is same
 
 
 def test_names_are_found_among_more_than_are_compared_at_once():
