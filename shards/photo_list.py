@@ -103,8 +103,8 @@ class _CsvForm:
             return _CsvForm(told[1], 1)
         return _CsvForm(max(",;\t", key=head.count), 0)
 
-    def read_options(self, *, use_threads: bool = True) -> csv.ReadOptions:
-        return csv.ReadOptions(skip_rows=self.before, use_threads=use_threads)
+    def read_options(self, *, use_threads: bool = True, encoding: str = "utf8") -> csv.ReadOptions:
+        return csv.ReadOptions(skip_rows=self.before, use_threads=use_threads, encoding=encoding)
 
     def parse_options(self, on_uneven: Callable[[csv.InvalidRow], str] | None = None) -> csv.ParseOptions:
         return csv.ParseOptions(delimiter=self.separator, newlines_in_values=True, invalid_row_handler=on_uneven)
@@ -192,13 +192,21 @@ def _read(file: Path) -> pa.Table:
     try:
         if file.suffix.lower() == ".parquet":
             wanted = _wanted(file, pq.read_schema(file).names)
-            return pq.read_table(file, columns=list(wanted)).rename_columns(list(wanted.values()))
+            return _without_views(pq.read_table(file, columns=list(wanted)).rename_columns(list(wanted.values())))
         form = _CsvForm.of(file)
         return _read_csv(file, form)
     except OSError as error:
         raise JobError(f"cannot read the list: {describe_os_error(error)}") from None
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise (form and _uneven(file, form)) or _no_list(file, error) from None
+
+
+def _without_views(table: pa.Table) -> pa.Table:
+    """The same table; of views of texts, which some programs write, Arrow cannot take rows."""
+    for i, field in enumerate(table.schema):
+        if pa.types.is_string_view(field.type) or pa.types.is_binary_view(field.type):
+            table = table.set_column(i, field.name, table[i].cast(pa.large_string()))
+    return table
 
 
 def _read_csv(file: Path, form: _CsvForm) -> pa.Table:
@@ -218,19 +226,21 @@ def _read_csv(file: Path, form: _CsvForm) -> pa.Table:
 
 
 def _uneven(file: Path, form: _CsvForm) -> JobError | None:
-    """What to say of the first row of a CSV that has more or fewer fields than its header; None where none does."""
+    """What to say of the first row of a CSV that has more or fewer fields than its header; None where none does, or
+    it is UTF-16."""
     found: list[csv.InvalidRow] = []
 
     def note(row: csv.InvalidRow) -> str:
         found.append(row)
         return "error"
 
-    with suppress(pa.ArrowException):
-        csv.read_csv(file, form.read_options(use_threads=False), form.parse_options(note))
-    if not found:
+    with suppress(pa.ArrowException):  # as Latin-1: `note` is not told of a row that is no UTF-8
+        csv.read_csv(file, form.read_options(use_threads=False, encoding="latin-1"), form.parse_options(note))
+    if not found or "\0" in found[0].text:
         return None
     row = found[0]
-    text = row.text if len(row.text) <= _SHOWN else f"{row.text[:_SHOWN]}..."
+    text = row.text.encode("latin-1").decode("utf-8", "replace")
+    text = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     return JobError(
         f"{file}: row {row.number - 1 - form.before} has {format_count(row.actual_columns, 'field')} where the header "
         f"has {row.expected_columns} ({printable(text)}); quote fields that hold the separator"

@@ -117,6 +117,17 @@ def test_a_row_of_more_or_fewer_fields_than_the_header_is_named(tmp_path, before
     assert len(str(error.value)) < 400
 
 
+@pytest.mark.parametrize(
+    ("encoding", "said"),
+    [("latin-1", r"row 1 has 4 fields where .*\(b.jpg,1,2,�\)"), ("utf-16", "not a list of photos, CSV in UTF-8")],
+)
+@pytest.mark.filterwarnings("error")  # of exceptions that are only printed
+def test_a_row_of_too_many_fields_in_another_encoding_is_one_line(tmp_path, encoding, said):
+    (tmp_path / "list.csv").write_text("path,latitude,longitude\nb.jpg,1,2,é\n", encoding=encoding)
+    with pytest.raises(JobError, match=said):
+        list_named(tmp_path / "list.csv", tmp_path, 0)
+
+
 def test_rows_of_a_receiver_without_a_fix_are_set_aside_and_have_no_say_in_the_zone(tmp_path):
     at = {"latitude": [0.0] * 30 + [0.0, 37.75], "longitude": [0.0] * 30 + [-122.4, -122.4]}
     listing = list_named(write_csv(tmp_path / "list.csv", path=[f"{i}.jpg" for i in range(32)], **at), tmp_path, 0)
@@ -213,6 +224,14 @@ def test_rows_that_are_empty_in_every_column_are_left_out_and_those_behind_them_
     assert listing.paths.to_pylist() == ["a.jpg"]
     assert {b.source: b.reason for b in listing.bad} == {"row 4": "no path", "b.jpg": "no coordinates"}
     assert listing.found == 3
+
+
+def test_a_parquet_list_of_string_views_may_have_empty_rows(tmp_path):
+    texts = {"path": ["a.jpg", None], "latitude": ["37.7", None], "longitude": ["-122.4", None]}
+    table = pa.table({name: pa.array(column, pa.string_view()) for name, column in texts.items()})
+    pq.write_table(table, tmp_path / "list.parquet")
+    listing = list_named(tmp_path / "list.parquet", tmp_path, 0)
+    assert (listing.paths.to_pylist(), listing.bad) == (["a.jpg"], [])
 
 
 def test_names_with_places_that_no_plane_holds_are_set_aside_and_stop_nothing(tmp_path):
