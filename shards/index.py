@@ -174,9 +174,10 @@ def damage_named(table: Path) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowException, OSError) as error:
-        if is_systems(error):
+        lost = isinstance(error, FileNotFoundError)
+        if is_systems(error) and not lost:
             raise
-        what = "missing" if isinstance(error, FileNotFoundError) else f"damaged ({one_line(error)})"
+        what = "missing" if lost else f"damaged ({one_line(error)})"
         raise JobError(f"{table}: {what}; run shards/verify.py --repair") from None
 
 

@@ -1,5 +1,6 @@
 """Settings that are seldom meant are told at a run's start, and only those."""
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from tiny import ZONE, class_table, configure, train_here, write_queries
 from shards.dataset import Dataset
 from shards.layout import shard_tables
 from shards.names import PhotoName, format_name
+from shards.sample_photos import SamplePhotos
 from training.advice import warnings_of
 from training.distributed import World
 
@@ -110,3 +112,14 @@ def test_validation_queries_that_are_the_training_photos_are_told(
             (tmp_path / name / format_name(PhotoName(*place, ZONE, "S", pano=str(i)))).hardlink_to(photo)
         train_here(configure(shards, tmp_path / f"run-{name}", val_queries=tmp_path / name, **few))
         assert ("100 of 100 queries that were compared lie at the very place" in capsys.readouterr().out) == told
+
+
+def test_a_sample_table_that_cannot_be_read_keeps_no_training_from_its_validation(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "group-00-000000.parquet")
+
+    monkeypatch.setattr(SamplePhotos, "_photos", refuse)
+    train_here(configure(shards, tmp_path / "run", val_queries=write_queries(tmp_path / "queries"), epochs=1))
+    assert "warning: group-00-000000.parquet: Permission denied" in capsys.readouterr().out

@@ -312,8 +312,8 @@ class Trainer:
         queries = self.validator.queries
         try:
             said = SamplePhotos(self.dataset).familiar(queries.east[queries.located], queries.north[queries.located])
-        except JobError as error:
-            return [f"warning: {error}"]
+        except (JobError, OSError) as error:
+            return [f"warning: {describe_os_error(error) if isinstance(error, OSError) else error}"]
         return [f"warning: {queries.source}: {said}"] if said else []
 
     def _description(self) -> str:
