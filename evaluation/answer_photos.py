@@ -18,7 +18,6 @@ from evaluation.localiser import Localiser
 from evaluation.places import KnownPosition, Place, distinct, known_position, top_places
 from shards.console import JobError, format_count, printable
 from shards.names import PHOTO_EXTENSIONS
-from shards.photo_tree import walk_photos
 from training.queries import SetAside, find_photos
 from training.scoring import THRESHOLD_METRES
 
@@ -56,8 +55,7 @@ def find_all(names: Sequence[str]) -> tuple[list[Path], list[SetAside], list[Pat
             if not name:  # Path("") would be the current folder
                 missing.append(SetAside(Path("''"), "no such photo, folder or pattern"))
             elif path.is_dir():
-                others += (path / name for kind, name in walk_photos(path) if kind == "other" and not _is_hidden(name))
-                found += find_photos(path)
+                found += find_photos(path, others)
             elif path.exists():
                 found.append(path)
             elif matches := sorted(glob.glob(name, recursive=True)):
@@ -69,11 +67,8 @@ def find_all(names: Sequence[str]) -> tuple[list[Path], list[SetAside], list[Pat
                 missing.append(SetAside(path, "no such photo, folder or pattern"))
         except JobError as error:
             missing.append(SetAside(path, str(error).removeprefix(f"{path}: ")))
-    return list(dict.fromkeys(found)), missing, list(dict.fromkeys(others))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.rpartition("/")[2].startswith(".")
+    shown = [path for path in dict.fromkeys(others) if not path.name.startswith(".")]
+    return list(dict.fromkeys(found)), missing, shown
 
 
 def describe_others(others: Sequence[Path]) -> str:

@@ -126,9 +126,7 @@ def _list(source: Path, localiser: Localiser, world: World) -> Queries:
     answered."""
     found: Queries = world.gather(world.made_on(world.is_main, lambda: localiser.list_queries(source)))[0]
     if len(found) == 0:
-        first = found.set_aside[0]
-        seen = f"{printable(str(first.path))}: {first.reason}"
-        raise JobError(f"{source}: no photo can be compared with the classes ({seen})")
+        raise JobError(f"{source}: no photo can be compared with the classes ({found.set_aside[0]})")
     return found
 
 

@@ -34,6 +34,9 @@ class SetAside:
     path: Path
     reason: str
 
+    def __str__(self) -> str:
+        return f"{printable(str(self.path))}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Queries:
@@ -92,8 +95,9 @@ def query_size(image_size: int) -> int:
     return round(image_size * 256 / 224)
 
 
-def find_photos(folder: Path) -> list[Path]:
-    """All photos under `folder`, links followed, sorted by path; JobError where it cannot be read or holds none."""
+def find_photos(folder: Path, others: list[Path] | None = None) -> list[Path]:
+    """All photos under `folder`, links followed, sorted by path; JobError where it cannot be read or holds none.
+    `others` gets the files that are no photos by their names."""
     if not folder.is_dir():
         what = (
             "a file; name the folder of photos that holds it, or a list (.csv, .parquet)"
@@ -101,7 +105,10 @@ def find_photos(folder: Path) -> list[Path]:
             else "no such folder of photos"
         )
         raise JobError(f"{folder}: {what}")
-    found = [folder / path for kind, path in walk_photos(folder) if kind != "other"]
+    found: list[Path] = []
+    rest = [] if others is None else others
+    for kind, path in walk_photos(folder):
+        (rest if kind == "other" else found).append(folder / path)
     if not found:
         raise JobError(f"{folder}: no photos found ({', '.join(PHOTO_EXTENSIONS)} in all folders below)")
     return sorted(found)

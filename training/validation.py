@@ -11,7 +11,7 @@ from torch import nn
 
 from shards.cell_index import CellIndex
 from shards.classes import ClassTable
-from shards.console import JobError, format_count, printable
+from shards.console import JobError, format_count
 from training.distributed import World
 from training.head_bank import HeadBank
 from training.interruption import Interruption
@@ -52,8 +52,7 @@ class Validator:
             unlocated = self.queries.unlocated(np.ones(len(self.queries), bool))
             first = (*unlocated, *self.queries.set_aside)[0]
             raise JobError(
-                f"{config.val_queries}: no validation query has usable coordinates ({printable(str(first.path))}: "
-                f"{first.reason}){self.queries.advice}"
+                f"{config.val_queries}: no validation query has usable coordinates ({first}){self.queries.advice}"
             )
         self.answerable = self._count_answerable()
         self._check_readable()
