@@ -148,11 +148,16 @@ def split_sample(sample: str) -> tuple[int, str]:
     return (int(match[1]), match[2]) if match else (0, sample)
 
 
+def commonest(bad: Sequence[Bad]) -> Bad:
+    """Of photos that were set aside (one at least), the first of the commonest reason."""
+    reason = Counter(b.reason for b in bad).most_common(1)[0][0]
+    return next(b for b in bad if b.reason == reason)
+
+
 def describe_bad(bad: Sequence[Bad]) -> str:
     """Why photos (one at least) were set aside, and what was seen of the first of the commonest reason, named by its
     path in its source."""
-    commonest = Counter(b.reason for b in bad).most_common(1)[0][0]
-    first = next(b for b in bad if b.reason == commonest)
+    first = commonest(bad)
     path = split_sample(first.source)[1]
     return f"{reasons_of(bad)}; e.g. {printable(f'{path}: {first.detail}' if first.detail else path)}"
 

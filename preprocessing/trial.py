@@ -17,7 +17,7 @@ from preprocessing.plan import Plan
 from preprocessing.resize import BadPhoto, Resizer
 from preprocessing.samples import SampleMaker
 from preprocessing.shard_run import Machinery
-from preprocessing.sources import Source, describe_bad
+from preprocessing.sources import Source, commonest, describe_bad
 from shards.console import JobError, format_bytes, format_count
 from shards.upright import UnreadablePhoto, open_photo
 from shards.writer import TAR_BLOCK
@@ -30,17 +30,20 @@ _SURELY = 0.8  # photos differ: a disk with less than this share of the estimate
 
 @dataclass(frozen=True)
 class Trial:
-    """What a trial found: images tried, the reasons of those set aside and these in words, images a second of one
-    process (reading included), bytes of a data set and of photos for each image, and whether photos to take whole are
-    panoramas."""
+    """What a trial found: images tried, those set aside, images a second of one process (reading included), bytes of a
+    data set and of photos for each image, and whether photos to take whole are panoramas."""
 
     tried: int
-    bad: Counter[str]
-    seen: str
+    set_aside: list[Bad]
     images_per_second: float
     bytes_per_image: float
     source_bytes_per_image: float
     uncut: bool
+
+    @property
+    def bad(self) -> Counter[str]:
+        """The reasons of those set aside."""
+        return Counter(b.reason for b in self.set_aside)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def forecast(plan: Plan, listing: Listing, source: Source, out: Path | None, mac
     trial = try_photos(plan, source, plan.settings.resizer(), 400)
     if trial.bad.total() == trial.tried:
         raise JobError(
-            f"{source.root}: none of {trial.tried} photos that were tried can be used ({trial.seen})"
+            f"{source.root}: none of {trial.tried} photos that were tried can be used ({describe_bad(trial.set_aside)})"
             f"{_way_out(trial, source)}"
         )
     images, rate = len(plan.order), trial.images_per_second * machinery.workers
@@ -85,10 +88,10 @@ def forecast(plan: Plan, listing: Listing, source: Source, out: Path | None, mac
 
 
 def _way_out(trial: Trial, source: Source) -> str:
-    commonest = trial.bad.most_common(1)[0][0]
-    if commonest == "missing" and source.is_list:
+    reason = commonest(trial.set_aside).reason
+    if reason == "missing" and source.is_list:
         return "; --root is the folder that a list's paths are relative to"
-    return "; leave out --crops to take photos whole" if commonest == "not a panorama" else ""
+    return "; leave out --crops to take photos whole" if reason == "not a panorama" else ""
 
 
 def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Trial:
@@ -124,8 +127,7 @@ def try_photos(plan: Plan, source: Source, resizer: Resizer, count: int) -> Tria
     uncut = not source.crops and sum(wide) * 2 > len(wide)
     return Trial(
         tried,
-        Counter(b.reason for b in bad),
-        describe_bad(bad) if bad else "",
+        bad,
         tried / seconds,
         written / max(tried - len(bad), 1),
         read / tried,
