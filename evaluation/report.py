@@ -13,7 +13,7 @@ from evaluation.pages import map_cells, map_corner, read_page, to_script
 from evaluation.query_set import Outcome
 from evaluation.result_files import Row
 from evaluation.thumbnails import data_url, thumbnails
-from shards.console import JobError, describe_os_error
+from shards.console import JobError, in_words
 from shards.files import atomic_write_text
 from shards.names import BadName, parse_name
 from shards.sample_photos import SamplePhotos
@@ -146,8 +146,7 @@ def _cell_photos(outcome: Outcome, i: int, samples: SamplePhotos | None, warn: C
         try:
             jpeg = samples.of_cell(cell, classes.M, heading) if samples and cell else None
         except (JobError, OSError) as error:
-            what = describe_os_error(error) if isinstance(error, OSError) else error
-            warn(f"the report lacks photos of cells: {what}")
+            warn(f"the report lacks photos of cells: {in_words(error)}")
             jpeg = None
         photos[name] = data_url(jpeg, 160) if jpeg else ""
     return photos

@@ -135,6 +135,11 @@ def describe_os_error(error: OSError) -> str:
     return f"{where}{what}{advice}"
 
 
+def in_words(error: JobError | OSError) -> str:
+    """One line for either: the message of a job, or `describe_os_error`."""
+    return describe_os_error(error) if isinstance(error, OSError) else str(error)
+
+
 def lacks_thread(error: BaseException | None) -> bool:
     """Whether an error is, or tells of, Python's own where it can start no further thread."""
     return "can't start new thread" in str(error)

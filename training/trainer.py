@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
-from shards.console import JobError, describe_os_error, format_count, format_duration
+from shards.console import JobError, describe_os_error, format_count, format_duration, in_words
 from shards.dataset import Dataset
 from shards.loader import Batch
 from shards.sample_photos import SamplePhotos
@@ -313,7 +313,7 @@ class Trainer:
         try:
             said = SamplePhotos(self.dataset).familiar(queries.east[queries.located], queries.north[queries.located])
         except (JobError, OSError) as error:
-            return [f"warning: {describe_os_error(error) if isinstance(error, OSError) else error}"]
+            return [f"warning: {in_words(error)}"]
         return [f"warning: {queries.source}: {said}"] if said else []
 
     def _description(self) -> str:
