@@ -60,7 +60,6 @@ _FORMS = {
 BACKSLASHES = "its path has \\, here / separates folders"
 """What may be wrong with a photo that a list names by a path of Windows and that is not there."""
 
-
 GIVE_A_LIST = "where names say nothing, give a list with path, latitude, longitude (docs/own-data.md)"
 """The way out where no photo of a folder has coordinates in its name."""
 

@@ -72,8 +72,7 @@ def _lacks_thread(error: BaseException | None) -> bool:
 
 
 def run_tasks(tasks: Sequence[Callable[[], T]], workers: int) -> Iterator[T]:
-    """Results of `tasks` as they finish, in this process or in several; raises `JobError` where one was
-    killed."""
+    """Results of `tasks` as they finish, in this process or in several; raises `JobError` where one was killed."""
     workers = min(workers, len(tasks))
     if workers <= 1:
         yield from (task() for task in tasks)
