@@ -1,4 +1,5 @@
-"""Photos for tests: smooth random pictures under names that carry coordinates; and a way to damage a table."""
+"""Photos for tests: smooth random pictures under names that carry coordinates, or in lists, and what became of them in a
+data set; and a way to damage a table."""
 
 import struct
 import zlib
@@ -6,8 +7,12 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.csv as csv
+import pyarrow.parquet as pq
 import simplejpeg
 
+from shards.layout import shard_tables
 from shards.names import PhotoName, format_name
 
 
@@ -54,3 +59,21 @@ def with_spoilt_footer(table: bytes) -> bytes:
     """A Parquet file whose footer is damaged so that pyarrow raises an `OSError` without a number."""
     footer = len(table) - 8 - int.from_bytes(table[-8:-4], "little")
     return table[:footer] + b"\xff" * 8 + table[footer + 8 :]
+
+
+def samples(out: Path) -> list[dict]:
+    return [row for table in shard_tables(out) for row in pq.read_table(table).to_pylist()]
+
+
+def write_listed(folder: Path, count: int = 24) -> list[str]:
+    """Photos under names that say nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"IMG_{i:04d}.jpg" for i in range(count)]
+    for i, name in enumerate(names):
+        (folder / name).write_bytes(jpeg(96, i))
+    return names
+
+
+def write_csv(file: Path, /, **columns: list | np.ndarray) -> Path:
+    csv.write_csv(pa.table(columns), file)
+    return file

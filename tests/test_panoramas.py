@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 from conftest import HERE, SETTINGS
-from photos import jpeg, name_at, picture
-from test_sources import samples
+from photos import jpeg, name_at, picture, samples
 
 from preprocessing.build import build, dry_run
 from preprocessing.plan import make_plan

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 from conftest import SETTINGS
-from photos import jpeg, name_at
+from photos import jpeg, name_at, write_csv
 from s3 import s3_server
 from test_build import ROOT
-from test_sources import write_csv
 
 from preprocessing.plan import ShardTask, make_plan
 from preprocessing.resize import Resizer

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import HERE, SETTINGS
-from photos import jpeg, write_photos
-from test_sources import write_csv, write_listed
+from photos import jpeg, write_csv, write_listed, write_photos
 from test_verify import IDX, TAR, contents, flip, only_problem, run
 
 from preprocessing.build import build

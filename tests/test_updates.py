@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import HERE, SETTINGS
-from photos import jpeg, name_at, write_photos
+from photos import jpeg, name_at, write_csv, write_listed, write_photos
 from present import present
 from test_build import COMMAND, contents, quarantine
 
@@ -329,8 +329,6 @@ def test_a_shard_repaired_after_a_retry_leaves_out_what_the_retry_brought(begun,
 
 
 def test_a_list_is_added_to_a_folder_with_headings_from_the_list(begun, tmp_path):
-    from test_sources import write_csv, write_listed
-
     names = write_listed(tmp_path / "more", 12)
     place = write_csv(
         tmp_path / "more" / "list.csv",
@@ -351,8 +349,6 @@ def test_a_list_is_added_to_a_folder_with_headings_from_the_list(begun, tmp_path
 
 @pytest.mark.parametrize("base", ["list", "list by absolute paths", "folder"])
 def test_photos_of_a_list_are_known_however_it_and_those_before_name_them(tmp_path, base):
-    from test_sources import write_csv
-
     photos = write_cell(tmp_path / "photos", 0, 14) + write_cell(tmp_path / "photos" / "deeper", 2, 12)
     photos = [photo.relative_to(tmp_path / "photos") for photo in photos]
 

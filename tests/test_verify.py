@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import HERE, SETTINGS
+from photos import write_csv, write_listed
 from present import present
-from test_sources import write_csv, write_listed
 
 from preprocessing.build import build
 from preprocessing.sources import Source

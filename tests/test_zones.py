@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import utm
 from conftest import HERE, SETTINGS
-from photos import jpeg
+from photos import jpeg, samples, write_csv, write_listed
 from present import present
-from test_sources import samples, write_csv, write_listed
 
 from preprocessing.build import build, dry_run
 from preprocessing.coordinates import identify, locate
