@@ -1,5 +1,5 @@
-"""Photos for tests: smooth random pictures under names that carry coordinates, or in lists, and what became of them in a
-data set; and a way to damage a table."""
+"""Photos for tests: smooth random pictures under names that carry coordinates, or in lists, and what became of them in
+a data set; and a way to damage a table."""
 
 import struct
 import zlib
