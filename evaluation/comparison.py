@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from evaluation.query_set import Outcome, Settings, calibrate, evaluate_set
 from evaluation.ranking import RankingForm
 from evaluation.report import write_report
 from evaluation.result_files import Row, format_table, prepare_folder, write_csv, write_json, write_predictions
-from shards.console import JobError, describe_os_error, format_count, printable
+from shards.console import JobError, describe_os_error, format_count, in_words, printable
 from shards.provenance import provenance
 from shards.sample_photos import SamplePhotos
 from training.checkpoint import validation_photos
@@ -204,9 +204,12 @@ def _compare_with_training(samples: SamplePhotos, results: Results) -> None:
             results.warn(f"--shards {samples.dataset.place}: has none of the cells of {outcome.checkpoint}")
             continue
         queries = outcome.queries
-        with suppress(JobError, OSError):  # of which the report tells
-            if said := samples.familiar(queries.east[queries.located], queries.north[queries.located]):
-                results.warn(f"{outcome.name[1]}: {said}")
+        try:
+            said = samples.familiar(queries.east[queries.located], queries.north[queries.located])
+        except (JobError, OSError) as error:
+            said = f"cannot be compared with training photos: {in_words(error)}"
+        if said:
+            results.warn(f"{outcome.name[1]}: {said}")
 
 
 def write_results(results: Results, *, report: bool = True, samples: SamplePhotos | None = None) -> None:

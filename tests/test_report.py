@@ -262,8 +262,11 @@ def test_photos_of_cells_that_cannot_be_had_are_said_and_the_report_is_written(
         words = ["--checkpoints", run, "--queries", queries, "--out", out, "--shards", shards, "--cpu"]
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
         assert evaluate.main() == 0
-        assert said in capsys.readouterr().err
+        printed = capsys.readouterr().err
+        assert said in printed
         assert said in (out / "report.html").read_text()
+        for lost in ("cannot be compared with training photos: ", "the report lacks photos of cells: "):
+            assert (lost in printed) == (shards == damaged)
 
 
 def test_queries_that_are_the_training_photos_are_told(
